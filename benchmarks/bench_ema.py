@@ -1,0 +1,112 @@
+"""The moving average of a whole model: 1,000 tiny tensors, one large one, and BYOL-A's encoder with its projector."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.contenders import backend_of
+from benchmarks.measure import PLACES, Contender, Group, Place
+from byola_fast import ops
+from byola_fast.ema import EMA
+
+DECAY = 0.99
+CONV, CONV_NEXT, NORM = [(64, 1, 3, 3), (64,)], [(64, 64, 3, 3), (64,)], [(64,), (64,)]
+MODELS: dict[str, list[tuple[int, ...]]] = {
+    "1,000 tiny tensors": [(64,)] * 1000,
+    "one large tensor": [(25_000_000,)],  # 100 million with --full
+    "AudioNTT2020 d = 2048 and projector": [
+        *(CONV + NORM + CONV_NEXT + NORM + CONV_NEXT + NORM),
+        *[(2048, 512), (2048,), (2048, 2048), (2048,)],
+        *[(4096, 2048), (4096,), (4096,), (4096,), (256, 4096), (256,)],
+    ],
+}
+CONTENDERS = (
+    "loop",
+    "_foreach_lerp_",
+    "AveragedModel",
+    "byola_fast, ema_update_",
+    "byola_fast, EMA.update()",
+    "copy",
+)
+
+
+class Weights(nn.Module):
+    """A model that is nothing but its parameters."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], device: str) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(torch.randn(shape, device=device) for shape in shapes)
+        self.requires_grad_(False)
+
+
+def ema(device: str, model: str, full: bool) -> Group:
+    """One update of every parameter: target and online are read, target is written, 12 bytes each."""
+    shapes = [(100_000_000,)] if full and model == "one large tensor" else MODELS[model]
+    online, start = Weights(shapes, device), Weights(shapes, device)
+    online_list, start_list = list(online.parameters()), list(start.parameters())
+    count = sum(o.numel() for o in online_list)
+    source = torch.randn(3 * count // 2, device=device)  # read and written: 12 bytes a parameter too
+    destination = torch.empty_like(source)
+
+    def exact(_k: int) -> Sequence[Tensor]:
+        pairs = zip(start_list, online_list, strict=True)
+        return [s.double() * DECAY + (1 - DECAY) * o.double() for s, o in pairs]
+
+    def loop(target: list[Tensor]) -> None:
+        for t, o in zip(target, online_list, strict=True):
+            t.data = t.data * DECAY + (1 - DECAY) * o.data
+
+    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    ours = EMA(online, DECAY)
+    targets: dict[str, nn.Module] = {
+        "loop": copy.deepcopy(start),
+        "_foreach_lerp_": copy.deepcopy(start),
+        "AveragedModel": averaged.module,
+        "byola_fast, ema_update_": copy.deepcopy(start),
+        "byola_fast, EMA.update()": ours.target,
+    }
+    updates: dict[str, Callable[[list[Tensor]], Any]] = {
+        "loop": loop,
+        "_foreach_lerp_": lambda target: torch._foreach_lerp_(target, online_list, 1 - DECAY),
+        "AveragedModel": lambda target: averaged.update_parameters(online),
+        "byola_fast, ema_update_": lambda target: ops.ema_update_(target, online_list, DECAY),
+        "byola_fast, EMA.update()": lambda target: ours.update(),
+    }
+
+    def contender(name: str, place: Place) -> Contender:
+        if name == "copy":
+            shape = {"source": tuple(source.shape)}
+            moved = [destination], [source]
+            return Contender(
+                name, lambda k: [destination.copy_(moved[1][0])], lambda k: moved[1], place, shape, 1, 12 * count
+            )
+        target: list[Tensor] = list(targets[name].parameters())
+
+        def prepare() -> None:
+            averaged.n_averaged.fill_(1)  # its first update would be a copy
+            torch._foreach_copy_(target, start_list)
+
+        def run(_k: int) -> Sequence[Tensor]:
+            updates[name](target)
+            return target
+
+        shape = {"tensors": (len(shapes),), "parameters": (count,)}
+        backend = backend_of(device, ["ema_update_"]) if name.startswith("byola_fast") else "torch"
+        return Contender(name, run, exact, place, shape, 1, 12 * count, backend, prepare)
+
+    contenders = [contender(name, place) for place in PLACES if place.device == device for name in CONTENDERS]
+    return Group("ema", model, contenders, ("loop", "_foreach_lerp_", "AveragedModel", "copy"), floor="copy")
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_ema(replay: Any, pytestconfig: pytest.Config, model: str, place: Place, contender: str) -> None:
+    replay(ema, contender, place, model=model, full=bool(pytestconfig.getoption("--full")))

@@ -1,0 +1,59 @@
+"""Regenerate the tables of README.md from stored results: ``python -m benchmarks.readme_table [--check]``.
+
+``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
+``benchmarks/results/FILE.json``, for example ``cpu/two_views``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.measure import read_results
+from benchmarks.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- benchmarks:")
+
+
+def regenerate(text: str, results: Path) -> str:
+    """Return README text with every table made anew from the files in ``results``.
+
+    Raises:
+        ValueError: a begin without its end, or an op that a file does not hold.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, _old, end = match.groups()
+        stem, _, op = name.partition("/")
+        return f"{begin}{markdown_table(read_results(results / f'{stem}.json'), op)}\n{end}"
+
+    made, count = BLOCK.subn(table, text)
+    if len(MARKER.findall(text)) != 2 * count:
+        raise ValueError("README: a benchmarks marker without its partner; expected pairs of begin and end")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite README, or with ``--check`` return 1 if it differs from what the results give."""
+    parser = argparse.ArgumentParser(description="Regenerate README's benchmark tables from stored results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
+    options = parser.parse_args(arguments)
+    old = options.readme.read_text(encoding="utf-8")
+    new = regenerate(old, options.results)
+    if old == new:
+        return 0
+    if options.check:
+        print(f"{options.readme.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
+        return 1
+    options.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Tables of records: plain for the terminal, Markdown for README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.measure import Measured, Record, Results
+
+
+def terminal_table(found: Measured) -> list[str]:
+    """Return one line for each contender of a group."""
+    records = list(found.records.values())
+    baselines = _baselines(records)
+    head = ["contender", "threads", "us/sample", "IQR", "GB/s", "of floor", *(f"x {name}" for name in baselines)]
+    rows = [
+        [
+            r.contender,
+            str(r.threads),
+            number(r.us_per_sample),
+            f"{r.iqr_s / r.median_s:.0%}",
+            number(r.gb_per_s),
+            share(r.floor_share),
+            *(times(r, name) for name in baselines),
+        ]
+        for r in records
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "  ".join(_pad(cell, w, i) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *rows]
+    ]
+    absent = [f"{name} ({threads} threads) cannot run here: {why}" for (name, threads), why in found.missing.items()]
+    return ["", found.title, *lines, *absent]
+
+
+def markdown_table(results: Results, op: str) -> str:
+    """Return the table of one op: a row for each of our contenders, a column for each baseline.
+
+    Raises:
+        ValueError: no record of this op.
+    """
+    records = [r for r in results.records if r.op == op and r.contender.startswith("byola_fast")]
+    if not records:
+        raise ValueError(f"no record of {op!r}; known are {sorted({r.op for r in results.records})}")
+    baselines = _baselines(records)
+    with_floor = any(r.floor_share is not None for r in records)
+    floor = next((r.floor for r in records if r.floor), "")
+    unit = "µs per sample" if records[0].samples > 1 else "ms"
+    head = [
+        op,
+        "contender",
+        "threads",
+        *(f"x {name}" for name in baselines),
+        *([f"share of {floor}"] * with_floor),
+        unit,
+    ]
+    rows = [
+        [
+            r.variant,
+            r.contender,
+            str(r.threads),
+            *(times(r, name) for name in baselines),
+            *([share(r.floor_share)] * with_floor),
+            number(r.us_per_sample if r.samples > 1 else r.median_s * 1e3),
+        ]
+        for r in records
+    ]
+    lines = [_row(head), _row(["---"] * 3 + ["---:"] * (len(head) - 3)), *map(_row, rows)]
+    return "\n".join([*lines, "", caption(results, records[0])])
+
+
+def caption(results: Results, record: Record) -> str:
+    """Return where, when and how a table's figures came about."""
+    name = str(record.machine["gpu"] if record.device == "cuda" else record.machine["cpu"])
+    if record.device == "cpu":
+        name += f" ({record.machine['instruction_set']}, {record.machine['cores']} cores)"
+    versions = f"torch {record.versions['torch']}, Python {record.versions['python']}"
+    how = "Medians of interleaved rounds, as ratios (x = times as fast as); the last column is context."
+    return f"{how} {name}, {versions}, {results.date}: `{results.command}`."
+
+
+def number(value: float) -> str:
+    """Return three digits of a number, without an exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def times(record: Record, baseline: str) -> str:
+    return number(record.ratios[baseline]) if baseline in record.ratios else ""
+
+
+def _baselines(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.ratios))
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column else cell.ljust(width)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,394 @@
+"""Audio files: finding them, reading any part of one as 16 kHz mono, and drawing random segments from many.
+
+soundfile (libsndfile) decodes and soxr resamples; both are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from byola_fast.ops.philox import segment_u24
+
+if TYPE_CHECKING:
+    import numpy as np
+    import soundfile
+
+logger = logging.getLogger("byola_fast")
+
+FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
+SUFFIXES = frozenset("." + name for name in FORMATS.split())
+BLOCK_FRAMES = 1 << 22  # decoded at a time, so that a long file costs the memory of its mono mix alone
+OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets, in Vorbis of 1024 frames each as encoders write them
+MP3_SEEK_FRAMES = 1 << 18  # decoding as many costs milliseconds
+UNKNOWN_FRAMES = 1 << 60  # libsndfile gives 2^63 - 1 where a header does not tell the length (FLAC from a pipe)
+
+
+class AudioError(ValueError):
+    """Say which audio file could not be used, and why.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, without its name.
+
+    >>> print(AudioError(Path("a.wav"), "empty file (0 bytes)"))
+    a.wav: empty file (0 bytes)
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that the error survives pickling on its way out of a worker
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def list_audio_files(root: str | Path) -> list[Path]:
+    """List the audio files under a folder, in sorted order, or give a file itself.
+
+    Args:
+        root: a folder, walked with all its subfolders (links too, each folder once), or a file, whatever its name.
+
+    Returns:
+        Paths that begin with ``root``. Hidden files and folders and other suffixes than ``SUFFIXES`` (in any case)
+        are left out. The order depends on the names alone.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist.
+        AudioError: the folder holds no audio file.
+    """
+    root = Path(root)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such file or folder: {root}")
+    files: list[Path] = []
+    visited: set[tuple[int, int]] = set()  # a link may lead back to a folder above it
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_report_folder):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        audio = (Path(folder, name) for name in names if not name.startswith("."))
+        files += [path for path in audio if path.suffix.lower() in SUFFIXES]
+    if not files:
+        raise AudioError(root, f"no audio file in this folder (looked for {FORMATS})")
+    return sorted(files)
+
+
+def _report_folder(error: OSError) -> None:
+    logger.warning("skipping folder %s: %s", error.filename, error.strerror)
+
+
+def audio_duration(path: str | Path) -> float:
+    """Return the length of an audio file in seconds, from its header alone.
+
+    A truncated file may hold less than its header says. Only a file whose header does not tell the length (a FLAC
+    written to a pipe) is decoded.
+
+    Raises:
+        AudioError: the file is missing, unreadable or empty.
+    """
+    with _open(path) as file:
+        return _num_frames(file) / int(file.samplerate)
+
+
+def scan(files: Iterable[str | Path]) -> tuple[list[Path], list[AudioError]]:
+    """Check the header of every file: return the files that open and hold samples, and one error for each other one.
+
+    Raises:
+        ValueError: ``files`` is empty.
+        AudioError: not one file can be read; names the first and counts them all.
+    """
+    good: list[Path] = []
+    errors: list[AudioError] = []
+    for path in map(Path, files):
+        try:
+            _open(path).close()
+            good.append(path)
+        except AudioError as error:
+            errors.append(error)
+    if errors and not good:
+        raise AudioError(errors[0].path, f"{errors[0].reason} (none of {len(errors)} files can be read)")
+    if not good:
+        raise ValueError("files: expected at least one audio file, got none")
+    return good, errors
+
+
+def read_audio(
+    path: str | Path, sample_rate: int = 16000, *, start_sec: float = 0.0, duration_sec: float | None = None
+) -> torch.Tensor:
+    """Read an audio file, or a part of it, as a mono waveform at ``sample_rate``.
+
+    Channels are averaged, then resampled by soxr (quality HQ). Only the needed part is decoded, with a margin for the
+    resampling filter, on the time grid of the whole file: a part equals the same slice of the whole.
+
+    Args:
+        path: any file that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more).
+        sample_rate: rate of the result, in Hz.
+        start_sec: start of the part, in seconds, at least 0; rounded to a sample of the result.
+        duration_sec: length of the part, in seconds, above 0; None reads to the end.
+
+    Shape:
+        ``(samples,)`` float32, nominally in [-1, 1]; shorter than asked for where the file ends sooner. A truncated
+        file gives what can be decoded.
+
+    Raises:
+        AudioError: the file is missing, unreadable or empty, nothing of the part can be decoded, or a float file holds
+            NaN or infinity there.
+        ValueError: ``sample_rate``, ``start_sec`` or ``duration_sec`` out of range.
+
+    Numerics:
+        A part equals the slice of the whole to 1e-6, except in Opus, whose decoder settles to about 5e-3 of full scale
+        after a seek. In a long MP3, seeking makes libmpg123 print harmless notes to stderr.
+    """
+    if sample_rate < 1:
+        raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
+    if not (start_sec >= 0 and math.isfinite(start_sec)):
+        raise ValueError(f"start_sec: expected at least 0 s, got {start_sec}")
+    start, count = round(start_sec * sample_rate), None
+    if duration_sec is not None:
+        if not (math.isfinite(duration_sec) and round(duration_sec * sample_rate) >= 1):
+            raise ValueError(f"duration_sec: expected at least one sample (1 / {sample_rate} s), got {duration_sec}")
+        count = round(duration_sec * sample_rate)
+    with _open(path) as file:
+        wav = _read_part(file, sample_rate, start, count)
+    if not len(wav):
+        raise AudioError(path, f"nothing can be decoded from {start_sec:g} s on")
+    return wav
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    """Open a file that has samples, or raise an AudioError that says what is wrong."""
+    import soundfile
+
+    try:
+        with open(path, "rb") as raw:
+            if not raw.read(1):
+                raise AudioError(path, "empty file (0 bytes)")
+        file = soundfile.SoundFile(os.fspath(path))
+    except OSError as error:
+        raise AudioError(path, error.strerror or str(error)) from error
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, which has no header
+        raise AudioError(path, "not audio that libsndfile can read") from error
+    if file.frames < 1:
+        file.close()
+        raise AudioError(path, "the file holds no samples")
+    return file
+
+
+def _num_frames(file: soundfile.SoundFile) -> int:
+    """Frames of a file as its header says, or as decoded where it does not say."""
+    if file.frames < UNKNOWN_FRAMES:
+        return int(file.frames)
+    with _open(file.name) as again:
+        return len(_decode(again, 0, UNKNOWN_FRAMES))
+
+
+def _num_resampled(frames: int, rate: int, sample_rate: int) -> int:
+    """Length that soxr gives: ``frames * sample_rate / rate``, halves rounded up."""
+    return (2 * frames * sample_rate + rate) // (2 * rate)
+
+
+def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: int | None) -> torch.Tensor:
+    """Samples ``[start, start + count)`` of the resampled mono mix, as far as the file goes."""
+    import numpy as np
+    import soxr
+
+    rate = int(file.samplerate)
+    up, down = sample_rate // math.gcd(rate, sample_rate), rate // math.gcd(rate, sample_rate)
+    # The filter spans 92 samples of the lower rate to each side. Where a part begins at a multiple of `down` frames,
+    # its own grid of output samples falls on that of the whole file.
+    margin = 0 if up == down else math.ceil(256 * max(1.0, rate / sample_rate))
+    first = max(0, (start * down // up - margin) // down * down)
+    last = UNKNOWN_FRAMES if count is None else -(-(start + count) * down // up) + margin
+    frames = _decode(file, first, min(last, int(file.frames)) - first)
+    if not np.isfinite(frames).all():
+        raise AudioError(file.name, "NaN or infinite samples")
+    if up != down and len(frames):
+        frames = soxr.resample(frames, rate, sample_rate, quality="HQ")
+    skip = start - first // down * up
+    wav = frames[skip:] if count is None else frames[skip : skip + count]
+    return torch.from_numpy(np.ascontiguousarray(wav))
+
+
+def _decode(file: soundfile.SoundFile, start: int, count: int) -> np.ndarray:
+    """Frames ``[start, start + count)`` mixed to mono, float32, as far as they can be decoded."""
+    import numpy as np
+    import soundfile
+
+    first = _seek_point(file, start)
+    if first > 0:
+        try:
+            file.seek(first)
+        except soundfile.SoundFileError:  # damaged, or cut short: decode from the beginning
+            with _open(file.name) as again:
+                return _decode(again, 0, start + count)[start:]
+    # soundfile seeks to where it is after every read of a seekable file, and an MP3 decoder loses its bit reservoir.
+    file.seekable = lambda: False
+    blocks = [np.empty(0, np.float32)]
+    wanted = start + count - first
+    while wanted > 0:
+        block = np.full((min(wanted, BLOCK_FRAMES), file.channels), np.nan, np.float32)
+        try:
+            got = len(file.read(out=block))
+        except soundfile.SoundFileError:  # the file breaks off inside this block: what was decoded lies in it
+            got = int(np.count_nonzero(~np.isnan(block[:, -1])))
+            wanted = 0
+        blocks.append(block[:got].mean(axis=1))
+        wanted = wanted - got if got == len(block) else 0
+    return np.concatenate(blocks)[start - first :]
+
+
+def _seek_point(file: soundfile.SoundFile, start: int) -> int:
+    """The frame to seek to, at or before ``start``, so that what is decoded at ``start`` is right."""
+    if "VORBIS" in file.subtype:  # in the last page libsndfile 1.2 lands a block too far (its issue 885)
+        return max(0, min(start, int(file.frames) - OGG_PAGE_FRAMES))
+    if "MPEG" in file.subtype and start < MP3_SEEK_FRAMES:  # a seek makes libmpg123 write to stderr
+        return 0
+    if "OPUS" in file.subtype or "MPEG" in file.subtype:  # half a second for the decoder to settle
+        return max(0, start - int(file.samplerate) // 2)
+    return start
+
+
+def fit_segment(wav: torch.Tensor, num_samples: int, u24: int) -> torch.Tensor:
+    """Cut a segment of a waveform at a random place, or pad a shorter waveform with zeros on both sides.
+
+    ``start = u24 * (samples - num_samples + 1) >> 24``; a shorter waveform gets ``(num_samples - samples) // 2`` zeros
+    in front and the rest behind.
+
+    Args:
+        wav: ``(samples,)``.
+        num_samples: length of the segment, at least 1.
+        u24: the random draw, an integer in [0, 2^24); unused where the waveform is no longer than the segment.
+
+    Shape:
+        ``(num_samples,)``; a view of ``wav`` where nothing is padded.
+
+    Raises:
+        ValueError: wrong rank, or ``num_samples`` or ``u24`` out of range.
+
+    >>> fit_segment(torch.arange(5), 2, (1 << 24) - 1), fit_segment(torch.ones(2), 5, 0)
+    (tensor([3, 4]), tensor([0., 1., 1., 0., 0.]))
+    """
+    if wav.ndim != 1:
+        raise ValueError(f"wav: expected shape (samples,), got {tuple(wav.shape)}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    missing = num_samples - len(wav)
+    if missing > 0:
+        return torch.nn.functional.pad(wav, (missing // 2, missing - missing // 2))
+    start = _segment_start(len(wav), num_samples, u24)
+    return wav[start : start + num_samples]
+
+
+def _segment_start(samples: int, num_samples: int, u24: int) -> int:
+    if not 0 <= u24 < 1 << 24:
+        raise ValueError(f"u24: expected in [0, 2^24), got {u24}")
+    return (u24 * (samples - num_samples + 1)) >> 24
+
+
+class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
+    """Draw one random segment of every file in every epoch, decoding little more than the segment.
+
+    Which part of a file is drawn depends on (seed, epoch, index) alone: not on workers, ranks or order. Segment starts
+    are drawn on the resampled grid, 2^24 of them at most (17 minutes at 16 kHz have as many). Clips shorter than a
+    segment are centred in zeros.
+
+    ``set_epoch`` before each pass over the data; workers that live on between passes (``persistent_workers``) see it,
+    as the epoch lies in shared memory. A file that cannot be read gives None and is reported once, by the logger
+    ``byola_fast``; ``collate_segments`` leaves it out of the batch.
+
+    Args:
+        files: audio files, as ``list_audio_files`` or ``scan`` gives them; at least one.
+        unit_sec: length of a segment, in seconds, above 0; 0.95 s at 16 kHz are 15200 samples.
+        sample_rate: rate of the segments, in Hz.
+        seed: key of the random numbers.
+
+    Attributes:
+        num_samples: length of a segment, in samples.
+        epoch: the epoch last set, 0 at first.
+        broken: the files found unreadable so far, in this process and its workers.
+
+    Shape:
+        ``dataset[index]`` is ``(num_samples,)`` float32, or None.
+
+    Raises:
+        ValueError: no files, or ``unit_sec`` or ``sample_rate`` out of range.
+    """
+
+    def __init__(
+        self, files: Sequence[str | Path], *, unit_sec: float = 0.95, sample_rate: int = 16000, seed: int = 0
+    ) -> None:
+        self.files = [Path(path) for path in files]
+        if not self.files:
+            raise ValueError("files: expected at least one audio file, got none")
+        if sample_rate < 1:
+            raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
+        self.num_samples = round(unit_sec * sample_rate)
+        if self.num_samples < 1:
+            raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
+        self.sample_rate = sample_rate
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, at least 0, whose segments are drawn from now on, in every worker.
+
+        Raises:
+            ValueError: ``epoch`` is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch: expected at least 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @property
+    def broken(self) -> set[Path]:
+        return {self.files[index] for index in self._broken.nonzero().flatten().tolist()}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        index = range(len(self.files))[index]  # negative indices count from the end, others raise IndexError
+        try:
+            return self._segment(self.files[index], segment_u24(self.seed, self.epoch, index))
+        except AudioError as error:
+            if not self._broken[index]:
+                self._broken[index] = True
+                logger.warning("skipping %s", error)
+            return None
+
+    def _segment(self, path: Path, u24: int) -> torch.Tensor:
+        with _open(path) as file:
+            samples = _num_resampled(_num_frames(file), int(file.samplerate), self.sample_rate)
+            if samples > self.num_samples:
+                start = _segment_start(samples, self.num_samples, u24)
+                wav = _read_part(file, self.sample_rate, start, self.num_samples)
+                if len(wav) == self.num_samples:
+                    return wav
+        # A clip no longer than a segment, or one that holds less than its header says.
+        return fit_segment(read_audio(path, self.sample_rate), self.num_samples, u24)
+
+
+def collate_segments(items: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stack the segments that could be read into ``(B, num_samples)``; None where there is not one.
+
+    The ``collate_fn`` of a DataLoader over a ``SegmentFolder``: B may be smaller than the batch size.
+    """
+    segments = [item for item in items if item is not None]
+    return torch.stack(segments) if segments else None

@@ -1,0 +1,78 @@
+"""Which backend runs each op here, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass, field
+
+import torch
+
+from byola_fast.ops import _library
+from byola_fast.ops._backends import backend_in_use, strict
+
+PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``doctor`` found; ``print`` it to read it.
+
+    Attributes:
+        versions: of Python and the packages in use; None for a missing one.
+        devices: name of each kind of device here, by dispatch key: "CPU", "CUDA".
+        backends: backend in use, by (key, op).
+        reasons: why it is not a better one, by (key, op).
+        strict: whether ``BYOLA_FAST_STRICT`` turns fallbacks into errors.
+    """
+
+    versions: dict[str, str | None]
+    devices: dict[str, str]
+    backends: dict[tuple[str, str], str]
+    reasons: dict[tuple[str, str], str]
+    strict: bool
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["byola_fast " + (self.versions.get("byola_fast") or "(not installed)")]
+        lines += [f"  {name:<11} {version or 'missing'}" for name, version in self.versions.items() if name != "byola_fast"]
+        for key, name in self.devices.items():
+            lines.append(f"{key}: {name}")
+            for op in (op for k, op in self.backends if k == key):
+                reason = self.reasons[key, op]
+                lines.append(f"  {op:<24} {self.backends[key, op]}" + (f"  ({reason})" if reason else ""))
+        lines += self.notes
+        lines.append("fallbacks are " + ("errors (BYOLA_FAST_STRICT is set)" if self.strict else "allowed, with a warning"))
+        return "\n".join(lines)
+
+
+def doctor() -> Report:
+    """Load the backends of every device here and report which one answers for each op.
+
+    Raises:
+        BackendError: a backend is missing and ``BYOLA_FAST_STRICT`` is set.
+
+    >>> report = doctor()
+    >>> sorted({key for key, op in report.backends})[0]
+    'CPU'
+    """
+    versions: dict[str, str | None] = {"byola_fast": _version("byola_fast"), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    devices = {"CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"}
+    notes = []
+    if torch.cuda.is_available():
+        devices["CUDA"] = torch.cuda.get_device_name()
+    else:
+        notes.append("CUDA: no GPU is available to torch")
+    backends, reasons = {}, {}
+    for key in devices:
+        for op in _library.OPS:
+            backends[key, op], reasons[key, op] = backend_in_use(key, op)
+    return Report(versions, devices, backends, reasons, strict(), notes)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

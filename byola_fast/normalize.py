@@ -1,0 +1,114 @@
+"""Pre-normalisation: scalar mean and std of log-mel spectrograms, known beforehand or running."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast.ops import _checks as check
+
+
+def batch_stats(x: Tensor) -> Tensor:
+    """Return mean and unbiased std over all of ``x`` as one ``(2,)`` tensor in float32 (float64 for float64).
+
+    One value has std 0, an empty batch mean 0 and std 1. Differentiable.
+    """
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if wide.numel() == 0:
+        return wide.new_tensor([0.0, 1.0])
+    std, mean = torch.std_mean(wide, correction=1 if wide.numel() > 1 else 0)
+    return torch.stack([mean, std])
+
+
+def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Tensor:
+    """Return ``(mean, std)`` as a ``(2,)`` tensor on a device, without a sync.
+
+    Raises:
+        ValueError: not two finite numbers with std of at least 0.
+    """
+    if isinstance(stats, Tensor):
+        check.is_float("stats", stats)
+        check.has_shape("stats", stats, (2,))
+        return stats.to(device)
+    if len(stats) != 2 or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
+        raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
+    mean = torch.full((), float(stats[0]), device=device)
+    return torch.stack([mean, torch.full((), float(stats[1]), device=device)])
+
+
+class RunningStats(nn.Module):
+    """Mean and std of everything seen so far, merged batch by batch on the device (first version of the paper).
+
+    Args:
+        max_updates: stop after so many batches (the first epochs); None for never.
+
+    Shape:
+        ``update(x)`` takes any shape with samples along the first axis; ``stats()`` returns ``(2,)`` float32.
+
+    Numerics:
+        Chan's merge in float32 with an integer count. Samples that are not finite are left out.
+    """
+
+    def __init__(self, max_updates: int | None = None) -> None:
+        super().__init__()
+        if max_updates is not None and max_updates < 1:
+            raise ValueError(f"max_updates: expected at least 1 or None, got {max_updates}")
+        self.max_updates = max_updates
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.zeros(()))
+
+    updates: Tensor
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge a batch."""
+        if x.numel() == 0:
+            return
+        flat = x.float().flatten(1)
+        finite = flat.isfinite().all(1)
+        count = finite.sum() * flat.shape[1]
+        kept = torch.where(finite[:, None], flat, 0)
+        mean = kept.sum() / count.clamp_min(1)
+        variance = torch.where(finite[:, None], flat - mean, 0).square().sum() / count.clamp_min(1)
+
+        total = self.count + count
+        weight = (count.float() / total.clamp_min(1)) * self._open()
+        distance = mean - self.mean
+        self.variance.copy_((1 - weight) * self.variance + weight * variance + weight * (1 - weight) * distance**2)
+        self.mean.add_(weight * distance)
+        self.count.copy_(torch.where(self._open(), total, self.count))
+        self.updates.add_(1)
+
+    def _open(self) -> Tensor:
+        if self.max_updates is None:
+            return torch.ones_like(self.updates, dtype=torch.bool)
+        return self.updates < self.max_updates
+
+    def stats(self) -> Tensor:
+        """Return mean and unbiased std; mean 0 and std 1 before the first update."""
+        unbiased = self.variance * self.count / (self.count - 1).clamp_min(1)
+        seen = torch.stack([self.mean, unbiased.sqrt()])
+        return torch.where(self.count > 0, seen, torch.stack([torch.zeros_like(self.mean), torch.ones_like(self.mean)]))
+
+
+def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
+    """Return mean and std over all batches, to be stored with the weights and given as ``stats=``.
+
+    >>> compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])
+    (2.5, 1.2909944057464600)
+    """
+    running = RunningStats()
+    for batch in batches:
+        running.update(batch)
+    if int(running.count) == 0:
+        raise ValueError("stats: no finite log-mel spectrogram to take statistics of")
+    mean, std = running.stats().tolist()
+    return mean, std

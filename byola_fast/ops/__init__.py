@@ -1,0 +1,30 @@
+"""Ops on log-mel spectrograms: the contract is in ``functional``, the schemas in ``_library``.
+
+A call takes three hops: ``ops.log_mixup_exp`` -> ``torch.ops.byola_fast.log_mixup_exp`` -> the backend's kernel.
+"""
+
+from byola_fast.ops import _autograd as _autograd
+from byola_fast.ops import _library as _library
+from byola_fast.ops._backends import BackendError
+from byola_fast.ops.functional import (
+    augment_views,
+    bank_push_,
+    canvas_size,
+    draw_params,
+    ema_update_,
+    log_mixup_exp,
+    normalize,
+    resize_crop,
+)
+
+__all__ = [
+    "BackendError",
+    "augment_views",
+    "bank_push_",
+    "canvas_size",
+    "draw_params",
+    "ema_update_",
+    "log_mixup_exp",
+    "normalize",
+    "resize_crop",
+]

@@ -1,0 +1,97 @@
+"""Derivatives of the functional ops: to x, z and statistics; drawn parameters (lam, crop, fader) get none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops import _library
+from byola_fast.ops.reference import compute_dtype, mean_std_reference
+
+ops = torch.ops.byola_fast
+
+
+def _register(name: str, backward: Any, setup_context: Any) -> None:
+    torch.library.register_autograd(
+        f"{_library.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library.library
+    )
+
+
+def _save_log_mixup_exp(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _log_mixup_exp_backward(ctx: Any, grad: Tensor) -> Any:
+    x, z, lam = ctx.saved_tensors
+    return *ops.log_mixup_exp_backward(grad, x, z, lam), None
+
+
+def _save_resize_crop(ctx: Any, inputs: Any, output: Any) -> None:
+    x, crop, _size, ctx.canvas, ctx.mode = inputs
+    ctx.input_size = x.shape[1:]
+    ctx.save_for_backward(crop)
+
+
+def _resize_crop_backward(ctx: Any, grad: Tensor) -> Any:
+    (crop,) = ctx.saved_tensors
+    return ops.resize_crop_backward(grad, crop, ctx.input_size, ctx.canvas, ctx.mode), None, None, None, None
+
+
+def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
+    x, pool, bank, bank_count, stats, lam, bank_index, crop, _fader, rng, *settings = inputs
+    ctx.sample_offset, _size, ctx.canvas, ctx.mode, ctx.mixup = settings
+    ctx.foreign_pool = pool is not None
+    ctx.save_for_backward(x, bank, bank_count, stats, lam, bank_index, crop, rng, output[0])
+
+
+def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> Any:
+    if ctx.foreign_pool:
+        raise RuntimeError("augment_views: no gradient where partners come from a pool of other rows; give pool=None")
+    x, bank, bank_count, stats, lam, bank_index, crop, rng, views = ctx.saved_tensors
+    dtype = compute_dtype(views.dtype)
+    of_total, of_squares = grad_sums[..., 1, None, None], grad_sums[..., 2, None, None]
+    grad = grad_views.to(dtype) + (of_total + 2 * views * of_squares).to(dtype)
+    to_x, to_stats = ops.augment_views_backward(
+        grad, x, bank, bank_count, stats, lam, bank_index, crop, rng, ctx.sample_offset, ctx.canvas, ctx.mode, ctx.mixup
+    )
+    return to_x, None, None, None, None if stats is None else to_stats, *[None] * 10
+
+
+def _save_normalize(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[1], output)
+
+
+def _normalize_backward(ctx: Any, grad: Tensor) -> Any:
+    """With y = (x - m) / s and n, S, Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1)."""
+    sums, y = ctx.saved_tensors
+    mean, std = mean_std_reference(sums)
+    wide = grad.to(sums.dtype)
+    of_mean, of_std = -wide.sum() / std, -(wide * y).sum() / std
+    count = sums.reshape(-1, 3)[:, 0].sum().clamp_min(1)
+    floor = torch.finfo(torch.float32).eps
+    of_variance = torch.where(std > floor, of_std / (2 * std), 0)
+    of_squares = of_variance / (count - 1).clamp_min(1)
+    of_total = of_mean / count - 2 * mean * of_squares
+    to_sums = torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)
+    return (wide / std).to(grad.dtype), to_sums
+
+
+_register("log_mixup_exp", _log_mixup_exp_backward, _save_log_mixup_exp)
+_register("resize_crop", _resize_crop_backward, _save_resize_crop)
+_register("augment_views", _augment_views_backward, _save_augment_views)
+_register("normalize", _normalize_backward, _save_normalize)
+
+
+def _register_once(name: str) -> None:
+    """Let a second derivative end in an error with a reason instead of silence."""
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"byola_fast: {name} is differentiable once; its second derivative is not provided")
+
+    _register(name, backward, lambda ctx, inputs, output: None)
+
+
+for _name in ("log_mixup_exp_backward", "resize_crop_backward", "augment_views_backward"):
+    _register_once(_name)

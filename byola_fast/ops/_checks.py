@@ -1,0 +1,109 @@
+"""Checks of arguments, each with a message that says what was given and what is wanted. None of them syncs a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MODES = ("bilinear", "bicubic")
+MIXERS = ("log", "linear", "gaussian", "none")
+
+
+def is_tensor(name: str, value: object) -> None:
+    """Refuse what is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def is_float(name: str, x: object) -> None:
+    """Refuse what is not a floating-point tensor."""
+    is_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in FLOATS:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise TypeError(f"{name}: expected a floating-point tensor ({wanted}), got {x.dtype}")
+
+
+def is_integer(name: str, x: object) -> None:
+    """Refuse what is not an integer tensor."""
+    is_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
+
+
+def has_shape(name: str, x: Tensor, wanted: tuple[int | str, ...]) -> None:
+    """Refuse a shape that differs from ``wanted``; letters stand for any size."""
+    fits = x.dim() == len(wanted) and all(isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True))
+    if not fits:
+        shape = "(" + ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "") + ")"
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def is_spectrogram(name: str, x: object) -> None:
+    """Refuse what is not a float tensor (B, F, T) with F and T of at least 1."""
+    is_float(name, x)
+    assert isinstance(x, Tensor)
+    has_shape(name, x, ("B", "F", "T"))
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f"{name}: expected at least one mel and one frame, got shape {tuple(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse tensors on two devices."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected on the device of {other_name} ({other.device}), got {x.device}")
+
+
+def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse tensors of two dtypes."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {x.dtype}")
+
+
+def is_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Refuse an unknown word."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def no_grad_to(op: str, **tensors: Tensor | None) -> None:
+    """Refuse to drop a gradient in silence."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise RuntimeError(f"{op}: gives no gradient to {name}; detach it, or call under torch.no_grad()")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether values may be looked at: on the CPU, and not while a graph is traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def lam_in_range(name: str, lam: Tensor) -> None:
+    """Refuse weights outside [0, 1]; NaN too."""
+    if readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        worst = lam[~((lam >= 0) & (lam <= 1))][0].item()
+        raise ValueError(f"{name}: expected weights in [0, 1], got {worst}")
+
+
+def crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
+    """Refuse crop boxes (i, j, h, w) that are empty or leave the canvas."""
+    if readable(crop) and crop.numel():
+        boxes = crop.reshape(-1, 4).long()
+        start, extent = boxes[:, :2], boxes[:, 2:]
+        bad = ((start < 0) | (extent < 1) | (start + extent > torch.tensor(canvas))).any(1)
+        if bool(bad.any()):
+            number = int(bad.nonzero()[0])
+            box = tuple(boxes[number].tolist())
+            raise ValueError(f"{name}: expected boxes (i, j, h, w) inside the canvas {canvas}, got {box} at {number}")
+
+
+def index_in_range(name: str, index: Tensor, rows: int) -> None:
+    """Refuse partner rows outside [0, rows); -1 stands for no partner."""
+    if readable(index) and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < -1 or high >= rows:
+            wrong = low if low < -1 else high
+            raise ValueError(f"{name}: expected rows in [0, {rows}), or -1 for no partner, got {wrong}")

@@ -1,0 +1,142 @@
+"""Every op's schema, on one screen; below it the reference and the fake of each. Backends register elsewhere.
+
+Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (what partners come from while the bank is
+empty; the batch itself where it is None). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops import reference
+
+NAMESPACE = "byola_fast"
+
+SCHEMAS = """
+log_mixup_exp(Tensor x, Tensor z, Tensor lam) -> Tensor
+log_mixup_exp_backward(Tensor grad, Tensor x, Tensor z, Tensor lam) -> (Tensor, Tensor)
+resize_crop(Tensor x, Tensor crop, SymInt[2] size, SymInt[2] canvas, str interpolation) -> Tensor
+resize_crop_backward(Tensor grad, Tensor crop, SymInt[2] input_size, SymInt[2] canvas, str interpolation) -> Tensor
+draw_params(Tensor rng, Tensor? bank_count, SymInt batch, SymInt pool, SymInt pool_offset, SymInt sample_offset, \
+SymInt[2] mels, SymInt[2] frames, SymInt[2] canvas, float mixup_ratio, float fader_gain) \
+-> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)
+augment_views(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, Tensor bank_index, \
+Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, SymInt[2] canvas, str interpolation, str mixup) \
+-> (Tensor views, Tensor sums)
+augment_views_out(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
+Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup, \
+Tensor(a!) out) -> Tensor
+augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
+Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup) \
+-> (Tensor, Tensor)
+normalize(Tensor x, Tensor sums) -> Tensor
+normalize_(Tensor(a!) x, Tensor sums) -> ()
+bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()
+ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()
+"""
+
+OPS = tuple(line.split("(")[0] for line in SCHEMAS.strip().splitlines())
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS.strip().splitlines():
+    library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Allocate the views and fill them: the functional op for every device and backend."""
+    *parameters, size, canvas, mode, mixup = args
+    out = x.new_empty(2, x.shape[0], *size)
+    sums = torch.ops.byola_fast.augment_views_out(x, *parameters, canvas, mode, mixup, out)
+    return out, sums
+
+
+_implementations: dict[str, Callable[..., Any]] = {
+    name: getattr(reference, f"{name}_reference") for name in OPS if name != "augment_views"
+}
+_implementations["augment_views"] = augment_views_allocate
+for _name, _function in _implementations.items():
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("log_mixup_exp")
+def _(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
+    return _contiguous_like(x)
+
+
+@_fake("log_mixup_exp_backward")
+def _(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(x), _contiguous_like(z)
+
+
+@_fake("resize_crop")
+def _(x: Tensor, crop: Tensor, size: Sequence[int], canvas: Sequence[int], mode: str) -> Tensor:
+    return x.new_empty(x.shape[0], *size)
+
+
+@_fake("resize_crop_backward")
+def _(grad: Tensor, crop: Tensor, input_size: Sequence[int], canvas: Sequence[int], mode: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], *input_size)
+
+
+@_fake("draw_params")
+def _(rng: Tensor, bank_count: Tensor | None, batch: int, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        rng.new_empty(2, batch, dtype=torch.float32),
+        rng.new_empty(2, batch, dtype=torch.int64),
+        rng.new_empty(2, batch, 4, dtype=torch.int32),
+        rng.new_empty(2, batch, 2, dtype=torch.float32),
+    )
+
+
+def _empty_sums(x: Tensor) -> Tensor:
+    return x.new_empty(2, x.shape[0], 3, dtype=reference.sums_dtype(x.device))
+
+
+@_fake("augment_views")
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *_parameters, size, _canvas, _mode, _mixup = args
+    return x.new_empty(2, x.shape[0], *size), _empty_sums(x)
+
+
+@_fake("augment_views_out")
+def _(x: Tensor, *args: Any) -> Tensor:
+    return _empty_sums(x)
+
+
+@_fake("augment_views_backward")
+def _(
+    grad: Tensor, x: Tensor, bank: Tensor | None, bank_count: Tensor | None, stats: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(x), x.new_empty(2) if stats is None else stats.new_empty(2)
+
+
+@_fake("normalize")
+def _(x: Tensor, sums: Tensor) -> Tensor:
+    return _contiguous_like(x)
+
+
+@_fake("normalize_")
+def _(x: Tensor, sums: Tensor) -> None:
+    return None
+
+
+@_fake("bank_push_")
+def _(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
+    return None
+
+
+@_fake("ema_update_")
+def _(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+    return None

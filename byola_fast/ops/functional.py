@@ -1,0 +1,451 @@
+"""The public ops: contract and checks here, arithmetic in the backends that the dispatcher picks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import SIZE_SHIFT, compute_dtype
+
+VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
+MAX_ROWS = 2**24  # partners are chosen with 24-bit draws
+
+
+def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
+    """Mix two log-mel spectrograms as sounds mix: on the linear scale.
+
+    ``y = log((1 - lam) exp(x) + lam exp(z) + eps)``, natural logarithm, eps = 1.19e-7 (float32's, whatever the dtype).
+
+    Args:
+        x: log-mel spectrograms (or anything else in the log domain).
+        z: what is mixed in, of the same shape, dtype and device.
+        lam: weight of ``z`` for each sample, in [0, 1].
+
+    Shape:
+        x, z ``(B, ...)`` with any strides, lam ``(B,)`` float; a new contiguous ``(B, ...)`` tensor in the dtype of x.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: shapes or devices that do not match, weights outside [0, 1] (checked on
+        the CPU only; elsewhere a precondition). RuntimeError: lam requires a gradient, which it does not get.
+
+    Numerics:
+        Half precision is computed in float32 and rounded once. exp overflows to inf above 88.7 (709.7 in float64), as
+        the formula does. NaN and inf stay in their own sample. Deterministic.
+
+    Autograd:
+        To x and z, once differentiable.
+
+    Backends:
+        C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
+
+    Source:
+        BYOL-A, arXiv:2103.06695, eq. (3) of section III-C.
+
+    >>> x, z = torch.zeros(2, 1, 3), torch.full((2, 1, 3), 2.0)
+    >>> log_mixup_exp(x, z, torch.tensor([0.0, 0.5]))[:, 0, 0]
+    tensor([1.1921e-07, 1.4338e+00])
+    """
+    check.is_float("x", x)
+    check.is_float("z", z)
+    check.is_float("lam", lam)
+    if x.dim() < 1:
+        raise ValueError("x: expected shape (B, ...), got a 0-d tensor")
+    check.same_dtype("z", z, "x", x)
+    check.has_shape("z", z, tuple(x.shape))
+    check.has_shape("lam", lam, (x.shape[0],))
+    check.same_device("z", z, "x", x)
+    check.same_device("lam", lam, "x", x)
+    check.no_grad_to("log_mixup_exp", lam=lam)
+    check.lam_in_range("lam", lam)
+    return torch.ops.byola_fast.log_mixup_exp(x, z, lam)
+
+
+def canvas_size(mels: int, frames: int, scale: Sequence[float] = VIRTUAL_CROP_SCALE) -> tuple[int, int]:
+    """Return the virtual canvas of an input: ``(int(F * scale[0]), int(T * scale[1]))``.
+
+    >>> canvas_size(64, 96)
+    (64, 144)
+    """
+    if len(scale) != 2 or not all(1 <= s < math.inf for s in scale):
+        raise ValueError(f"virtual_crop_scale: expected two finite factors (mels, frames) of at least 1, got {scale}")
+    return int(mels * scale[0]), int(frames * scale[1])
+
+
+def resize_crop(
+    x: Tensor,
+    crop: Tensor,
+    size: tuple[int, int] | None = None,
+    mode: str = "bilinear",
+    canvas: tuple[int, int] | None = None,
+) -> Tensor:
+    """Cut one box per sample from a zero canvas on which the input lies centred, and resize it.
+
+    Equals ``torch.nn.functional.interpolate(box, size, mode=mode, align_corners=True)`` of each box: output o along an
+    axis lies at ``o (extent - 1) / (size - 1)`` of the box, and taps are clamped to the box's edge, so that nothing
+    bleeds in from outside it. Zeros of the canvas inside the box do count.
+
+    Args:
+        x: log-mel spectrograms.
+        crop: boxes ``(i, j, h, w)`` on the canvas: first mel, first frame, mels, frames; int32 or int64.
+        size: (mels, frames) of the output; the input's by default.
+        mode: "bilinear", or "bicubic" (a = -0.75).
+        canvas: (mels, frames) of the canvas, at least the input's; ``(F, int(1.5 T))`` by default. The input lies at
+            ``(canvas - input) // 2``.
+
+    Shape:
+        x ``(B, F, T)`` or ``(B, 1, F, T)`` with any strides, crop ``(B, 4)``; a new contiguous tensor of the same rank.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: shapes, devices, sizes or an unknown mode; boxes that leave the canvas
+        (checked on the CPU; on other devices they are moved inside it, never read out of bounds).
+
+    Numerics:
+        Tap positions are exact integer fractions, more accurate than ``F.interpolate``'s float32 positions. Half
+        precision is computed in float32 and rounded once. NaN and inf stay in their own sample. Deterministic.
+
+    Autograd:
+        To x, and twice differentiable is not provided.
+
+    Source:
+        Random resize crop of BYOL-A, arXiv:2103.06695, section III-D. Differs: bilinear by default (published: bicubic).
+
+    >>> x = torch.arange(6.0).view(1, 2, 3)
+    >>> resize_crop(x, torch.tensor([[0, 0, 2, 2]]), size=(3, 3), canvas=(2, 3))
+    tensor([[[0.0000, 0.5000, 1.0000],
+             [1.5000, 2.0000, 2.5000],
+             [3.0000, 3.5000, 4.0000]]])
+    """
+    check.is_float("x", x)
+    flat = without_channel("x", x)
+    check.is_spectrogram("x", flat)
+    check.is_integer("crop", crop)
+    check.has_shape("crop", crop, (x.shape[0], 4))
+    check.same_device("crop", crop, "x", x)
+    check.is_one_of("mode", mode, check.MODES)
+    mels, frames = flat.shape[1:]
+    size = (mels, frames) if size is None else pair("size", size, (1, 1))
+    canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
+    check.crop_in_canvas("crop", crop, canvas)
+    y = torch.ops.byola_fast.resize_crop(flat, crop, size, canvas, mode)
+    return y[:, None] if x.dim() == 4 else y
+
+
+def without_channel(name: str, x: Tensor) -> Tensor:
+    """Return ``(B, F, T)`` for ``(B, F, T)`` or ``(B, 1, F, T)``."""
+    if x.dim() == 3:
+        return x
+    if x.dim() == 4 and x.shape[1] == 1:
+        return x[:, 0]
+    raise ValueError(f"{name}: expected shape (B, F, T) or (B, 1, F, T), got {tuple(x.shape)}")
+
+
+def pair(name: str, value: Sequence[int], least: tuple[int, int]) -> tuple[int, int]:
+    """Return two integers (mels, frames), each at least what is asked."""
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(v >= n for v, n in zip(value, least, strict=True)):
+        raise ValueError(f"{name}: expected (mels, frames) of at least {least}, got {value!r}")
+    return value[0], value[1]
+
+
+def size_range(name: str, length: int, scale: Sequence[float]) -> tuple[int, int]:
+    """Return (base, slope), with which ``(base + slope * u24) >> 40`` is ``int(U(*scale) * length)``.
+
+    The largest draw stays below ``scale[1] * length``, as with a half-open uniform. Each size's probability differs
+    from the exact one by less than 2^-16 of a bin.
+    """
+    if len(scale) != 2 or not 0 <= scale[0] <= scale[1] < math.inf or scale[1] == 0:
+        raise ValueError(f"{name}: expected (min, max) with 0 <= min <= max, max > 0 and finite, got {scale}")
+    if scale[1] * length >= 2**22:
+        raise ValueError(f"{name}: expected crops of fewer than 2^22 rows or frames, got {scale[1]} times {length}")
+    base = math.floor(scale[0] * length * 2**SIZE_SHIFT)
+    slope = math.floor((scale[1] - scale[0]) * length * 2 ** (SIZE_SHIFT - 24))
+    return base, slope
+
+
+def draw_params(
+    rng: Tensor,
+    batch: int,
+    input_size: tuple[int, int],
+    *,
+    mixup_ratio: float = 0.4,
+    freq_scale: Sequence[float] = (0.6, 1.5),
+    time_scale: Sequence[float] = (0.6, 1.5),
+    virtual_crop_scale: Sequence[float] = VIRTUAL_CROP_SCALE,
+    fader_gain: float = 0.0,
+    bank_count: Tensor | None = None,
+    pool: int | None = None,
+    pool_offset: int = 0,
+    sample_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the parameters of two views of a batch, bit-identical on every device and backend.
+
+    ``lam = mixup_ratio U(0, 1)``; ``h = clip(int(U(*freq_scale) F), 1, canvas)``, ``w`` likewise with T; ``i`` and
+    ``j`` uniform over every position that fits; ``head, tail = fader_gain U(-1, 1)``; the partner uniform over the
+    bank's filled rows or, while there are none, over the pool's rows except the sample's own.
+
+    Args:
+        rng: seed and step on the device of the result.
+        batch: B.
+        input_size: (F, T).
+        bank_count: rows filled in the bank, on the device; None without a bank.
+        pool: rows of the pool that partners come from while the bank is empty; B by default.
+        pool_offset: row of the batch's first sample in the pool.
+        sample_offset: number of the batch's first sample in the global batch.
+
+    Shape:
+        rng ``(2,)`` int64, bank_count ``()`` int64; returns lam ``(2, B)`` float32, bank_index ``(2, B)`` int64 (-1:
+        no partner), crop ``(2, B, 4)`` int32 and fader ``(2, B, 2)`` float32.
+
+    Raises:
+        TypeError, ValueError: arguments out of range.
+
+    Numerics:
+        Philox4x32-10 with key seed and counter (step, sample, view, slot); 24-bit draws; sizes and positions in
+        integer arithmetic, lam and fader with one float32 rounding each.
+
+    Source:
+        arXiv:2103.06695, section III; Salmon et al., SC 2011.
+    """
+    check.is_integer("rng", rng)
+    check.has_shape("rng", rng, (2,))
+    if not 0 <= mixup_ratio <= 1:
+        raise ValueError(f"mixup_ratio: expected a weight in [0, 1], got {mixup_ratio}")
+    if not 0 <= fader_gain < math.inf:
+        raise ValueError(f"fader_gain: expected a finite gain of at least 0, got {fader_gain}")
+    pool = batch if pool is None else pool
+    if pool > MAX_ROWS:
+        raise ValueError(f"pool: expected at most 2^24 rows, got {pool}")
+    mels, frames = input_size
+    return torch.ops.byola_fast.draw_params(
+        rng,
+        bank_count,
+        batch,
+        pool,
+        pool_offset,
+        sample_offset,
+        size_range("freq_scale", mels, freq_scale),
+        size_range("time_scale", frames, time_scale),
+        canvas_size(mels, frames, virtual_crop_scale),
+        mixup_ratio,
+        fader_gain,
+    )
+
+
+def augment_views(
+    x: Tensor,
+    lam: Tensor,
+    bank_index: Tensor,
+    crop: Tensor,
+    fader: Tensor,
+    rng: Tensor,
+    *,
+    pool: Tensor | None = None,
+    bank: Tensor | None = None,
+    bank_count: Tensor | None = None,
+    stats: Tensor | None = None,
+    sample_offset: int = 0,
+    size: tuple[int, int] | None = None,
+    canvas: tuple[int, int] | None = None,
+    mode: str = "bilinear",
+    mixup: str = "log",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Make both views of a batch in one pass: pre-normalise, mix, crop and resize, fade; and sum them up.
+
+    Args:
+        x: log-mel spectrograms.
+        lam, bank_index, crop, fader, rng: from ``draw_params``, or replayed.
+        pool: rows to mix in while the bank is empty; x itself by default.
+        bank: past pre-normalised inputs, float32 or float16.
+        bank_count: rows filled in the bank; at 0 the pool is used.
+        stats: mean and std of the pre-normalisation; None for none.
+        sample_offset: number of the first sample in the global batch (Gaussian noise depends on it).
+        size, canvas, mode: as in ``resize_crop``.
+        mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none".
+        out: a contiguous tensor to write the views to.
+
+    Shape:
+        x ``(B, F, T)``, pool ``(P, F, T)``, bank ``(N, F, T)``, stats ``(2,)``; views ``(2, B, *size)`` in the dtype of
+        x, sums ``(2, B, 3)`` float64: count, sum and sum of squares of each view of each sample, for ``normalize``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together. RuntimeError: ``out=`` where x requires a gradient.
+
+    Numerics:
+        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Values of bank
+        rows that no index names do not matter. Deterministic, and independent of the number of threads.
+
+    Autograd:
+        To x (through partners that are rows of x too) and stats; not to the bank.
+
+    Source:
+        arXiv:2103.06695, section III; the fader, arXiv:2204.07402.
+    """
+    check.is_spectrogram("x", x)
+    check.is_one_of("mode", mode, check.MODES)
+    check.is_one_of("mixup", mixup, check.MIXERS)
+    batch, mels, frames = x.shape
+    for name, tensor, shape in (
+        ("lam", lam, (2, batch)),
+        ("bank_index", bank_index, (2, batch)),
+        ("crop", crop, (2, batch, 4)),
+        ("fader", fader, (2, batch, 2)),
+        ("rng", rng, (2,)),
+    ):
+        check.has_shape(name, tensor, shape)
+        check.same_device(name, tensor, "x", x)
+    for name, rows in (("pool", pool), ("bank", bank)):
+        if rows is not None:
+            check.is_float(name, rows)
+            check.has_shape(name, rows, ("N", mels, frames))
+            check.same_device(name, rows, "x", x)
+    if pool is not None:
+        check.same_dtype("pool", pool, "x", x)
+    if (bank is None) != (bank_count is None):
+        raise ValueError("bank, bank_count: expected both or neither")
+    if stats is not None:
+        check.has_shape("stats", stats, (2,))
+        check.same_device("stats", stats, "x", x)
+    check.no_grad_to("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
+    size = (mels, frames) if size is None else pair("size", size, (1, 1))
+    canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
+    parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
+    if out is None:
+        return torch.ops.byola_fast.augment_views(*parameters, size, canvas, mode, mixup)
+    check.is_tensor("out", out)
+    check.has_shape("out", out, (2, batch, *size))
+    check.same_dtype("out", out, "x", x)
+    check.same_device("out", out, "x", x)
+    check.no_grad_to("augment_views with out=", x=x, stats=stats)
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    if check.readable(x) or x.is_cuda and not torch.compiler.is_compiling():
+        for name, source in (("x", x), ("pool", pool), ("bank", bank)):
+            if source is not None and source.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0:
+                raise ValueError(f"out: expected memory of its own, got that of {name}")
+    return out, torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
+
+
+def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
+    """Shift and scale by one joint mean and one unbiased std: ``(x - mean) / max(std, eps)``.
+
+    Args:
+        x: views of any shape.
+        sums: counts, sums and sums of squares of what the statistics are taken over; every leading axis is added up.
+        inplace: write to x instead of a new tensor.
+
+    Shape:
+        x any, sums ``(..., 3)`` float64; returns the shape and dtype of x.
+
+    Numerics:
+        Statistics in float64, the result in float32 (float64 for float64) and rounded once. One NaN makes all NaN.
+
+    Autograd:
+        To x and sums; none with ``inplace=True``, which says so.
+
+    Source:
+        arXiv:2103.06695, section III-B (post-normalisation).
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0])
+    >>> normalize(x, torch.tensor([3.0, 6.0, 14.0], dtype=torch.float64))
+    tensor([-1.,  0.,  1.])
+    """
+    check.is_float("x", x)
+    check.is_float("sums", sums)
+    if sums.dim() < 1 or sums.shape[-1] != 3:
+        raise ValueError(f"sums: expected shape (..., 3), got {tuple(sums.shape)}")
+    check.same_device("sums", sums, "x", x)
+    if not inplace:
+        return torch.ops.byola_fast.normalize(x, sums)
+    check.no_grad_to("normalize in place", x=x, sums=sums)
+    torch.ops.byola_fast.normalize_(x, sums)
+    return x
+
+
+def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = None) -> None:
+    """Append a batch to a ring of past inputs, in place: clean (unmixed), pre-normalised, finite samples only.
+
+    Args:
+        rows: the ring, float32 or float16 (or any float dtype).
+        cursor: next row to write, rows filled, samples refused because not finite; int64, on the device of rows.
+        x: log-mel spectrograms. A batch larger than the ring leaves its last N finite samples.
+        stats: mean and std of the pre-normalisation; None for none.
+
+    Shape:
+        rows ``(N, F, T)`` contiguous, cursor ``(3,)``, x ``(B, F, T)`` with any strides, stats ``(2,)``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+
+    Numerics:
+        Never syncs: the count of finite samples stays on the device. Shapes do not depend on it.
+
+    Autograd:
+        None; the bank holds data.
+    """
+    check.is_float("rows", rows)
+    check.has_shape("rows", rows, ("N", "F", "T"))
+    if not 1 <= rows.shape[0] <= MAX_ROWS or not rows.is_contiguous():
+        raise ValueError(f"rows: expected 1 to 2^24 rows, contiguous, got {tuple(rows.shape)}, {rows.stride()}")
+    check.is_integer("cursor", cursor)
+    check.has_shape("cursor", cursor, (3,))
+    check.is_float("x", x)
+    check.has_shape("x", x, ("B", *rows.shape[1:]))
+    for name, tensor in (("cursor", cursor), ("x", x), ("stats", stats)):
+        if tensor is not None:
+            check.same_device(name, tensor, "rows", rows)
+    torch.ops.byola_fast.bank_push_(rows, cursor, x.detach(), None if stats is None else stats.detach())
+
+
+def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float | Tensor) -> None:
+    """Move a list of tensors towards another, in place: ``target <- decay * target + (1 - decay) * online``.
+
+    Args:
+        target: tensors to update.
+        online: as many tensors of the same shapes; of the target's dtype, or float16 or bfloat16 for float32 targets.
+        decay: in [0, 1]; a number, or a 0-d tensor on the CPU or on the targets' device (never synced).
+
+    Raises:
+        TypeError: dtypes that are not as above (keep half-precision networks' targets in float32: a bfloat16 weight
+        would never move). ValueError: lists, shapes or devices that do not match; a decay outside [0, 1].
+
+    Numerics:
+        With w = 1 - decay: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``, in the target's dtype; three
+        roundings, never fused, the same on every backend. ``decay`` 0 copies and 1 keeps, exactly.
+
+    Autograd:
+        None; in place on data.
+
+    Source:
+        BYOL, arXiv:2006.07733, eq. (1).
+
+    >>> target, online = [torch.zeros(2)], [torch.ones(2)]
+    >>> ema_update_(target, online, 0.75)
+    >>> target
+    [tensor([0.2500, 0.2500])]
+    """
+    if len(target) != len(online):
+        raise ValueError(f"online: expected as many tensors as in target ({len(target)}), got {len(online)}")
+    for number, (t, o) in enumerate(zip(target, online, strict=True)):
+        check.is_float(f"target[{number}]", t)
+        check.is_float(f"online[{number}]", o)
+        if o.dtype != t.dtype and not (t.dtype == torch.float32 and o.dtype in (torch.float16, torch.bfloat16)):
+            raise TypeError(f"online[{number}]: expected {t.dtype} (or half for float32), got {o.dtype}")
+        if t.dtype != compute_dtype(t.dtype):
+            raise TypeError(f"target[{number}]: expected float32 or float64, got {t.dtype}; half would never move")
+        check.has_shape(f"online[{number}]", o, tuple(t.shape))
+        check.same_device(f"online[{number}]", o, f"target[{number}]", t)
+    if isinstance(decay, Tensor):
+        check.is_float("decay", decay)
+        check.has_shape("decay", decay, ())
+        if target and decay.device.type != "cpu":
+            check.same_device("decay", decay, "target[0]", target[0])
+    else:
+        decay = torch.tensor(decay, dtype=torch.float64)
+    if check.readable(decay) and not 0 <= float(decay) <= 1:
+        raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
+    with torch.no_grad():
+        torch.ops.byola_fast.ema_update_(list(target), [o.detach() for o in online], decay)

@@ -1,0 +1,392 @@
+"""Plain PyTorch twin of every op: the definition that backends are tested against. Any device, any float dtype.
+
+Half precision is computed in float32 and rounded once at the end; float64 stays float64. Nothing here is tuned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops.philox import SLOT_CROP, SLOT_FADER, SLOT_NOISE, SLOT_PARTNER, SLOT_RATIO, view_words
+
+EPS = torch.finfo(torch.float32).eps  # the paper's epsilon, whatever the dtype
+CUBIC_A = -0.75  # the cubic convolution coefficient of torch.nn.functional.interpolate
+SIZE_SHIFT = 40  # sizes are (base + slope * u24) >> SIZE_SHIFT
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of ``dtype`` are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums: float64, except on Apple's MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+# log-mixup-exp
+
+
+def log_mixup_exp_reference(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
+    """y = log((1 - lam) exp(x) + lam exp(z) + eps)."""
+    dtype = compute_dtype(x.dtype)
+    weight = _per_sample(lam, x.to(dtype))
+    y = ((1 - weight) * x.to(dtype).exp() + weight * z.to(dtype).exp() + EPS).log()
+    return y.to(x.dtype).contiguous()
+
+
+def log_mixup_exp_backward_reference(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """dy/dx = (1 - lam) exp(x) / exp(y), dy/dz = lam exp(z) / exp(y)."""
+    dtype = compute_dtype(x.dtype)
+    weight = _per_sample(lam, x.to(dtype))
+    of_x = (1 - weight) * x.to(dtype).exp()
+    of_z = weight * z.to(dtype).exp()
+    scaled = grad.to(dtype) / (of_x + of_z + EPS)
+    return (scaled * of_x).to(x.dtype).contiguous(), (scaled * of_z).to(z.dtype).contiguous()
+
+
+# random resize crop
+
+
+def _taps(size: int, extent: Tensor, mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the taps along one axis, corners aligned: positions in the crop and weights, ``(B, size, taps)``.
+
+    Output o lies at o * (extent - 1) / (size - 1). The quotient and the remainder of that integer division are exact,
+    so no backend can disagree about a tap; only the fraction is rounded, once.
+    """
+    position = torch.arange(size, device=extent.device) * (extent[:, None] - 1)
+    steps = max(size - 1, 1)
+    base = position // steps
+    t = (position % steps).to(dtype) / steps
+    a = CUBIC_A
+    if mode == "bilinear":
+        offsets, weights = (0, 1), (1 - t, t)
+    else:
+        offsets = (-1, 0, 1, 2)
+        s = 1 - t  # the outer weights, a (d - 1) (d - 2)^2 at distances d of 1 + t and 2 - t, without cancellation
+        weights = (a * t * s * s, ((a + 2) * t - (a + 3)) * t * t + 1, ((a + 2) * s - (a + 3)) * s * s + 1, a * s * t * t)
+    taps = torch.stack([(base + offset).clamp_min(0) for offset in offsets], dim=-1)
+    return taps.minimum(extent[:, None, None] - 1), torch.stack(weights, dim=-1)
+
+
+def _axis_taps(
+    size: int, start: Tensor, extent: Tensor, length: int, canvas: int, mode: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row numbers in the input, their weights, and whether they lie in the input rather than in the margin."""
+    extent = extent.long().clamp(1, canvas)
+    start = start.long().clamp_min(0).minimum(canvas - extent)
+    taps, weights = _taps(size, extent, mode, dtype)
+    rows = taps + start[:, None, None] - (canvas - length) // 2
+    return rows.clamp(0, max(length - 1, 0)), weights, (rows >= 0) & (rows < length)
+
+
+def _resize_rows(x: Tensor, rows: Tensor, weights: Tensor, inside: Tensor) -> Tensor:
+    """Resize ``x (B, rows, columns)`` along its rows; taps in the margin read zero, not zero times a neighbour."""
+    y = x.new_zeros(x.shape[0], rows.shape[1], x.shape[2])
+    for k in range(rows.shape[2]):
+        picked = x.gather(1, rows[:, :, k, None].expand(-1, -1, x.shape[2]))
+        y = y + weights[:, :, k, None] * torch.where(inside[:, :, k, None], picked, 0)
+    return y
+
+
+def _resize_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, inside: Tensor, length: int) -> Tensor:
+    total = grad.new_zeros(grad.shape[0], length, grad.shape[2])
+    for k in range(rows.shape[2]):
+        part = torch.where(inside[:, :, k, None], weights[:, :, k, None] * grad, 0)
+        total.scatter_add_(1, rows[:, :, k, None].expand(-1, -1, grad.shape[2]), part)
+    return total
+
+
+def resize_crop_reference(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], mode: str) -> Tensor:
+    """Cut ``crop`` from the zero canvas on which ``x`` lies centred and resize it, one axis at a time."""
+    dtype = compute_dtype(x.dtype)
+    i, j, h, w = crop.unbind(1)
+    mels = _axis_taps(size[0], i, h, x.shape[1], canvas[0], mode, dtype)
+    frames = _axis_taps(size[1], j, w, x.shape[2], canvas[1], mode, dtype)
+    y = _resize_rows(x.to(dtype), *mels)
+    y = _resize_rows(y.transpose(1, 2), *frames).transpose(1, 2)
+    return y.to(x.dtype).contiguous()
+
+
+def resize_crop_backward_reference(
+    grad: Tensor, crop: Tensor, input_size: list[int], canvas: list[int], mode: str
+) -> Tensor:
+    """Apply the transpose of ``resize_crop``: scatter each output's gradient to the taps that made it."""
+    dtype = compute_dtype(grad.dtype)
+    i, j, h, w = crop.unbind(1)
+    mels = _axis_taps(grad.shape[1], i, h, input_size[0], canvas[0], mode, dtype)
+    frames = _axis_taps(grad.shape[2], j, w, input_size[1], canvas[1], mode, dtype)
+    g = _resize_rows_backward(grad.to(dtype).transpose(1, 2), *frames, input_size[1]).transpose(1, 2)
+    return _resize_rows_backward(g, *mels, input_size[0]).to(grad.dtype).contiguous()
+
+
+# the parameters of two views
+
+
+def draw_params_reference(
+    rng: Tensor,
+    bank_count: Tensor | None,
+    batch: int,
+    pool: int,
+    pool_offset: int,
+    sample_offset: int,
+    mels: list[int],
+    frames: list[int],
+    canvas: list[int],
+    mixup_ratio: float,
+    fader_gain: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw lam, bank_index, crop and fader of both views: integer arithmetic, and one rounding for each float.
+
+    ``mels`` and ``frames`` are (base, slope): a crop has ``clip((base + slope * u24) >> 40, 1, canvas)`` of them.
+    """
+
+    def u24(slot: int) -> list[Tensor]:
+        return [word >> 8 for word in view_words(rng, batch, sample_offset, slot)]
+
+    size_h, size_w, place_h, place_w = u24(SLOT_CROP)
+    h = ((mels[0] + mels[1] * size_h) >> SIZE_SHIFT).clamp(1, canvas[0])
+    w = ((frames[0] + frames[1] * size_w) >> SIZE_SHIFT).clamp(1, canvas[1])
+    i = (place_h * (canvas[0] - h + 1)) >> 24
+    j = (place_w * (canvas[1] - w + 1)) >> 24
+    crop = torch.stack([i, j, h, w], dim=-1).int()
+
+    lam = (u24(SLOT_RATIO)[0].float() * 2.0**-24) * mixup_ratio
+
+    partner = u24(SLOT_PARTNER)[0]
+    own = torch.arange(batch, device=rng.device) + pool_offset
+    in_pool = (partner * max(pool - 1, 0)) >> 24
+    in_pool = torch.where(in_pool >= own, in_pool + 1, in_pool)
+    bank_index = in_pool if pool > 1 else torch.full_like(in_pool, -1)
+    if bank_count is not None:
+        bank_index = torch.where(bank_count > 0, (partner * bank_count) >> 24, bank_index)
+
+    head, tail, *_ = ((u - 2**23).float() * 2.0**-23 for u in u24(SLOT_FADER))
+    fader = torch.stack([head, tail], dim=-1) * fader_gain
+    return lam, bank_index, crop, fader
+
+
+def standard_normal_reference(rng: Tensor, batch: int, sample_offset: int, count: int) -> Tensor:
+    """Return ``(2, B, count)`` float64 standard normals by Box and Muller's transform; four share one Philox call."""
+    blocks = torch.arange(-(-count // 4), device=rng.device) + SLOT_NOISE
+    dtype = sums_dtype(rng.device)
+    a, b, c, d = ((word >> 8).to(dtype) * 2.0**-24 for word in view_words(rng, batch, sample_offset, blocks))
+    normals = []
+    for radius, angle in ((a, b), (c, d)):
+        radius = (-2 * (radius + 2.0**-24).log()).sqrt()
+        normals += [radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()]
+    return torch.stack(normals, dim=-1).flatten(2)[..., :count]
+
+
+def noise_reference(x: Tensor, rng: Tensor, sample_offset: int) -> Tensor:
+    """Return the standard normals of both views, ``(2, B, F, T)``, in the dtype of ``x (B, F, T)``."""
+    batch, mels, frames = x.shape
+    return standard_normal_reference(rng, batch, sample_offset, mels * frames).view(2, *x.shape).to(x.dtype)
+
+
+# two views
+
+
+def pre_norm_reference(x: Tensor, stats: Tensor | None) -> Tensor:
+    """(x - mean) / max(std, eps) in the compute dtype; ``stats (2,)`` is mean and std."""
+    x = x.to(compute_dtype(x.dtype))
+    if stats is None:
+        return x
+    mean, std = stats.to(x.dtype)
+    return (x - mean) / std.clamp_min(EPS)
+
+
+def partners_reference(
+    x: Tensor, bank: Tensor | None, bank_count: Tensor | None, stats: Tensor | None, index: Tensor
+) -> Tensor:
+    """Return the pre-normalised rows ``(B, F, T)`` to mix in: of the bank, or of the pool ``x`` while that is empty."""
+    dtype = compute_dtype(x.dtype)
+    if x.shape[0] == 0:
+        rows = x.to(dtype)
+    else:
+        rows = pre_norm_reference(x[index.clamp(0, x.shape[0] - 1)], stats)
+    if bank is None or bank_count is None:
+        return rows
+    return torch.where(bank_count > 0, bank[index.clamp(0, bank.shape[0] - 1)].to(dtype), rows)
+
+
+def mix_reference(x: Tensor, z: Tensor, lam: Tensor, mixup: str) -> Tensor:
+    """Mix pre-normalised ``x`` with ``z``: partners for "log" and "linear", standard normals for "gaussian"."""
+    weight = _per_sample(lam, x)
+    if mixup == "log":
+        return log_mixup_exp_reference(x, z, lam)
+    if mixup == "linear":
+        return (1 - weight) * x + weight * z
+    return ((1 - weight) * x.exp() + (weight * z).exp() + EPS).log()
+
+
+def augment_views_out_reference(
+    x: Tensor,
+    pool: Tensor | None,
+    bank: Tensor | None,
+    bank_count: Tensor | None,
+    stats: Tensor | None,
+    lam: Tensor,
+    bank_index: Tensor,
+    crop: Tensor,
+    fader: Tensor,
+    rng: Tensor,
+    sample_offset: int,
+    canvas: list[int],
+    mode: str,
+    mixup: str,
+    out: Tensor,
+) -> Tensor:
+    """Write both views to ``out (2, B, *size)`` and return their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+    clean = pre_norm_reference(x, stats)
+    sums = torch.empty(*out.shape[:2], 3, dtype=sums_dtype(x.device), device=x.device)
+    noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
+    for view in range(2):
+        mixed = clean
+        if noise is not None:
+            mixed = mix_reference(clean, noise[view], lam[view], mixup)
+        elif mixup in ("log", "linear"):
+            z = partners_reference(x if pool is None else pool, bank, bank_count, stats, bank_index[view])
+            alone = (bank_index[view] < 0)[:, None, None]
+            mixed = torch.where(alone, clean, mix_reference(clean, z, lam[view], mixup))
+        y = resize_crop_reference(mixed, crop[view], list(out.shape[2:]), canvas, mode)
+        y = y + fader_curve_reference(fader[view], out.shape[3], y.dtype)
+        out[view] = y
+        wide = y.to(sums.dtype)
+        sums[view, :, 0] = y.shape[1] * y.shape[2]
+        sums[view, :, 1] = wide.sum((1, 2))
+        sums[view, :, 2] = wide.square().sum((1, 2))
+    return sums
+
+
+def fader_curve_reference(fader: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
+    """Return head + (tail - head) t / (T - 1) over T frames: ``(B, 1, T)`` for ``fader (B, 2)``."""
+    t = torch.arange(frames, device=fader.device).to(dtype) / max(frames - 1, 1)
+    head, tail = fader.to(dtype)[:, :, None].unbind(1)
+    return (head + (tail - head) * t)[:, None, :]
+
+
+def augment_views_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    bank: Tensor | None,
+    bank_count: Tensor | None,
+    stats: Tensor | None,
+    lam: Tensor,
+    bank_index: Tensor,
+    crop: Tensor,
+    rng: Tensor,
+    sample_offset: int,
+    canvas: list[int],
+    mode: str,
+    mixup: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``x`` and of ``stats`` (zeros where there are none) for ``grad (2, B, *size)``.
+
+    Partners that come from the batch itself (no bank, or an empty one) pass their gradient on to their own rows.
+    """
+    clean = pre_norm_reference(x, stats)
+    total = torch.zeros_like(clean)
+    noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
+    for view in range(2):
+        g = grad[view].to(clean.dtype)
+        g = resize_crop_backward_reference(g, crop[view], list(x.shape[1:]), canvas, mode)
+        weight = _per_sample(lam[view], clean)
+        if noise is not None:
+            kept = (1 - weight) * clean.exp()
+            total += g * kept / (kept + (weight * noise[view]).exp() + EPS)
+        elif mixup in ("log", "linear"):
+            index = bank_index[view]
+            alone = (index < 0)[:, None, None]
+            z = partners_reference(x, bank, bank_count, stats, index)
+            if mixup == "log":
+                to_x, to_z = log_mixup_exp_backward_reference(g, clean, z, lam[view])
+            else:
+                to_x, to_z = (1 - weight) * g, weight * g
+            total += torch.where(alone, g, to_x)
+            to_z = torch.where(alone, 0, to_z)
+            if bank is not None and bank_count is not None:
+                to_z = torch.where(bank_count > 0, 0, to_z)
+            if x.shape[0]:
+                total.index_add_(0, index.clamp(0, x.shape[0] - 1), to_z)
+        else:
+            total += g
+    if stats is None:
+        return total.to(x.dtype), x.new_zeros(2)
+    std = stats[1].to(clean.dtype).clamp_min(EPS)
+    of_std = torch.where(stats[1] >= EPS, -(total * clean).sum() / std, 0)
+    return (total / std).to(x.dtype), torch.stack([-total.sum() / std, of_std]).to(stats.dtype)
+
+
+# post-normalisation
+
+
+def mean_std_reference(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased std (at least eps) from ``(..., 3)`` counts, sums and sums of squares."""
+    count, total, squares = sums.reshape(-1, 3).sum(0)
+    mean = total / count.clamp_min(1)
+    variance = (squares - total * mean) / (count - 1).clamp_min(1)
+    return mean, variance.clamp_min(0).sqrt().clamp_min(EPS)
+
+
+def normalize_reference(x: Tensor, sums: Tensor) -> Tensor:
+    """(x - mean) / std with the joint statistics that ``sums`` describe."""
+    mean, std = mean_std_reference(sums)
+    wide = x.to(compute_dtype(x.dtype))
+    return ((wide - mean.to(wide.dtype)) / std.to(wide.dtype)).to(x.dtype).contiguous()
+
+
+def normalize__reference(x: Tensor, sums: Tensor) -> None:
+    """Normalise ``x`` in place."""
+    x.copy_(normalize_reference(x, sums))
+
+
+# the memory bank
+
+
+def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
+    """Write the finite samples of ``x``, pre-normalised, to the ring ``rows (N, F, T)`` and advance ``cursor (3,)``.
+
+    ``cursor`` is (next row, rows filled, samples refused). Shapes may not depend on how many samples are finite, so
+    their order is sorted to the front and surplus writes repeat the last one (or, with none, the row that is there).
+    """
+    n_memory, batch = rows.shape[0], x.shape[0]
+    if batch == 0:
+        return
+    clean = pre_norm_reference(x, stats).to(rows.dtype)
+    finite = clean.isfinite().flatten(1).all(1)
+    order = torch.argsort((~finite).int(), stable=True)
+    count = finite.sum()
+    place = torch.arange(min(batch, n_memory), device=x.device) + (count - n_memory).clamp_min(0)
+    place = place.minimum((count - 1).clamp_min(0))
+    target = (cursor[0] + place) % n_memory
+    written = torch.where(count > 0, clean[order[place]], rows[target])
+    rows.index_copy_(0, target, written)
+    cursor.copy_(
+        torch.stack([(cursor[0] + count) % n_memory, (cursor[1] + count).clamp_max(n_memory), cursor[2] + batch - count])
+    )
+
+
+# the moving average
+
+
+def ema_update__reference(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+    """target <- decay * target + (1 - decay) * online, computed as an interpolation between the two.
+
+    With w = 1 - decay rounded to the compute dtype: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``; the
+    difference, the product and the sum are rounded once each, never fused. So a target equal to its online twin stays,
+    and decays of 0 and 1 copy and keep exactly.
+    """
+    for t, o in zip(target, online, strict=True):
+        dtype = compute_dtype(t.dtype)
+        near, far = t.to(dtype), o.to(dtype)
+        weight = (1 - decay.to(t.device, torch.float64 if t.device.type != "mps" else torch.float32)).to(dtype)
+        step = far - near
+        t.copy_(torch.where(weight < 0.5, near + weight * step, far - (1 - weight) * step))

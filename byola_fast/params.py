@@ -1,0 +1,139 @@
+"""The settings of an augmentation, and the parameters drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops import _checks as check
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn and how it is applied; a preset names some of it.
+
+    Attributes:
+        mixup_ratio: upper bound of the weight of what is mixed in (the paper's alpha), in [0, 1].
+        mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none" (the paper's ablations).
+        freq_scale: (min, max) height of a crop, times F.
+        time_scale: (min, max) width of a crop, times T.
+        virtual_crop_scale: (mels, frames) of the virtual canvas, times (F, T), at least 1.
+        interpolation: "bilinear" or "bicubic".
+        fader_gain: bound of the random linear fader's head and tail; 0 for none.
+        size: (mels, frames) of the views; the input's where None.
+    """
+
+    mixup_ratio: float = 0.4
+    mixup: str = "log"
+    freq_scale: tuple[float, float] = (0.6, 1.5)
+    time_scale: tuple[float, float] = (0.6, 1.5)
+    virtual_crop_scale: tuple[float, float] = (1.0, 1.5)
+    interpolation: str = "bilinear"
+    fader_gain: float = 0.0
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check.is_one_of("mixup", self.mixup, check.MIXERS)
+        check.is_one_of("interpolation", self.interpolation, check.MODES)
+
+
+SETTING_NAMES = tuple(f.name for f in fields(Settings))
+PRESETS: dict[str, dict[str, Any]] = {
+    "byola-v1": {"mixup_ratio": 0.4, "fader_gain": 0.0},
+    "byola-v2": {"mixup_ratio": 0.2, "fader_gain": 1.0},
+}
+
+
+def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
+    """Return a preset with some settings changed.
+
+    Raises:
+        ValueError: an unknown preset or value. TypeError: an unknown setting.
+    """
+    check.is_one_of("preset", preset, tuple(PRESETS))
+    for name in changes:
+        if name not in SETTING_NAMES:
+            raise TypeError(f"unknown setting {name!r}; known settings are {', '.join(SETTING_NAMES)}")
+    return Settings(**(PRESETS[preset] | dict(changes)))
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """The random parameters of two views of one batch, drawn or to be replayed. Views come first.
+
+    Attributes:
+        lam: ``(2, B)`` float32, weight of the partner in each sample, in [0, 1].
+        bank_index: ``(2, B)`` int64, the partner's row in the bank, or in the batch where there is no bank or it was
+            empty; -1: no partner, not mixed.
+        crop: ``(2, B, 4)`` int32, boxes (i, j, h, w) on the virtual canvas: first mel, first frame, mels, frames.
+        fader: ``(2, B, 2)`` float32, what is added at the first and the last frame.
+        rng: ``(2,)`` int64, seed and step; the Gaussian mixer's noise follows from them.
+        bank_count: ``()`` int64, rows that the bank held at the draw; None without a bank.
+        sample_offset: number of the first sample in the global batch.
+
+    ``params[10:20]`` is what samples 10 to 19 were given.
+    """
+
+    lam: Tensor
+    bank_index: Tensor
+    crop: Tensor
+    fader: Tensor
+    rng: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    bank_count: Tensor | None = None
+    sample_offset: int = 0
+
+    def __len__(self) -> int:
+        return self.lam.shape[1]
+
+    def __getitem__(self, samples: slice) -> AugmentParams:
+        if not isinstance(samples, slice):
+            raise TypeError(f"params[...]: expected a slice of samples, got {samples!r}")
+        start, _stop, step = samples.indices(len(self))
+        if step != 1:
+            raise ValueError(f"params[...]: expected a slice of neighbours, got step {step}")
+        parts = {name: getattr(self, name)[:, samples] for name in ("lam", "bank_index", "crop", "fader")}
+        return replace(self, **parts, sample_offset=self.sample_offset + start)
+
+    def to(self, device: torch.device | str) -> AugmentParams:
+        """Return the same parameters on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return AugmentParams(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def check(self, batch: int, device: torch.device, canvas: tuple[int, int], rows: int) -> None:
+        """Refuse parameters that do not fit a batch; values are looked at on the CPU only.
+
+        Args:
+            batch: B.
+            device: where the batch is.
+            canvas: (mels, frames) of the virtual canvas.
+            rows: how many rows partners are chosen from.
+        """
+        check.is_float("params.lam", self.lam)
+        for name, wanted in (("lam", ()), ("bank_index", ()), ("crop", (4,)), ("fader", (2,))):
+            tensor = getattr(self, name)
+            check.has_shape(f"params.{name}", tensor, (2, batch, *wanted))
+            if tensor.device != device:
+                raise ValueError(f"params.{name}: expected on {device}, got {tensor.device}; use params.to(device)")
+        check.is_integer("params.bank_index", self.bank_index)
+        check.is_integer("params.crop", self.crop)
+        check.has_shape("params.rng", self.rng, (2,))
+        check.lam_in_range("params.lam", self.lam)
+        check.crop_in_canvas("params.crop", self.crop, canvas)
+        check.index_in_range("params.bank_index", self.bank_index, rows)
+
+    def __str__(self) -> str:
+        seed, step = self.rng.tolist()
+        lines = [f"AugmentParams: {len(self)} samples from number {self.sample_offset}, seed {seed}, step {step}"]
+        for view in range(2):
+            for sample in range(min(len(self), 4)):
+                i, j, h, w = self.crop[view, sample].tolist()
+                head, tail = (value + 0.0 for value in self.fader[view, sample].tolist())  # -0 reads as 0
+                lines.append(
+                    f"  view {view + 1}, sample {sample}: lam {self.lam[view, sample]:.3f} of row "
+                    f"{int(self.bank_index[view, sample])}, mels {i}+{h}, frames {j}+{w}, fader {head:+.2f} {tail:+.2f}"
+                )
+        return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""How a backend takes an op over: load on the first call, one warning, strict mode, graphs compiled before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+import torch
+
+from byola_fast.ops import BackendError, _backends, _library, reference
+
+X = torch.randn(2, 3)
+LAM = torch.rand(2)
+
+
+def call():
+    return torch.ops.byola_fast.log_mixup_exp(X, X, LAM)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry of its own, with the real backends' kernels for this one op out of the way."""
+    fresh = _backends._Registry()
+    monkeypatch.setattr(_backends, "_registry", fresh)
+    monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
+    yield fresh
+    for stub in fresh.stubs.values():
+        stub._destroy()
+
+
+def backend(name, value, *, fails=None, delay=0.0, calls=None):
+    """A backend whose log_mixup_exp answers a constant."""
+    kept = []
+
+    def prepare():
+        time.sleep(delay)
+        if calls is not None:
+            calls.append(name)
+        if fails:
+            raise BackendError(fails)
+        return value
+
+    def register(prepared):
+        kept.append(torch.library.Library("byola_fast", "IMPL", "CPU"))
+        kept[0].impl("log_mixup_exp", lambda x, z, lam: torch.full_like(x, prepared), allow_override=True)
+
+    made = _backends.Backend(name, "CPU", ("log_mixup_exp",), prepare, register)
+    made.undo = lambda: [library._destroy() for library in kept]
+    return made
+
+
+def test_the_first_call_loads_and_later_ones_do_not(registry):
+    calls = []
+    made = backend("seven", 7.0, calls=calls)
+    _backends.add_backend(made)
+    assert calls == []
+    try:
+        assert (call() == 7).all()
+        assert (call() == 7).all()
+        assert calls == ["seven"]
+        assert _backends.backend_in_use("CPU", "log_mixup_exp") == ("seven", "")
+    finally:
+        made.undo()
+    torch.testing.assert_close(call(), reference.log_mixup_exp_reference(X, X, LAM), rtol=1e-6, atol=1e-6)
+
+
+def test_a_failure_warns_once_and_the_next_best_answers(registry, caplog):
+    good = backend("seven", 7.0)
+    _backends.add_backend(backend("broken", 0.0, fails="no compiler: install g++"))
+    _backends.add_backend(good)
+    try:
+        with caplog.at_level(logging.WARNING, logger="byola_fast"):
+            assert (call() == 7).all()
+            assert (call() == 7).all()
+        assert [r.getMessage() for r in caplog.records] == [
+            "byola_fast: broken backend not used: no compiler: install g++"
+        ]
+        assert _backends.backend_in_use("CPU", "log_mixup_exp") == ("seven", "broken: no compiler: install g++")
+    finally:
+        good.undo()
+
+
+def test_without_any_backend_the_reference_answers(registry, caplog):
+    _backends.add_backend(backend("broken", 0.0, fails="no compiler"))
+    call()
+    torch.testing.assert_close(call(), reference.log_mixup_exp_reference(X, X, LAM), rtol=1e-6, atol=1e-6)
+    assert len(caplog.records) == 1
+    assert _backends.backend_in_use("CPU", "log_mixup_exp") == ("reference", "broken: no compiler")
+
+
+def test_strict_turns_a_fallback_into_an_error_at_every_call(registry, monkeypatch):
+    monkeypatch.setenv("BYOLA_FAST_STRICT", "1")
+    _backends.add_backend(backend("broken", 0.0, fails="no compiler"))
+    _backends.add_backend(backend("seven", 7.0))
+    for _ in range(2):
+        with pytest.raises(BackendError, match="log_mixup_exp on CPU: broken backend: no compiler"):
+            call()
+
+
+def test_threads_that_start_together_load_once(registry):
+    calls, answers = [], []
+    made = backend("seven", 7.0, delay=0.3, calls=calls)
+    _backends.add_backend(made)
+    threads = [threading.Thread(target=lambda: answers.append(call())) for _ in range(6)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert calls == ["seven"]
+        assert len(answers) == 6
+        assert all((answer == 7).all() for answer in answers)
+    finally:
+        made.undo()
+
+
+def test_a_graph_compiled_before_anything_was_loaded_gets_the_backend(registry):
+    made = backend("seven", 7.0)
+
+    def doubled(x, lam):
+        return 2 * torch.ops.byola_fast.log_mixup_exp(x, x, lam)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    _backends.add_backend(made)
+    try:
+        assert not made.loaded
+        assert (compiled(X, LAM) == 14).all()
+        assert made.loaded
+        assert (compiled(X, LAM) == 14).all()
+    finally:
+        made.undo()
+
+
+def test_every_op_has_a_reference_and_a_fake():
+    for op in _library.OPS:
+        name = f"byola_fast::{op}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+        with torch._subclasses.FakeTensorMode():
+            pass
+        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
