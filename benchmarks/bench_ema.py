@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,11 +51,13 @@ def ema(device: str, model: str, full: bool) -> Group:
     """One update of every parameter: target and online are read, target is written, 12 bytes each."""
     shapes = [(100_000_000,)] if full and model == "one large tensor" else MODELS[model]
     online, start = Weights(shapes, device), Weights(shapes, device)
-    online_list, start_list = list(online.parameters()), list(start.parameters())
+    online_list: list[Tensor] = list(online.parameters())
+    start_list: list[Tensor] = list(start.parameters())
     count = sum(o.numel() for o in online_list)
     source = torch.randn(3 * count // 2, device=device)  # read and written: 12 bytes a parameter too
     destination = torch.empty_like(source)
 
+    @functools.lru_cache(maxsize=1)
     def exact(_k: int) -> Sequence[Tensor]:
         pairs = zip(start_list, online_list, strict=True)
         return [s.double() * DECAY + (1 - DECAY) * o.double() for s, o in pairs]
@@ -63,7 +66,7 @@ def ema(device: str, model: str, full: bool) -> Group:
         for t, o in zip(target, online_list, strict=True):
             t.data = t.data * DECAY + (1 - DECAY) * o.data
 
-    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
     ours = EMA(online, DECAY)
     targets: dict[str, nn.Module] = {
         "loop": copy.deepcopy(start),

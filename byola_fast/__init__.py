@@ -1,6 +1,7 @@
 """Fast BYOL-A augmentation for log-mel spectrograms, and a compact BYOL-A trainer.
 
-    audio files -> wav -> log-mel -> pre-norm -> mixup -> resize-crop (-> fader) -> post-norm -> encoder -> BYOL loss -> EMA
+    audio files -> wav -> log-mel -> pre-norm -> mixup -> resize-crop (-> fader) -> post-norm
+                -> encoder -> BYOL loss -> EMA
 
 ``augment(lms)`` makes two views of a batch in one call; ``Augment`` adds the memory of past inputs; ``ops`` are the
 single steps. Importing needs torch alone.
@@ -8,7 +9,10 @@ single steps. Importing needs torch alone.
 
 from byola_fast import ops
 from byola_fast.augment import Augment, augment
+from byola_fast.byol import BYOL
 from byola_fast.doctor import doctor
+from byola_fast.ema import EMA
+from byola_fast.encoders import AudioNTT2020
 from byola_fast.frontend import LogMel
 from byola_fast.memory_bank import MemoryBank
 from byola_fast.normalize import RunningStats
@@ -17,6 +21,9 @@ from byola_fast.params import AugmentParams
 __version__ = "0.1.0"
 
 __all__ = [
+    "BYOL",
+    "EMA",
+    "AudioNTT2020",
     "Augment",
     "AugmentParams",
     "LogMel",

@@ -1,6 +1,6 @@
 """Two views of every sample: the stateless ``augment`` and the module ``Augment`` with its memory.
 
-    lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per view, per sample
+lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per view, per sample
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from byola_fast import ops
 from byola_fast.memory_bank import MemoryBank
 from byola_fast.normalize import RunningStats, batch_stats, given_stats
 from byola_fast.ops import _checks as check
-from byola_fast.ops.functional import without_channel
+from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.params import AugmentParams, Settings, resolve_settings
-
-Views = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, AugmentParams]
 
 
 def augment(
@@ -88,7 +86,8 @@ def augment(
         params = _draw(rng, x, chosen, sample_offset=sample_offset)
     else:
         params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
-    views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=_flat_out(out, lms))
+    flat_out = _flat_out(out, lms, chosen)
+    views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=flat_out)
     return _answer(views, lms, params if return_params else None)
 
 
@@ -174,44 +173,38 @@ class Augment(nn.Module):
         x = without_channel("lms", lms)
         check.is_spectrogram("lms", x)
         check.same_device("lms", x, "Augment", self.rng)
+        flat_out = _flat_out(out, lms, self.settings)
         rows = self.bank.prepare(x)
+        held = self.bank.count
         rank, pool = self._gather(x)
-        if self.running_stats is not None and self.training:
-            self.running_stats.update(x if pool is None else pool)
-        stats = self.fixed_stats if self.running_stats is None else self.running_stats.stats()
+        everyone = x if pool is None else pool
+        if params is not None:
+            held = held if params.bank_count is None else params.bank_count
+            from_bank = not check.readable(held) or bool(held)
+            params.check(x.shape[0], x.device, _canvas(x, self.settings), len(rows) if from_bank else len(everyone))
+            params = replace(params, bank_count=held)
 
+        if self.running_stats is not None and self.training:
+            self.running_stats.update(everyone)
+        stats = self.fixed_stats if self.running_stats is None else self.running_stats.stats()
         if params is None:
-            params = _draw(
-                self.rng,
-                x,
-                self.settings,
-                sample_offset=sample_offset,
-                bank_count=self.bank.count,
-                pool=pool,
-                pool_offset=rank * x.shape[0],
-            )
-        else:
-            drawn_from = x.shape[0] if pool is None else pool.shape[0]
-            from_bank = params.bank_count is None or not check.readable(params.bank_count) or bool(params.bank_count)
-            params.check(x.shape[0], x.device, _canvas(x, self.settings), self.bank.n_memory if from_bank else drawn_from)
-            if params.bank_count is None:
-                params = replace(params, bank_count=self.bank.count)
-        if return_params:
-            params = replace(params, rng=params.rng.clone(), bank_count=params.bank_count.clone())
+            offsets = {"sample_offset": sample_offset, "pool_offset": rank * x.shape[0]}
+            params = _draw(self.rng, x, self.settings, bank_count=held, pool=len(everyone), **offsets)
+        if return_params or (torch.is_grad_enabled() and lms.requires_grad):
+            params = replace(params, rng=params.rng.clone(), bank_count=held.clone())
         if torch.is_grad_enabled() and lms.requires_grad:
-            rows = rows.clone()  # backward reads the rows as they were, and the push below overwrites some
+            rows = rows.clone()  # backward reads the bank as it was, and the push below overwrites some
         views = _make_views(
             x,
             params,
             self.settings,
             stats=stats,
             post_norm=self.post_norm,
-            out=_flat_out(out, lms),
+            out=flat_out,
             bank=rows,
             pool=pool,
-            joint=pool is not None,
         )
-        self.bank.push(x if pool is None else pool, stats)
+        self.bank.push(everyone, stats)
         self.rng[1:].add_(1)
         return _answer(views, lms, params if return_params else None)
 
@@ -264,7 +257,7 @@ def _draw(
     *,
     sample_offset: int,
     bank_count: Tensor | None = None,
-    pool: Tensor | None = None,
+    pool: int | None = None,
     pool_offset: int = 0,
 ) -> AugmentParams:
     lam, bank_index, crop, fader = ops.draw_params(
@@ -277,7 +270,7 @@ def _draw(
         virtual_crop_scale=settings.virtual_crop_scale,
         fader_gain=settings.fader_gain,
         bank_count=bank_count,
-        pool=None if pool is None else pool.shape[0],
+        pool=pool,
         pool_offset=pool_offset,
         sample_offset=sample_offset,
     )
@@ -294,10 +287,10 @@ def _make_views(
     out: Tensor | None,
     bank: Tensor | None = None,
     pool: Tensor | None = None,
-    joint: bool = False,
 ) -> Tensor:
+    """Make the views, ``(2, B, *size)``; with a ``pool``, which all ranks share, statistics are joint too."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (stats is not None and stats.requires_grad))
-    if differentiable and joint:
+    if differentiable and pool is not None:
         raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
     views, sums = ops.augment_views(
         x,
@@ -319,20 +312,24 @@ def _make_views(
     )
     if not post_norm:
         return views
-    if joint:
+    if pool is not None:
         sums = sums.sum((0, 1))
         torch.distributed.all_reduce(sums)
     return ops.normalize(views, sums, inplace=not differentiable)
 
 
-def _flat_out(out: Tensor | None, lms: Tensor) -> Tensor | None:
+def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:
     """Return ``out`` without the channel that the views will have."""
-    if out is None or lms.dim() == 3:
-        return out
-    if not isinstance(out, Tensor) or out.dim() != 5 or out.shape[2] != 1:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {shape}")
-    return out[:, :, 0]
+    if out is None:
+        return None
+    check.is_tensor("out", out)
+    if lms.dim() == 4:
+        if out.dim() != 5 or out.shape[2] != 1:
+            raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {tuple(out.shape)}")
+        out = out[:, :, 0]
+    x = without_channel("lms", lms)
+    check_out(out, x, settings.size or (x.shape[1], x.shape[2]))
+    return out
 
 
 def _answer(views: Tensor, lms: Tensor, params: AugmentParams | None) -> Any:

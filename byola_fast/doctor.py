@@ -35,14 +35,18 @@ class Report:
 
     def __str__(self) -> str:
         lines = ["byola_fast " + (self.versions.get("byola_fast") or "(not installed)")]
-        lines += [f"  {name:<11} {version or 'missing'}" for name, version in self.versions.items() if name != "byola_fast"]
+        lines += [
+            f"  {name:<11} {version or 'missing'}" for name, version in self.versions.items() if name != "byola_fast"
+        ]
         for key, name in self.devices.items():
             lines.append(f"{key}: {name}")
             for op in (op for k, op in self.backends if k == key):
                 reason = self.reasons[key, op]
                 lines.append(f"  {op:<24} {self.backends[key, op]}" + (f"  ({reason})" if reason else ""))
         lines += self.notes
-        lines.append("fallbacks are " + ("errors (BYOLA_FAST_STRICT is set)" if self.strict else "allowed, with a warning"))
+        lines.append(
+            "fallbacks are " + ("errors (BYOLA_FAST_STRICT is set)" if self.strict else "allowed, with a warning")
+        )
         return "\n".join(lines)
 
 
@@ -58,7 +62,9 @@ def doctor() -> Report:
     """
     versions: dict[str, str | None] = {"byola_fast": _version("byola_fast"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
-    devices = {"CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"}
+    devices = {
+        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    }
     notes = []
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()

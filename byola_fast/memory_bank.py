@@ -84,7 +84,9 @@ class MemoryBank(nn.Module):
         rows = self.rows
         assert rows is not None
         if x.shape[1:] != rows.shape[1:]:
-            raise ValueError(f"x: expected the memory bank's (mels, frames) {tuple(rows.shape[1:])}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected the memory bank's (mels, frames) {tuple(rows.shape[1:])}, got {tuple(x.shape)}"
+            )
         check.same_device("x", x, "the memory bank", rows)
         return rows
 

@@ -66,7 +66,8 @@ def collapse_std(z: Tensor) -> Tensor:
     """
     check.is_float("z", z)
     _is_batch("z", z, least=2)
-    return _directions(z).std(0).mean() * z.shape[1] ** 0.5
+    spread: Tensor = _directions(z).std(0).mean() * z.shape[1] ** 0.5
+    return spread
 
 
 def _is_batch(name: str, z: Tensor, least: int = 1) -> None:

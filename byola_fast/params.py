@@ -100,8 +100,8 @@ class AugmentParams:
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """Return the same parameters on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return AugmentParams(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return AugmentParams(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
 
     def check(self, batch: int, device: torch.device, canvas: tuple[int, int], rows: int) -> None:
         """Refuse parameters that do not fit a batch; values are looked at on the CPU only.

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,9 @@ logger = logging.getLogger("byola_fast")
 LEARNING_RATES = {"byola-v1": 3e-4, "byola-v2": 1e-4}  # of the papers
 FEWEST_STATS_SEGMENTS = 1000  # of small folders too, whose files then give several segments each
 LINE_SEC = 5.0  # between two lines of progress where there is no terminal
+PICTURED_FROM = 16  # segments of the last batch that views.png takes its samples and partners from
+FRONT_END = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 @dataclass
@@ -109,7 +112,7 @@ class PretrainConfig:
             raise ValueError(f"lr: expected a learning rate above 0, got {self.lr}")
 
 
-DEMO = {"epochs": 1000, "steps": 60, "batch_size": 32, "feature_d": 512, "n_memory": 256}
+DEMO = {"epochs": 1000, "steps": 50, "batch_size": 32, "feature_d": 512, "n_memory": 256}
 
 
 def demo_config(**changes: Any) -> PretrainConfig:
@@ -179,17 +182,18 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     encoder = AudioNTT2020(to_lms.n_mels, config.feature_d)
     byol = BYOL(encoder, config.proj_size, config.proj_dim, config.ema_decay).to(device)
     if device.type == "cpu":
-        byol = byol.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        byol = byol.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in byol.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.lr or LEARNING_RATES[config.preset])
     total = config.epochs * len(loader) if config.steps is None else min(config.steps, config.epochs * len(loader))
-    logger.info("training on %s: %d segments an epoch, %d steps of %d", device, len(dataset), total, loader.batch_size)
+    logger.info("training on %s: %d segments an epoch, %d steps of %d", device, len(dataset), total, config.batch_size)
 
-    step, epoch, log, lms, interrupted = 0, 0, [], None, False
+    step, samples, epoch, interrupted, lms = 0, 0, 0, False, None
+    log: list[dict[str, Any]] = []
     with open(out / "log.jsonl", "w", encoding="utf-8") as log_file, _Progress(total) as progress:
         try:
-            for epoch, wav in _epochs(dataset, loader, config.epochs):
-                started = time.perf_counter()
+            logged = time.perf_counter()
+            for epoch, wav in _batches(dataset, loader, config.epochs):
                 lms = to_lms(wav.to(device, non_blocking=True))
                 view1, view2 = aug(lms)
                 loss, projection = byol(view1, view2)
@@ -197,24 +201,166 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 loss.backward()
                 optimizer.step()
                 byol.update_target()
-                step += 1
 
+                step, samples = step + 1, samples + len(wav)
                 if step % config.log_every == 0 or step == total:
-                    line = {
-                        "step": step,
-                        "epoch": epoch,
-                        "loss": loss.item(),
-                        "collapse": collapse_std(projection).item(),
-                        "samples_per_s": round(progress.rate(len(wav)), 1),
-                        "refused": int(aug.bank.refused),
-                        "lr": optimizer.param_groups[0]["lr"],
-                    }
+                    line = {"step": step, "epoch": epoch, "loss": loss.item()}
+                    if not math.isfinite(line["loss"]):
+                        raise ValueError(f"lr: the loss became {line['loss']} at step {step}; lower the learning rate")
+                    line["collapse"] = collapse_std(projection).item()
+                    line["samples_per_s"] = round(samples / (time.perf_counter() - logged), 1)
+                    line["refused"] = int(aug.bank.refused)  # not finite, and so kept out of the bank
+                    line["lr"] = optimizer.param_groups[0]["lr"]
+                    print(json.dumps(line), file=log_file, flush=True)
                     log.append(line)
-                    log_file.write(json.dumps(line) + "\n")
-                    log_file.flush()
-                progress.advance(log)
+                    samples, logged = 0, time.perf_counter()
+                progress.show(step, log)
                 if step == total:
                     break
         except KeyboardInterrupt:
             interrupted = True
-            logger.warning("interrupted after step %d of %d; writing the results", step, total)
+            logger.warning("interrupted after %d of %d steps; writing the results", step, total)
+
+    if stats is None and aug.running_stats is not None:
+        mean, std = aug.running_stats.stats().tolist()
+        stats = (mean, std)
+    networks = {"model": byol.state_dict(), "optimizer": optimizer.state_dict(), "augment": aug.state_dict()}
+    save_checkpoint(out / "checkpoint.pt", networks | {"config": asdict(config), "step": step, "epoch": epoch})
+    front_end = {name: getattr(to_lms, name) for name in FRONT_END}
+    described = {"encoder": "AudioNTT2020", "feature_d": config.feature_d, "unit_sec": config.unit_sec} | front_end
+    save_encoder(out / "encoder.pth", encoder, config=described, stats=stats)
+    if log and lms is not None:
+        try:
+            draw_training(out / "training.png", log)
+            names = [f"segment {number}" for number in range(1, 1 + len(lms))]
+            panels = explain_views(
+                lms[:PICTURED_FROM].cpu(),
+                names,
+                samples=3,
+                preset=config.preset,
+                seed=config.seed,
+                stats=stats,
+                interpolation=config.interpolation,
+            )
+            draw_views(out / "views.png", panels, title=f"views of the last batch ({config.preset})")
+        except ImportError as error:
+            logger.warning("no training.png and views.png: %s", error)
+    last = log[-1] if log else {"loss": math.nan, "collapse": math.nan}
+    return PretrainResult(out, step, last["loss"], last["collapse"], interrupted)
+
+
+def _take_stats(dataset: SegmentFolder, to_lms: LogMel, config: PretrainConfig) -> tuple[float, float]:
+    """Return mean and std of the log-mels of random segments; the first reading of every file, or of many."""
+    count = min(config.stats_segments, max(len(dataset), FEWEST_STATS_SEGMENTS))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
+    loader = _make_loader(Subset(dataset, order), config, shuffle=False)
+    passes = math.ceil(count / len(order))
+    logger.info("taking mean and std of the log-mels of %d segments", passes * len(order))
+
+    def batches() -> Iterator[Tensor]:
+        for number in range(passes):
+            dataset.set_epoch(number)
+            yield from (to_lms(wav.to(to_lms.window.device)) for wav in loader if wav is not None)
+            if len(dataset.broken) == len(order):
+                raise AudioError(dataset.files[order[0]], f"cannot be read, nor can any other of {len(order)} files")
+
+    return compute_stats(batches())
+
+
+def _enough_files(dataset: SegmentFolder, config: PretrainConfig) -> SegmentFolder:
+    """Leave out the files found broken, and list the others several times where they are fewer than a batch."""
+    if len(dataset) < config.batch_size and not config.stats_segments:
+        for index in range(len(dataset)):
+            dataset[index]  # finds and reports the broken ones, which nothing has read so far
+    broken = dataset.broken
+    files = [path for path in dataset.files if path not in broken]
+    if not files:
+        raise AudioError(dataset.files[0], f"cannot be read, nor can any other of {len(dataset)} files")
+    repeats = math.ceil(config.batch_size / len(files))
+    if repeats > 1:
+        told = "%d readable files are fewer than batch_size %d: each gives %d segments an epoch"
+        logger.info(told, len(files), config.batch_size, repeats)
+    return SegmentFolder(files * repeats, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+
+
+def _make_loader(dataset: Any, config: PretrainConfig, *, shuffle: bool) -> DataLoader[Any]:
+    workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) - 1)
+    return DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        shuffle=shuffle,
+        drop_last=shuffle,
+        num_workers=workers,
+        collate_fn=collate_segments,
+        pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupts,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _batches(dataset: SegmentFolder, loader: DataLoader[Any], epochs: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (epoch, waveforms ``(B, samples)``); B is smaller where files of a batch could not be read."""
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        count = 0
+        for wav in loader:
+            if wav is not None and len(wav) > 1:  # BatchNorm needs two
+                count += 1
+                yield epoch, wav
+        if not count:
+            raise AudioError(dataset.files[0], f"no batch of {len(dataset)} files could be read in epoch {epoch}")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory it is given back.
+
+    It returns blocks of more than 32 MB to the kernel, which maps and clears them anew in every step: activations of
+    a batch of 64 cost 800,000 page faults, two fifths of the time of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+class _Progress:
+    """A bar with rate, remaining time and loss on a terminal, elsewhere a line every few seconds; both on stderr."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = ("steps", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+        self.task = self.bar.add_task("", total=total, told="") if self.bar is not None else None
+        self.total = total
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, step: int, log: Sequence[dict[str, Any]]) -> None:
+        """Tell the steps done and the last line of the log."""
+        if not log:
+            return
+        told = f"loss {log[-1]['loss']:.3f}  spread {log[-1]['collapse']:.2f}  {log[-1]['samples_per_s']:.0f} samples/s"
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, told=told)
+        elif now - self.told >= LINE_SEC or step in (1, self.total):
+            remaining = (now - self.started) / step * (self.total - step)
+            print(f"step {step}/{self.total}  {told}  {remaining:.0f} s left", file=sys.stderr, flush=True)
+            self.told = now

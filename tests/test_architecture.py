@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "byola_fast"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["pretrain", "show"],
+    ["pretrain"],
+    ["show"],
     ["byol", "checkpoint", "demo"],
     ["augment", "ema", "pictures"],
     ["memory_bank", "frontend", "params", "normalize", "doctor", "encoders", "objectives", "audio"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -87,9 +88,8 @@ def test_gaussian_noise_follows_from_seed_step_and_element(dtype, device):
     params = draw(2, (3, 5), device)
     whole = torch.tensor([[0, 0, 3, 5]] * 2, dtype=torch.int32, device=device).expand(2, 2, 4).contiguous()
     seed, step = RNG.tolist()
-    views, _ = ops.augment_views(
-        x, params.lam, params.bank_index, whole, 0 * params.fader, params.rng, mixup="gaussian", canvas=(3, 5), sample_offset=40
-    )
+    params = replace(params, crop=whole, fader=0 * params.fader)
+    views, _ = run(x, params, mixup="gaussian", canvas=(3, 5), sample_offset=40)
     expected = torch.zeros(2, 2, 15, dtype=torch.float64)
     for view in range(2):
         for b in range(2):
@@ -186,7 +186,7 @@ def test_normalize(shape, dtype, device):
     x = (5 + 3 * torch.randn(shape, device=device)).to(dtype)
     wide = x.double()
     n = max(x.numel(), 1)
-    parts = [torch.stack([torch.tensor(float(p.numel())).to(device), p.sum(), p.square().sum()]) for p in wide.flatten().chunk(3)]
+    parts = [torch.stack([p.new_tensor(p.numel()), p.sum(), p.square().sum()]) for p in wide.flatten().chunk(3)]
     sums = torch.stack(parts) if parts else wide.new_zeros(1, 3)
     expected = oracle.normalize(wide) if n > 1 else wide * 0
     before = x.clone()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import random_crops
@@ -117,7 +117,9 @@ def test_gradients_of_each_dtype(dtype, mode, device):
     wide = x.detach().double().cpu().requires_grad_()
     views = []
     for sample, (i, j, h, w) in zip(F.pad(wide, (24, 24)), crop.tolist(), strict=True):
-        views.append(F.interpolate(sample[None, None, i : i + h, j : j + w], (63, 97), mode=mode, align_corners=True)[0])
+        views.append(
+            F.interpolate(sample[None, None, i : i + h, j : j + w], (63, 97), mode=mode, align_corners=True)[0]
+        )
     (expected,) = torch.autograd.grad(torch.cat(views), wide, grad.double().cpu())
     assert_close(got, expected, factor=8)  # a tap may gather dozens of outputs where the crop is small
 

@@ -90,7 +90,9 @@ def resolve(key: str, op: str) -> None:
             if backend.loaded:
                 return
             if strict():
-                raise BackendError(f"{op} on {key}: {backend.name} backend: {backend.failure} (BYOLA_FAST_STRICT is set)")
+                raise BackendError(
+                    f"{op} on {key}: {backend.name} backend: {backend.failure} (BYOLA_FAST_STRICT is set)"
+                )
         _remove_stub(key, op)
 
 
@@ -126,7 +128,7 @@ def _make_stub(key: str, op: str) -> Callable[..., Any]:
 
 def backend_in_use(key: str, op: str) -> tuple[str, str]:
     """Return the backend that answers for an op on one kind of device, after loading it, and a note on why."""
-    failures = []
+    failures: list[str] = []
     for backend in candidates(key, op):
         if not backend.loaded and backend.failure is None:
             resolve(key, op)

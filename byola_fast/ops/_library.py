@@ -1,7 +1,8 @@
 """Every op's schema, on one screen; below it the reference and the fake of each. Backends register elsewhere.
 
 Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (what partners come from while the bank is
-empty; the batch itself where it is None). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T).
+empty; the batch itself where it is None). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T). No argument
+may be called "mode": PyTorch passes arguments of mutating ops by keyword to a function of its own that has one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ draw_params(Tensor rng, Tensor? bank_count, SymInt batch, SymInt pool, SymInt po
 SymInt[2] mels, SymInt[2] frames, SymInt[2] canvas, float mixup_ratio, float fader_gain) \
 -> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)
 augment_views(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, Tensor bank_index, \
-Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, SymInt[2] canvas, str interpolation, str mixup) \
--> (Tensor views, Tensor sums)
+Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, SymInt[2] canvas, str interpolation, \
+str mixup) -> (Tensor views, Tensor sums)
 augment_views_out(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
-Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup, \
-Tensor(a!) out) -> Tensor
+Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, \
+str mixup, Tensor(a!) out) -> Tensor
 augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
 Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup) \
 -> (Tensor, Tensor)

@@ -111,7 +111,8 @@ def resize_crop(
         To x, and twice differentiable is not provided.
 
     Source:
-        Random resize crop of BYOL-A, arXiv:2103.06695, section III-D. Differs: bilinear by default (published: bicubic).
+        Random resize crop of BYOL-A, arXiv:2103.06695, section III-D. Differs: bilinear by default
+        (published: bicubic).
 
     >>> x = torch.arange(6.0).view(1, 2, 3)
     >>> resize_crop(x, torch.tensor([[0, 0, 2, 2]]), size=(3, 3), canvas=(2, 3))
@@ -315,18 +316,23 @@ def augment_views(
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
         return torch.ops.byola_fast.augment_views(*parameters, size, canvas, mode, mixup)
+    check_out(out, x, size, pool=pool, bank=bank)
+    check.no_grad_to("augment_views with out=", x=x, stats=stats)
+    return out, torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
+
+
+def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor | None) -> None:
+    """Refuse an ``out`` that the views of ``x (B, F, T)`` cannot be written to."""
     check.is_tensor("out", out)
-    check.has_shape("out", out, (2, batch, *size))
+    check.has_shape("out", out, (2, x.shape[0], *size))
     check.same_dtype("out", out, "x", x)
     check.same_device("out", out, "x", x)
-    check.no_grad_to("augment_views with out=", x=x, stats=stats)
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
-    if check.readable(x) or x.is_cuda and not torch.compiler.is_compiling():
-        for name, source in (("x", x), ("pool", pool), ("bank", bank)):
-            if source is not None and source.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0:
+    if not torch.compiler.is_compiling() and x.numel():
+        for name, source in ({"x": x} | sources).items():
+            if source is not None and source.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
                 raise ValueError(f"out: expected memory of its own, got that of {name}")
-    return out, torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
 
 
 def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:

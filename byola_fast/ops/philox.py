@@ -30,7 +30,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(word: Word, multiplier: int) -> tuple[Word, Word]:
-    """Return the high and the low 32 bits of a 32 x 32 bit product, with no intermediate above 2^49 (int64 is signed)."""
+    """Return the high and the low 32 bits of a 32 x 32 bit product, no intermediate above 2^49, int64 being signed."""
     upper = word * (multiplier >> 16)
     lower = word * (multiplier & 0xFFFF)
     high = (upper + (lower >> 16)) >> 16
@@ -75,12 +75,11 @@ def view_words(
         slots = slot
     else:
         slots = torch.full((), slot, dtype=torch.int64, device=rng.device)
-    return philox4x32(*torch.broadcast_tensors(*counter, slots), seed & MASK32, (seed >> 32) & MASK32)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter, slots)
+    return philox4x32(c0, c1, c2, c3, seed & MASK32, (seed >> 32) & MASK32)
 
 
 def segment_u24(seed: int, epoch: int, index: int) -> int:
     """Return the 24-bit draw that places the segment of one clip in one epoch."""
-    word, *_ = philox4x32(
-        epoch & MASK32, index & MASK32, 0, SLOT_SEGMENT, seed & MASK32, (seed >> 32) & MASK32
-    )
+    word, *_ = philox4x32(epoch & MASK32, index & MASK32, 0, SLOT_SEGMENT, seed & MASK32, (seed >> 32) & MASK32)
     return word >> 8

@@ -66,12 +66,19 @@ def _taps(size: int, extent: Tensor, mode: str, dtype: torch.dtype) -> tuple[Ten
     base = position // steps
     t = (position % steps).to(dtype) / steps
     a = CUBIC_A
+    offsets: tuple[int, ...]
+    weights: tuple[Tensor, ...]
     if mode == "bilinear":
         offsets, weights = (0, 1), (1 - t, t)
     else:
         offsets = (-1, 0, 1, 2)
         s = 1 - t  # the outer weights, a (d - 1) (d - 2)^2 at distances d of 1 + t and 2 - t, without cancellation
-        weights = (a * t * s * s, ((a + 2) * t - (a + 3)) * t * t + 1, ((a + 2) * s - (a + 3)) * s * s + 1, a * s * t * t)
+        weights = (
+            a * t * s * s,
+            ((a + 2) * t - (a + 3)) * t * t + 1,
+            ((a + 2) * s - (a + 3)) * s * s + 1,
+            a * s * t * t,
+        )
     taps = torch.stack([(base + offset).clamp_min(0) for offset in offsets], dim=-1)
     return taps.minimum(extent[:, None, None] - 1), torch.stack(weights, dim=-1)
 
@@ -208,10 +215,7 @@ def partners_reference(
 ) -> Tensor:
     """Return the pre-normalised rows ``(B, F, T)`` to mix in: of the bank, or of the pool ``x`` while that is empty."""
     dtype = compute_dtype(x.dtype)
-    if x.shape[0] == 0:
-        rows = x.to(dtype)
-    else:
-        rows = pre_norm_reference(x[index.clamp(0, x.shape[0] - 1)], stats)
+    rows = pre_norm_reference(x[index.clamp(0, x.shape[0] - 1)] if x.shape[0] else x, stats)
     if bank is None or bank_count is None:
         return rows
     return torch.where(bank_count > 0, bank[index.clamp(0, bank.shape[0] - 1)].to(dtype), rows)
@@ -370,7 +374,9 @@ def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor 
     written = torch.where(count > 0, clean[order[place]], rows[target])
     rows.index_copy_(0, target, written)
     cursor.copy_(
-        torch.stack([(cursor[0] + count) % n_memory, (cursor[1] + count).clamp_max(n_memory), cursor[2] + batch - count])
+        torch.stack(
+            [(cursor[0] + count) % n_memory, (cursor[1] + count).clamp_max(n_memory), cursor[2] + batch - count]
+        )
     )
 
 

@@ -1,0 +1,23 @@
+"""The report on backends."""
+
+from __future__ import annotations
+
+import byola_fast
+from byola_fast.ops import _library
+
+
+def test_every_op_on_every_device_is_named_and_readable():
+    report = byola_fast.doctor()
+    assert {op for key, op in report.backends if key == "CPU"} == set(_library.OPS)
+    text = str(report)
+    for op in _library.OPS:
+        assert op in text
+    assert f"byola_fast {byola_fast.__version__}" in text
+    assert ("CUDA" in report.devices) or "no GPU" in text
+
+
+def test_strict_is_reported(monkeypatch):
+    monkeypatch.setenv("BYOLA_FAST_STRICT", "1")
+    assert byola_fast.doctor().strict
+    monkeypatch.setenv("BYOLA_FAST_STRICT", "0")
+    assert not byola_fast.doctor().strict
