@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import byola_fast
 from benchmarks.contenders import MELS, Batches, backend_of, crop_one, loop_params, mix_one, view_contenders
-from benchmarks.measure import CPU_PLACES, PLACES, Contender, Group, Place
+from benchmarks.measure import CPU_PLACES, PLACES, Group, Place
 from byola_fast.ops import reference
 from byola_fast.ops.functional import canvas_size
 
@@ -48,12 +49,8 @@ def scaling(device: str, threads: int) -> Group:
         data = Batches(batch, device)
         for name in ("byola_fast", "byola_fast, out="):
             (made,) = view_contenders(data, Place(device, threads), "bilinear", [name])
-            contenders.append(replace_name(made, f"{name}, B = {batch}"))
+            contenders.append(replace(made, name=f"{name}, B = {batch}"))
     return Group("scaling", f"bilinear, threads = {threads}", contenders, (f"byola_fast, out=, B = {SIZES[0]}",))
-
-
-def replace_name(contender: Contender, name: str) -> Contender:
-    return Contender(**{**vars(contender), "name": name})
 
 
 def log_mixup_exp(device: str) -> Group:

@@ -20,7 +20,7 @@ from benchmarks.measure import Group, Measured, Place, Results, gate, measure, w
 from benchmarks.tables import terminal_table
 
 HERE = Path(__file__).parent
-BUDGET_S, FULL_BUDGET_S = 8.0, 30.0
+BUDGET_S, FULL_BUDGET_S = 6.0, 30.0
 
 Key = tuple[str, str, tuple[tuple[str, Any], ...]]
 MEASURED = pytest.StashKey[dict[Key, Measured | Exception]]()

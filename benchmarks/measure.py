@@ -29,6 +29,7 @@ CHECKED_CALLS = 2  # a contender must be right on two input sets, or it could be
 # Float32 against float64 after a logarithm and post-normalisation: ours stays below 1e-5; F.interpolate computes tap
 # positions in float32, 6e-8 of up to 143 frames times steps of several std between neighbouring frames of noise.
 TOLERANCE = 5e-4
+LONG_CALL_S = 0.1
 CHUNK = 2**18  # elements compared at a time; float64 temporaries of a large tensor would cost seconds in page faults
 
 
@@ -129,7 +130,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Record:
-    """One contender's result; times are seconds per call, ``ratios`` say how many times a baseline's time it beats."""
+    """One contender's result.
+
+    Times are seconds per call; ``ratios`` say how many times as fast as each baseline it is, per sample;
+    ``others_share`` is the share of the CPU that other processes took while the group was timed, None where unknown.
+    """
 
     op: str
     variant: str
@@ -148,6 +153,7 @@ class Record:
     floor: str | None
     floor_share: float | None
     ratios: dict[str, float]
+    others_share: float | None
     machine: dict[str, str | int]
     versions: dict[str, str]
 
@@ -255,7 +261,7 @@ def interleaved(
     contenders: Sequence[Contender],
     *,
     rounds: int = 25,
-    min_rounds: int = 5,
+    min_rounds: int = 3,
     budget_s: float = 10.0,
     min_sample_s: float = 3e-3,
     stopwatch: Stopwatch = cpu_stopwatch,
@@ -263,25 +269,28 @@ def interleaved(
     """Time contenders in turns: each round takes one sample of each, and starts one contender later than the last.
 
     A sample is the mean of as many calls as fill ``min_sample_s`` (over 10,000 ticks of the clock), after one untimed
-    call that brings back code and threads after the contender before. Call numbers go on, so that inputs rotate.
-    As many rounds are taken as fit the budget, within ``min_rounds`` and ``rounds``.
+    call that brings back code and threads after the contender before, unless a call is so long that this is nothing.
+    Call numbers go on, so that inputs rotate. As many rounds are taken as fit the budget, within ``min_rounds`` and
+    ``rounds``.
     """
     calls = dict.fromkeys((c.key for c in contenders), 0)
 
-    def sample(contender: Contender, repeats: int) -> float:
+    def sample(contender: Contender, repeats: int, warm_up: bool) -> float:
         with cpu_threads(contender.place.threads):
             first = calls[contender.key]
-            contender.run(first)
-            calls[contender.key] += 1 + repeats
-            return stopwatch(contender.run, first + 1, repeats) / repeats
+            calls[contender.key] += warm_up + repeats
+            if warm_up:
+                contender.run(first)
+            return stopwatch(contender.run, first + warm_up, repeats) / repeats
 
-    repeats, round_s = {}, 0.0
+    plan: dict[tuple[str, int], tuple[int, bool]] = {}
+    round_s = 0.0
     for contender in contenders:
         count = 1
-        while (seconds := sample(contender, count)) * count < min_sample_s:
+        while (seconds := sample(contender, count, True)) * count < min_sample_s:
             count = min(max(math.ceil(1.2 * min_sample_s / max(seconds, 1e-9)), count + 1), 100 * count)
-        repeats[contender.key] = count
-        round_s += seconds * (count + 1)
+        plan[contender.key] = count, seconds < LONG_CALL_S
+        round_s += seconds * (count + plan[contender.key][1])
     rounds = max(min_rounds, min(rounds, int(budget_s / max(round_s, 1e-9))))
 
     samples: dict[tuple[str, int], list[float]] = {c.key: [] for c in contenders}
@@ -291,7 +300,7 @@ def interleaved(
         for turn in range(rounds):
             shift = turn % len(contenders)
             for contender in [*contenders[shift:], *contenders[:shift]]:
-                samples[contender.key].append(sample(contender, repeats[contender.key]))
+                samples[contender.key].append(sample(contender, *plan[contender.key]))
     finally:
         gc.enable()
     return {key: Timing(values) for key, values in samples.items()}
@@ -302,14 +311,18 @@ def measure(group: Group, budget_s: float = 10.0) -> Measured:
     missing = gate(group)
     present = [c for c in group.contenders if c.key not in missing]
     stopwatch = cuda_stopwatch if present[0].place.device == "cuda" else cpu_stopwatch
+    before = _cpu_seconds()
     with torch.no_grad():
         timings = interleaved(present, budget_s=budget_s, stopwatch=stopwatch)
+    others = _others_share(before, _cpu_seconds())
     per_sample = {c.key: timings[c.key].median / c.samples for c in present}
-    records = {c.key: _record(group, c, timings[c.key], per_sample) for c in present}
+    records = {c.key: _record(group, c, timings[c.key], per_sample, others) for c in present}
     return Measured(group.title, records, {key: timing.samples for key, timing in timings.items()}, missing)
 
 
-def _record(group: Group, c: Contender, timing: Timing, per_sample: dict[tuple[str, int], float]) -> Record:
+def _record(
+    group: Group, c: Contender, timing: Timing, per_sample: dict[tuple[str, int], float], others: float | None
+) -> Record:
     own, threads = per_sample[c.key], c.place.threads
     ratios = {b: per_sample[b, threads] / own for b in group.baselines if (b, threads) in per_sample and b != c.name}
     if threads > 1 and (c.name, 1) in per_sample:
@@ -333,6 +346,7 @@ def _record(group: Group, c: Contender, timing: Timing, per_sample: dict[tuple[s
         floor=group.floor,
         floor_share=None if floor is None else floor / own,
         ratios=ratios,
+        others_share=others,
         machine=machine(),
         versions=versions(),
     )
@@ -359,6 +373,24 @@ def last_level_cache(device: str) -> int:
 
 
 # machine and records
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Return seconds since some moment: of all cores, of all cores at work or stolen, of this process at work."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, time.process_time()
+
+
+def _others_share(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> float | None:
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    total, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - own) / total)
 
 
 def machine() -> dict[str, str | int]:

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.measure import Measured, Record, Results
 
+BUSY = 0.1  # share of the CPU in other hands from which a run is not worth quoting
+
 
 def terminal_table(found: Measured) -> list[str]:
     """Return one line for each contender of a group."""
     records = list(found.records.values())
     baselines = _baselines(records)
-    head = ["contender", "threads", "us/sample", "IQR", "GB/s", "of floor", *(f"x {name}" for name in baselines)]
+    unit = "us/sample" if records[0].samples > 1 else "us/call"
+    head = ["contender", "threads", unit, "IQR", "GB/s", "of floor", *(f"x {name}" for name in baselines)]
     rows = [
         [
             r.contender,
@@ -30,7 +33,9 @@ def terminal_table(found: Measured) -> list[str]:
         for row in [head, *rows]
     ]
     absent = [f"{name} ({threads} threads) cannot run here: {why}" for (name, threads), why in found.missing.items()]
-    return ["", found.title, *lines, *absent]
+    others = records[0].others_share
+    busy = [f"other processes took {others:.0%} of the CPU meanwhile: do not quote"] if others and others > BUSY else []
+    return ["", found.title, *lines, *absent, *busy]
 
 
 def markdown_table(results: Results, op: str) -> str:
@@ -95,7 +100,8 @@ def times(record: Record, baseline: str) -> str:
 
 
 def _baselines(records: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record.ratios))
+    fullest_first = sorted(records, key=lambda record: -len(record.ratios))
+    return list(dict.fromkeys(name for record in fullest_first for name in record.ratios))
 
 
 def _pad(cell: str, width: int, column: int) -> str:

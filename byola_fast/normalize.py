@@ -8,19 +8,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import compute_dtype, mean_std_reference
 
 
 def batch_stats(x: Tensor) -> Tensor:
     """Return mean and unbiased std over all of ``x`` as one ``(2,)`` tensor in float32 (float64 for float64).
 
-    One value has std 0, an empty batch mean 0 and std 1. Differentiable.
+    std is at least eps; an empty batch has mean 0 and std 1. Differentiable.
     """
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if wide.numel() == 0:
-        return wide.new_tensor([0.0, 1.0])
-    std, mean = torch.std_mean(wide, correction=1 if wide.numel() > 1 else 0)
-    return torch.stack([mean, std])
+    mean, std = mean_std_reference(ops.sample_sums(x))
+    stats = torch.stack([mean, std]).to(compute_dtype(x.dtype))
+    return stats if x.numel() else stats.new_tensor([0.0, 1.0])
 
 
 def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Tensor:
@@ -72,12 +72,11 @@ class RunningStats(nn.Module):
         """Merge a batch."""
         if x.numel() == 0:
             return
-        flat = x.float().flatten(1)
-        finite = flat.isfinite().all(1)
-        count = finite.sum() * flat.shape[1]
-        kept = torch.where(finite[:, None], flat, 0)
-        mean = kept.sum() / count.clamp_min(1)
-        variance = torch.where(finite[:, None], flat - mean, 0).square().sum() / count.clamp_min(1)
+        sums = ops.sample_sums(x)
+        kept = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0).sum(0)
+        mean, squares = (kept[1:] / kept[0].clamp_min(1)).unbind()
+        variance = (squares - mean**2).clamp_min(0).float()
+        count, mean = kept[0].long(), mean.float()
 
         total = self.count + count
         weight = (count.float() / total.clamp_min(1)) * self._open()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from byola_fast.audio import AudioError, SegmentFolder, collate_segments, list_audio_files
 from byola_fast.augment import Augment
@@ -66,6 +66,8 @@ class PretrainConfig:
             file (or 1000 in all, of fewer files); 0 for running statistics.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
         workers: processes that read audio; by default one fewer than there are CPU cores, at most 8.
+        threads: CPU threads of the networks; by default torch's choice, all cores. Fewer are faster where other
+            programs keep some of the cores busy, as threads then wait for each other.
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one.
         log_every: steps between two lines of log.jsonl; each line waits for the GPU.
     """
@@ -89,6 +91,7 @@ class PretrainConfig:
     stats_segments: int = 10000
     seed: int = 0
     workers: int | None = None
+    threads: int | None = None
     device: str = "auto"
     log_every: int = 1
 
@@ -102,8 +105,8 @@ class PretrainConfig:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
         if self.preset not in LEARNING_RATES:
             raise ValueError(f"preset: expected one of {', '.join(LEARNING_RATES)}, got {self.preset!r}")
-        least = {"epochs": 1, "steps": 1, "batch_size": 2, "feature_d": 1, "proj_size": 1, "proj_dim": 1}
-        least |= {"sample_rate": 1, "n_memory": 1, "stats_segments": 0, "seed": 0, "workers": 0, "log_every": 1}
+        least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=1)
+        least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1)
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -112,12 +115,8 @@ class PretrainConfig:
             raise ValueError(f"lr: expected a learning rate above 0, got {self.lr}")
 
 
-DEMO = {"epochs": 1000, "steps": 50, "batch_size": 32, "feature_d": 512, "n_memory": 256}
-
-
-def demo_config(**changes: Any) -> PretrainConfig:
-    """Return the settings of the demonstration: small enough for a minute on two CPU cores."""
-    return PretrainConfig(**({"demo": True} | DEMO | changes))
+# What --demo changes. One thread takes as long on a busy machine as on an idle one; a second would save 15 s on the latter.
+DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
 
 
 class PretrainResult(NamedTuple):
@@ -135,7 +134,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
     Writes to ``config.out``: ``log.jsonl`` (a line per ``log_every`` steps), ``checkpoint.pt`` (networks, optimiser,
     augmentation), ``encoder.pth`` (the encoder alone), ``training.png`` and ``views.png`` (with matplotlib only).
-    An interrupt (Ctrl-C) ends the loop; everything is written all the same.
+    An interrupt (Ctrl-C) ends the loop; everything is written all the same. Seeds torch's default generators and, where
+    asked for, sets torch's number of threads.
 
     Args:
         config: see ``PretrainConfig``.
@@ -154,6 +154,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         _keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -285,17 +287,18 @@ def _enough_files(dataset: SegmentFolder, config: PretrainConfig) -> SegmentFold
 
 def _make_loader(dataset: Any, config: PretrainConfig, *, shuffle: bool) -> DataLoader[Any]:
     workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) - 1)
+    order = torch.Generator().manual_seed(config.seed)
     return DataLoader(
         dataset,
         batch_size=config.batch_size,
-        shuffle=shuffle,
+        sampler=RandomSampler(dataset, generator=order) if shuffle else None,
         drop_last=shuffle,
         num_workers=workers,
         collate_fn=collate_segments,
         pin_memory=config.device != "cpu" and torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
         persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator(),  # seeds workers, as often as there are any: no draw that matters may share it
     )
 
 
@@ -314,7 +317,9 @@ def _batches(dataset: SegmentFolder, loader: DataLoader[Any], epochs: int) -> It
                 count += 1
                 yield epoch, wav
         if not count:
-            raise AudioError(dataset.files[0], f"no batch of {len(dataset)} files could be read in epoch {epoch}")
+            raise AudioError(
+                dataset.files[0], f"cannot be read, nor can two files of any batch of the {len(dataset)} files"
+            )
 
 
 def _keep_freed_memory() -> None:

@@ -23,12 +23,13 @@ FLOORS = [
 OPS_FLOORS = [
     ["__init__"],
     ["_autograd", "functional"],
+    ["_extension"],
     ["_backends"],
     ["_library"],
     ["reference", "_checks"],
     ["philox"],
 ]
-LIGHT = {"torch", "triton"}  # what the ops may import
+LIGHT = {"torch", "triton", "ninja"}  # what the ops may import
 
 
 def imports(path: Path) -> set[str]:

@@ -38,6 +38,8 @@ def samples(device):
         backward = (bank, count, stats, lam, index, crop, rng, 7, canvas, "bilinear", "gaussian")
         yield "augment_views_backward", (torch.randn(2, 3, 5, 7, device=device), x(), *backward)
         sums = torch.rand(2, 3, 3, dtype=torch.float64, device=device) + torch.tensor([8.0, 0, 8], device=device)
+        yield "sample_sums", (x(grad=True),)
+        yield "sample_sums", (x().transpose(0, 2),)
         yield "normalize", (x(grad=True), sums)
         yield "normalize", (x().transpose(1, 2), sums)
         yield "normalize_", (x(), sums)

@@ -4,6 +4,7 @@ A call takes three hops: ``ops.log_mixup_exp`` -> ``torch.ops.byola_fast.log_mix
 """
 
 from byola_fast.ops import _autograd as _autograd
+from byola_fast.ops import _extension as _extension
 from byola_fast.ops import _library as _library
 from byola_fast.ops._backends import BackendError
 from byola_fast.ops.functional import (
@@ -15,6 +16,7 @@ from byola_fast.ops.functional import (
     log_mixup_exp,
     normalize,
     resize_crop,
+    sample_sums,
 )
 
 __all__ = [
@@ -27,4 +29,7 @@ __all__ = [
     "log_mixup_exp",
     "normalize",
     "resize_crop",
+    "sample_sums",
 ]
+
+_extension.install()

@@ -59,6 +59,16 @@ def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> 
     return to_x, None, None, None, None if stats is None else to_stats, *[None] * 10
 
 
+def _save_sample_sums(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sample_sums_backward(ctx: Any, grad: Tensor) -> Any:
+    (x,) = ctx.saved_tensors
+    of_total, of_squares = (g.reshape(-1, *[1] * (x.dim() - 1)) for g in (grad[:, 1], grad[:, 2]))
+    return (of_total + 2 * x * of_squares).to(x.dtype)
+
+
 def _save_normalize(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[1], output)
 
@@ -81,6 +91,7 @@ def _normalize_backward(ctx: Any, grad: Tensor) -> Any:
 _register("log_mixup_exp", _log_mixup_exp_backward, _save_log_mixup_exp)
 _register("resize_crop", _resize_crop_backward, _save_resize_crop)
 _register("augment_views", _augment_views_backward, _save_augment_views)
+_register("sample_sums", _sample_sums_backward, _save_sample_sums)
 _register("normalize", _normalize_backward, _save_normalize)
 
 

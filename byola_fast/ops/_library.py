@@ -34,6 +34,7 @@ str mixup, Tensor(a!) out) -> Tensor
 augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
 Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup) \
 -> (Tensor, Tensor)
+sample_sums(Tensor x) -> Tensor
 normalize(Tensor x, Tensor sums) -> Tensor
 normalize_(Tensor(a!) x, Tensor sums) -> ()
 bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()
@@ -121,6 +122,11 @@ def _(
     grad: Tensor, x: Tensor, bank: Tensor | None, bank_count: Tensor | None, stats: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     return _contiguous_like(x), x.new_empty(2) if stats is None else stats.new_empty(2)
+
+
+@_fake("sample_sums")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 3, dtype=reference.sums_dtype(x.device))
 
 
 @_fake("normalize")

@@ -335,6 +335,31 @@ def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor |
                 raise ValueError(f"out: expected memory of its own, got that of {name}")
 
 
+def sample_sums(x: Tensor) -> Tensor:
+    """Return count, sum and sum of squares of each sample: what statistics and ``normalize`` are made of.
+
+    Args:
+        x: spectrograms or anything else, samples along the first axis.
+
+    Shape:
+        x ``(B, ...)`` with any strides; ``(B, 3)`` float64 (float32 on MPS).
+
+    Numerics:
+        Added up in float64. NaN and inf stay in their own sample. The same for any number of threads.
+
+    Autograd:
+        To x.
+
+    >>> sample_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([[ 2.,  3.,  5.],
+            [ 2.,  7., 25.]], dtype=torch.float64)
+    """
+    check.is_float("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape (B, ...), got {tuple(x.shape)}")
+    return torch.ops.byola_fast.sample_sums(x)
+
+
 def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
     """Shift and scale by one joint mean and one unbiased std: ``(x - mean) / max(std, eps)``.
 

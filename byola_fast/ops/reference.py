@@ -329,7 +329,14 @@ def augment_views_backward_reference(
     return (total / std).to(x.dtype), torch.stack([-total.sum() / std, of_std]).to(stats.dtype)
 
 
-# post-normalisation
+# statistics and normalisation
+
+
+def sample_sums_reference(x: Tensor) -> Tensor:
+    """Return count, sum and sum of squares of each sample, ``(B, 3)``."""
+    wide = x.to(sums_dtype(x.device)).flatten(1)
+    count = torch.full_like(wide[:, 0], wide.shape[1]) if wide.shape[1] else wide.new_zeros(len(wide))
+    return torch.stack([count, wide.sum(1), wide.square().sum(1)], dim=1)
 
 
 def mean_std_reference(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,200 @@
+"""The C++ kernels: compiled on first use through ninja, cached, and safe against whatever happens to the cache.
+
+A build lives in a folder whose name holds everything it depends on: the versions of torch and Python, the CPU's
+instruction set and a hash of the sources and flags. Building is guarded by a lock that the system drops with its
+process, so that two processes that start together build once and a killed one leaves nothing to wait for; a build
+counts only once its marker is written, which is the last thing done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from byola_fast.ops import _backends
+from byola_fast.ops._backends import Backend, BackendError
+
+logger = logging.getLogger("byola_fast")
+
+CPU_OPS = (
+    "log_mixup_exp",
+    "log_mixup_exp_backward",
+    "resize_crop",
+    "resize_crop_backward",
+    "draw_params",
+    "augment_views_out",
+    "sample_sums",
+    "normalize",
+    "normalize_",
+    "bank_push_",
+)
+NAME = "byola_fast_cpu"
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # never -ffast-math: it breaks NaN
+SIMD_FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+MARKER = "complete"
+
+_module: ModuleType | None = None
+
+
+def source_folder() -> Path:
+    """Return the folder of the C++ sources: ``csrc`` of a checkout, or the installed copy."""
+    for folder in (Path(__file__).parents[2] / "csrc", Path(__file__).parents[1] / "csrc"):
+        if (folder / "library.cpp").exists():
+            return folder
+    raise BackendError("the C++ sources are not installed; install from a checkout with 'pip install -e .'")
+
+
+def cache_folder() -> Path:
+    """Return the folder of all builds: ``BYOLA_FAST_CACHE``, or ``byola_fast`` in the user's cache folder."""
+    chosen = os.environ.get("BYOLA_FAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byola_fast"
+
+
+def simd_flags() -> list[str]:
+    """Return the compiler flags for this CPU; none where only the portable path fits."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    return SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+
+
+def build_name() -> str:
+    """Return the name of the build that fits this torch, Python, CPU and these sources."""
+    digest = hashlib.sha256(" ".join(FLAGS + simd_flags()).encode())
+    for path in sorted(source_folder().iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    simd = torch.backends.cpu.get_cpu_capability().replace(" ", "")
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return f"cpu-torch{torch.__version__}-{python}-{platform.machine()}-{simd}-{digest.hexdigest()[:12]}"
+
+
+def prepare() -> Path:
+    """Return the shared library, after building it if there is none yet.
+
+    Raises:
+        BackendError: it cannot be built; says why.
+    """
+    folder = cache_folder() / build_name()
+    library = folder / f"{NAME}.so"
+    if (folder / MARKER).exists() and library.exists():
+        return library
+    folder = _writable(folder)
+    with _locked(folder / "byola_fast.lock"):
+        library = folder / f"{NAME}.so"
+        if not ((folder / MARKER).exists() and library.exists()):
+            _build(folder)
+            (folder / MARKER).touch()
+    return library
+
+
+def register(library: Path) -> None:
+    """Load the shared library; its static initialisers register the kernels with the dispatcher."""
+    global _module
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    _module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(_module)
+
+
+def build_info() -> dict[str, str] | None:
+    """Return the instruction set and the compiler of the loaded kernels; None while none are loaded."""
+    return None if _module is None else _module.build_info()
+
+
+def install() -> None:
+    """Put the stubs of this backend in place; nothing is compiled or loaded yet."""
+    _backends.add_backend(Backend("cpp", "CPU", CPU_OPS, prepare, register))
+
+
+def _writable(folder: Path) -> Path:
+    """Return ``folder``, made, or one in the temporary folder where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        other = Path(tempfile.gettempdir()) / f"byola_fast-{os.getuid()}" / folder.name
+        logger.warning("byola_fast: cache folder %s: %s; using %s instead", folder, error.strerror, other)
+    try:
+        other.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise BackendError(f"no folder to build in: {other}: {error.strerror}; set BYOLA_FAST_CACHE to one") from error
+    if other.parent.stat().st_uid != os.getuid():
+        raise BackendError(f"no folder to build in: {other.parent} is another user's; set BYOLA_FAST_CACHE to one")
+    return other
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; the system releases it if this one dies."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path) -> None:
+    """Build in a process of its own: loading is part of ``load``, and here the stubs must make room first."""
+    environment = _tools()
+    (folder / "lock").unlink(missing_ok=True)  # torch's own, which some versions wait for although its owner is dead
+    arguments = {
+        "name": NAME,
+        "sources": [str(path) for path in sorted(source_folder().glob("*.cpp"))],
+        "extra_cflags": FLAGS + simd_flags(),
+        "build_directory": str(folder),
+    }
+    code = "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
+    started = time.perf_counter()
+    print(f"byola_fast: compiling the C++ kernels for this machine, once, into {folder}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    (folder / "build.log").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).splitlines()
+        errors = [line for line in lines if "error:" in line.lower()] or [line for line in lines if line.strip()]
+        reason = errors[0].strip() if errors else f"exit code {done.returncode}"
+        raise BackendError(f"compiling failed: {reason} (all of it in {folder / 'build.log'})")
+    print(f"byola_fast: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def _tools() -> dict[str, str]:
+    """Return the environment to build in: ninja on PATH (an unactivated environment has it nowhere else).
+
+    Raises:
+        BackendError: no ninja or no compiler; says what would help.
+    """
+    from torch.utils import cpp_extension
+
+    folders = [str(Path(sys.executable).parent)]
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        folders.insert(0, str(ninja.BIN_DIR))
+    path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
+    if shutil.which("ninja", path=path) is None:
+        raise BackendError("ninja was not found: pip install ninja")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler, path=path) is None:
+        raise BackendError(f"the C++ compiler {compiler!r} was not found: install g++, or name one in CXX")
+    return os.environ | {"PATH": path}

@@ -1,0 +1,75 @@
+// y = log((1 - lam) exp(x) + lam exp(z) + eps), and its derivatives. arXiv:2103.06695, section III-C.
+// Reads x and z once, writes y once: 12 bytes an element in float32, bound by exp and log and not by memory.
+#include "library.h"
+#include "tensors.h"
+
+namespace byola {
+
+namespace {
+
+// Call f(first, last, lam) for stretches of elements of one sample, in parallel.
+template <typename F>
+void over_samples(int64_t batch, int64_t elements, F f) {
+  constexpr int64_t kStretch = 8192;
+  const int64_t stretches = std::max<int64_t>(1, (elements + kStretch - 1) / kStretch);
+  torch::stable::parallel_for(0, batch * stretches, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t b = k / stretches, first = k % stretches * kStretch;
+      f(b, b * elements + first, b * elements + std::min(first + kStretch, elements));
+    }
+  });
+}
+
+}  // namespace
+
+Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
+  const Tensor xs = torch::stable::contiguous(x), zs = torch::stable::contiguous(z);
+  BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
+  BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
+  with_float_type(x.scalar_type(), "x", [&](auto kind) {
+    using S = decltype(kind);
+    using V = Vector<S>;
+    using Real = Compute<S>;
+    const Tensor weights = as_contiguous<Real>(lam);
+    over_samples(batch, elements, [&](int64_t b, int64_t first, int64_t last) {
+      const V of_z = V::set(data<Real>(weights)[b]), of_x = V::set(1) - of_z, eps = V::set(kEps);
+      for (int64_t k = first; k < last; k += V::width) {
+        const V a = exp(load_lanes<V>(data<S>(xs) + k, last - k)), c = exp(load_lanes<V>(data<S>(zs) + k, last - k));
+        store_lanes(log_positive(fma(of_x, a, fma(of_z, c, eps))), mutable_data<S>(y) + k, last - k);
+      }
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& lam) {
+  const Tensor gs = torch::stable::contiguous(grad), xs = torch::stable::contiguous(x);
+  const Tensor zs = torch::stable::contiguous(z);
+  BYOLA_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(), "grad: expected as x");
+  BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
+  BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
+  Tensor to_x = torch::stable::new_empty(x, x.sizes()), to_z = torch::stable::new_empty(z, z.sizes());
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
+  with_float_type(x.scalar_type(), "x", [&](auto kind) {
+    using S = decltype(kind);
+    using V = Vector<S>;
+    using Real = Compute<S>;
+    const Tensor weights = as_contiguous<Real>(lam);
+    over_samples(batch, elements, [&](int64_t b, int64_t first, int64_t last) {
+      const V of_z = V::set(data<Real>(weights)[b]), of_x = V::set(1) - of_z, eps = V::set(kEps);
+      for (int64_t k = first; k < last; k += V::width) {
+        const V a = of_x * exp(load_lanes<V>(data<S>(xs) + k, last - k));
+        const V c = of_z * exp(load_lanes<V>(data<S>(zs) + k, last - k));
+        const V scaled = load_lanes<V>(data<S>(gs) + k, last - k) / (a + c + eps);
+        store_lanes(scaled * a, mutable_data<S>(to_x) + k, last - k);
+        store_lanes(scaled * c, mutable_data<S>(to_z) + k, last - k);
+      }
+    });
+  });
+  return {to_x, to_z};
+}
+
+}  // namespace byola

@@ -1,0 +1,83 @@
+// Count, sum and sum of squares of each sample; and (x - mean) / std with the joint statistics that such sums give.
+// One read of x each, and one write.
+#include "library.h"
+#include "tensors.h"
+
+namespace byola {
+
+namespace {
+
+void normalize_to(const Tensor& x, const Tensor& sums, Tensor& y) {
+  const Tensor parts = as_contiguous<double>(sums);
+  double count = 0, total = 0, squares = 0;
+  for (const double *p = data<double>(parts), *end = p + parts.numel(); p < end; p += 3)
+    count += p[0], total += p[1], squares += p[2];
+  const double mean = total / (count < 1 ? 1 : count);
+  const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
+  const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN comes through
+  with_float_type(x.scalar_type(), "x", [&](auto kind) {
+    using S = decltype(kind);
+    using V = Vector<S>;
+    using Real = Compute<S>;
+    const V shift = V::set(Real(mean)), scale = V::set(Real(1 / std));
+    torch::stable::parallel_for(0, x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+      const S* source = data<S>(x);
+      S* target = mutable_data<S>(y);
+      for (int64_t k = begin; k < end; k += V::width)
+        store_lanes((load_lanes<V>(source + k, end - k) - shift) * scale, target + k, end - k);
+    });
+  });
+}
+
+}  // namespace
+
+Tensor sample_sums_cpu(const Tensor& x) {
+  const Tensor xs = torch::stable::contiguous(x);
+  const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
+  Tensor sums = torch::stable::new_empty(x, {batch, 3}, ScalarType::Double);
+  with_float_type(x.scalar_type(), "x", [&](auto kind) {
+    using S = decltype(kind);
+    using V = Vector<S>;
+    torch::stable::parallel_for(0, batch, grain(elements), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const S* source = data<S>(xs) + b * elements;
+        // Around a first value, so that squares of a large mean do not swallow a small variance; a few vectors in the
+        // dtype of the arithmetic, then on in double. Lanes past the end add zeros.
+        using Real = Compute<S>;
+        const Real pivot = elements ? static_cast<Real>(source[0]) : Real(0);
+        const V around = V::set(pivot);
+        double total[V::width] = {}, squares[V::width] = {};
+        for (int64_t k = 0; k < elements;) {
+          V few = V::set(0), few_squares = few;
+          for (const int64_t stop = std::min(k + 8 * V::width, elements); k < stop; k += V::width) {
+            V value = load_lanes<V>(source + k, elements - k) - around;
+            if (elements - k < V::width) value = value.first_lanes(elements - k);
+            few = few + value;
+            few_squares = fma(value, value, few_squares);
+          }
+          few.add_to(total);
+          few_squares.add_to(squares);
+        }
+        double* sum = mutable_data<double>(sums) + 3 * b;
+        sum[0] = double(elements), sum[1] = sum[2] = 0;
+        for (int lane = 0; lane < V::width; ++lane) sum[1] += total[lane], sum[2] += squares[lane];
+        sum[2] += 2 * double(pivot) * sum[1] + sum[0] * double(pivot) * double(pivot);
+        sum[1] += sum[0] * double(pivot);
+      }
+    });
+  });
+  return sums;
+}
+
+Tensor normalize_cpu(const Tensor& x, const Tensor& sums) {
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  normalize_to(torch::stable::contiguous(x), sums, y);
+  return y;
+}
+
+void normalize__cpu(Tensor x, const Tensor& sums) {
+  if (x.is_contiguous()) return normalize_to(x, sums, x);
+  torch::stable::copy_(x, normalize_cpu(x, sums));
+}
+
+}  // namespace byola

@@ -1,0 +1,194 @@
+// The separable resize of crops: taps of one axis, then rows resized along time, then weighted sums of rows.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "storage.h"
+
+namespace byola {
+
+constexpr int kMaxTaps = 4;
+
+struct Box {
+  int64_t start, extent;  // of a crop, along one axis of the canvas
+};
+
+// A crop box along one axis, moved inside the canvas if it does not lie there: never read out of bounds.
+inline Box clamp_box(int64_t start, int64_t extent, int64_t canvas) {
+  extent = std::clamp<int64_t>(extent, 1, canvas);
+  return {std::clamp<int64_t>(start, 0, canvas - extent), extent};
+}
+
+// Where each output of one axis reads in the crop, corners aligned: output o lies at o (extent - 1) / (size - 1).
+// Quotient and remainder are followed from output to output in integers, exactly; the fraction t is rounded once.
+template <typename V>
+struct AxisTaps {
+  using Real = typename V::Element;
+  int taps = 2;
+  std::vector<int32_t> quotient, remainder;
+  std::vector<int32_t> index[kMaxTaps];  // of each tap, clamped to the crop
+  std::vector<Real> weight[kMaxTaps];
+
+  void prepare(int64_t size, int64_t extent, bool bicubic) {
+    taps = bicubic ? 4 : 2;
+    const int64_t padded = (size + V::width - 1) / V::width * V::width;
+    quotient.assign(padded, 0);
+    remainder.assign(padded, 0);
+    const int64_t steps = std::max<int64_t>(size - 1, 1);
+    const int32_t whole = int32_t((extent - 1) / steps), part = int32_t((extent - 1) % steps);
+    for (int64_t o = 0, q = 0, r = 0; o < size; ++o) {
+      quotient[o] = int32_t(q);
+      remainder[o] = int32_t(r);
+      q += whole;
+      r += part;
+      if (r >= steps) r -= steps, ++q;
+    }
+    const int32_t last = int32_t(extent - 1), first_tap = bicubic ? -1 : 0;
+    for (int k = 0; k < taps; ++k) {
+      index[k].resize(padded);
+      weight[k].resize(padded);
+      for (int64_t o = 0; o < padded; ++o) index[k][o] = std::clamp(quotient[o] + first_tap + k, 0, last);
+    }
+    const V one = V::set(1), divisor = V::set(Real(steps)), a = V::set(Real(-0.75));
+    for (int64_t o = 0; o < padded; o += V::width) {
+      const V t = V::from_ints(&remainder[o]) / divisor, s = one - t;
+      if (bicubic) {  // the cubic convolution kernel at distances 1 + t, t, s = 1 - t and 1 + s
+        const V outer = V::set(Real(-2.25)), inner = V::set(Real(1.25));
+        (a * t * s * s).store(&weight[0][o]);
+        fma(fma(inner, t, outer) * t, t, one).store(&weight[1][o]);
+        fma(fma(inner, s, outer) * s, s, one).store(&weight[2][o]);
+        (a * s * t * t).store(&weight[3][o]);
+      } else {
+        s.store(&weight[0][o]);
+        t.store(&weight[1][o]);
+      }
+    }
+    for (int k = 0; k < taps; ++k) std::fill(weight[k].begin() + size, weight[k].end(), Real(0));
+  }
+};
+
+// The taps along time, in blocks of one vector of outputs. A block's taps lie in a window of the row; where that spans
+// less than two vectors, which a permutation of two registers covers, no memory is gathered.
+template <typename V>
+struct FrameTaps : AxisTaps<V> {
+  using Real = typename V::Element;
+  struct Block {
+    int32_t window;
+    bool near;
+  };
+  std::vector<Block> blocks;
+
+  void prepare(int64_t size, int64_t extent, bool bicubic) {
+    AxisTaps<V>::prepare(size, extent, bicubic);
+    blocks.clear();
+    for (int64_t o = 0; o < size; o += V::width) {
+      const int64_t end = std::min<int64_t>(o + V::width, size) - 1;
+      const int32_t window = this->index[0][o], span = this->index[this->taps - 1][end] - window + 1;
+      blocks.push_back({window, span <= 2 * V::width});
+      for (int k = 0; k < this->taps; ++k)
+        for (int64_t lane = 0; lane < V::width; ++lane)
+          this->index[k][o + lane] = o + lane < size ? this->index[k][o + lane] - window : 0;
+    }
+  }
+
+  // Resize one row of the crop. `row` is readable for two vectors past its end; `out` holds whole vectors.
+  template <int Taps>
+  void apply(const Real* row, Real* out) const {
+    for (size_t b = 0; b < blocks.size(); ++b, out += V::width) {
+      const Real* window = row + blocks[b].window;
+      const int64_t o = int64_t(b) * V::width;
+      V sum;
+      for (int k = 0; k < Taps; ++k) {
+        const auto index = V::Index::load(&this->index[k][o]);
+        const V value = blocks[b].near ? V::lookup_near(window, index) : V::lookup_far(window, index);
+        const V weight = V::load(&this->weight[k][o]);
+        sum = k == 0 ? weight * value : fma(weight, value, sum);
+      }
+      sum.store(out);
+    }
+  }
+};
+
+// Resize one crop of one sample: first every row of the crop along time, then the outputs as weighted sums of rows.
+// Rows of the margin are never made nor read; they stand for zeros.
+template <typename V>
+class CropResizer {
+ public:
+  using Real = typename V::Element;
+
+  CropResizer(int64_t mels, int64_t frames, const std::vector<int64_t>& size, const std::vector<int64_t>& canvas,
+              bool bicubic)
+      : mels_(mels), frames_(frames), size_(size), canvas_(canvas), bicubic_(bicubic) {
+    padded_ = (size_[1] + V::width - 1) / V::width * V::width;
+    scratch(row_, canvas_[1] + 3 * V::width);
+    scratch(zeros_, padded_);
+    std::fill(zeros_.begin(), zeros_.end(), Real(0));
+  }
+
+  // Outputs of a row, rounded up to whole vectors.
+  int64_t padded() const { return padded_; }
+
+  // produce(f, c0, c1, row) writes columns c0 to c1 - 1 of mel row f, and at most a vector more, to row[0], row[1]...
+  // emit(o, t, value) takes outputs t to t + V::width - 1 of row o; those past the size are 0.
+  template <typename Produce, typename Emit>
+  void run(const int64_t box[4], Produce produce, Emit emit) {
+    const Box mel_box = clamp_box(box[0], box[2], canvas_[0]), frame_box = clamp_box(box[1], box[3], canvas_[1]);
+    if (mel_box.extent != mel_extent_) mel_taps_.prepare(size_[0], mel_extent_ = mel_box.extent, bicubic_);
+    if (frame_box.extent != frame_extent_) frame_taps_.prepare(size_[1], frame_extent_ = frame_box.extent, bicubic_);
+    resize_rows(mel_box, frame_box, produce);
+    bicubic_ ? sum_rows<4>(emit) : sum_rows<2>(emit);
+  }
+
+ private:
+  template <typename Produce>
+  void resize_rows(Box mel_box, Box frame_box, Produce produce) {
+    used_.assign(mel_box.extent, 0);
+    for (int k = 0; k < mel_taps_.taps; ++k)
+      for (int64_t o = 0; o < size_[0]; ++o) used_[mel_taps_.index[k][o]] = 1;
+    rows_.assign(mel_box.extent, zeros_.data());
+    Real* resized = scratch(resized_, mel_box.extent * padded_);
+
+    const int64_t top = mel_box.start - (canvas_[0] - mels_) / 2, left = frame_box.start - (canvas_[1] - frames_) / 2;
+    const int64_t c0 = std::clamp<int64_t>(left, 0, frames_), c1 = std::clamp<int64_t>(left + frame_box.extent, c0, frames_);
+    Real* row = row_.data();
+    for (int64_t k = 0; k < mel_box.extent; ++k) {
+      const int64_t f = top + k;
+      if (!used_[k] || f < 0 || f >= mels_ || c0 == c1) continue;
+      std::fill(row, row + (c0 - left), Real(0));
+      produce(f, c0, c1, row + (c0 - left));
+      std::fill(row + (c1 - left), row + frame_box.extent + 2 * V::width, Real(0));
+      Real* target = resized + k * padded_;
+      bicubic_ ? frame_taps_.template apply<4>(row, target) : frame_taps_.template apply<2>(row, target);
+      rows_[k] = target;
+    }
+  }
+
+  template <int Taps, typename Emit>
+  void sum_rows(Emit emit) const {
+    for (int64_t o = 0; o < size_[0]; ++o) {
+      const Real* rows[Taps];
+      V weights[Taps];
+      for (int k = 0; k < Taps; ++k) {
+        rows[k] = rows_[mel_taps_.index[k][o]];
+        weights[k] = V::set(mel_taps_.weight[k][o]);
+      }
+      for (int64_t t = 0; t < padded_; t += V::width) {
+        V sum = weights[0] * V::load(rows[0] + t);
+        for (int k = 1; k < Taps; ++k) sum = fma(weights[k], V::load(rows[k] + t), sum);
+        emit(o, t, sum);
+      }
+    }
+  }
+
+  int64_t mels_, frames_, padded_, mel_extent_ = 0, frame_extent_ = 0;
+  std::vector<int64_t> size_, canvas_;
+  bool bicubic_;
+  AxisTaps<V> mel_taps_;
+  FrameTaps<V> frame_taps_;
+  std::vector<Real> row_, zeros_, resized_;
+  std::vector<const Real*> rows_;
+  std::vector<char> used_;
+};
+
+}  // namespace byola

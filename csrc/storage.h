@@ -1,0 +1,79 @@
+// Element types of tensors and how rows of them become rows of what is computed in (float, or double for float64).
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+namespace byola {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+template <typename S>
+using Vector = std::conditional_t<std::is_same_v<S, double>, Doubles, Floats>;
+template <typename S>
+using Compute = typename Vector<S>::Element;
+
+constexpr float kEps = 0x1p-23f;  // torch.finfo(torch.float32).eps, the paper's epsilon whatever the dtype
+
+// Lanes 0 to n - 1 of a contiguous row, the others zero.
+template <typename V, typename S>
+inline V load_lanes(const S* p, int64_t n) {
+  if constexpr (std::is_same_v<S, typename V::Element>) {
+    return n >= V::width ? V::load(p) : V::load(p, n);
+  } else {
+#if defined(BYOLA_AVX512)
+    if constexpr (std::is_same_v<V, Floats>) {
+      const __m256i bits = _mm256_maskz_loadu_epi16(Floats::first(n), p);
+      if constexpr (std::is_same_v<S, Half>) return {_mm512_cvtph_ps(bits)};
+      if constexpr (std::is_same_v<S, BFloat16>)
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+    }
+#endif
+    typename V::Element lanes[V::width] = {};
+    for (int k = 0; k < n && k < V::width; ++k) lanes[k] = static_cast<typename V::Element>(p[k]);
+    return V::load(lanes);
+  }
+}
+
+// Round lanes 0 to n - 1 to the storage type, once.
+template <typename V, typename S>
+inline void store_lanes(V x, S* p, int64_t n) {
+  if constexpr (std::is_same_v<S, typename V::Element>) {
+    n >= V::width ? x.store(p) : x.store(p, n);
+  } else {
+#if defined(BYOLA_AVX512)
+    if constexpr (std::is_same_v<V, Floats> && std::is_same_v<S, Half>) {
+      const __m256i bits = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_mask_storeu_epi16(p, Floats::first(n), bits);
+      return;
+    }
+#endif
+    typename V::Element lanes[V::width];
+    x.store(lanes);
+    for (int k = 0; k < n && k < V::width; ++k) p[k] = static_cast<S>(static_cast<float>(lanes[k]));
+  }
+}
+
+// The same for rows whose elements lie `stride` apart.
+template <typename V, typename S>
+inline V load_strided(const S* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_lanes<V>(p, n);
+  typename V::Element lanes[V::width] = {};
+  for (int k = 0; k < n && k < V::width; ++k) lanes[k] = static_cast<typename V::Element>(p[k * stride]);
+  return V::load(lanes);
+}
+
+// Memory of one thread, kept from call to call; grows, never shrinks.
+template <typename T>
+inline T* scratch(std::vector<T>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+}  // namespace byola

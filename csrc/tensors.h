@@ -1,0 +1,91 @@
+// Tensors of the stable C++ interface, unpacked: dtypes, pointers, strides, and checks with messages.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "storage.h"
+
+namespace byola {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define BYOLA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "byola_fast: ", __VA_ARGS__)
+
+// Call f with a value of the C++ type of a floating-point dtype.
+template <typename F>
+void with_float_type(ScalarType dtype, const char* name, F f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: BYOLA_CHECK(false, name, ": expected a floating-point tensor");
+  }
+}
+
+template <typename T>
+constexpr ScalarType dtype_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+}
+
+// The tensor as contiguous values of T, converted if need be; for parameters and sums, which are small.
+template <typename T>
+Tensor as_contiguous(const Tensor& x) {
+  return torch::stable::contiguous(x.scalar_type() == dtype_of<T>() ? x : torch::stable::to(x, dtype_of<T>()));
+}
+
+template <typename T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+// Mean and 1 / max(std, eps) of the pre-normalisation.
+struct PreNorm {
+  double mean = 0, scale = 1;
+};
+
+inline PreNorm pre_norm(const std::optional<Tensor>& stats) {
+  if (!stats) return {};
+  BYOLA_CHECK(stats->numel() == 2, "stats: expected mean and std");
+  const Tensor values = as_contiguous<double>(*stats);
+  const double std = data<double>(values)[1];
+  return {data<double>(values)[0], 1 / (std < kEps ? double(kEps) : std)};
+}
+
+// (N, F, T) of any strides.
+struct Spectrograms {
+  const void* start;
+  ScalarType dtype;
+  int64_t count, mels, frames, sample_stride, mel_stride, frame_stride;
+
+  explicit Spectrograms(const Tensor& x, const char* name) {
+    BYOLA_CHECK(x.dim() == 3, name, ": expected shape (N, F, T)");
+    start = x.data_ptr();
+    dtype = x.scalar_type();
+    count = x.size(0), mels = x.size(1), frames = x.size(2);
+    sample_stride = x.stride(0), mel_stride = x.stride(1), frame_stride = x.stride(2);
+  }
+  template <typename S>
+  const S* row(int64_t sample, int64_t mel) const {
+    return static_cast<const S*>(start) + sample * sample_stride + mel * mel_stride;
+  }
+};
+
+// Samples that a thread should take at least, for work of so many elements each.
+inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(elements, 1)); }
+
+}  // namespace byola
