@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from byola_fast.ops import _library
+from byola_fast.ops import _extension, _library
 from byola_fast.ops._backends import backend_in_use, strict
 
 PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
@@ -74,6 +74,10 @@ def doctor() -> Report:
     for key in devices:
         for op in _library.OPS:
             backends[key, op], reasons[key, op] = backend_in_use(key, op)
+    kernels = _extension.module()
+    if kernels is not None:
+        info = kernels.build_info()
+        devices["CPU"] += f"; C++ kernels for {info['simd']}, built by compiler {info['compiler']}"
     return Report(versions, devices, backends, reasons, strict(), notes)
 
 

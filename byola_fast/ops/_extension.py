@@ -118,9 +118,9 @@ def register(library: Path) -> None:
     spec.loader.exec_module(_module)
 
 
-def build_info() -> dict[str, str] | None:
-    """Return the instruction set and the compiler of the loaded kernels; None while none are loaded."""
-    return None if _module is None else _module.build_info()
+def module() -> ModuleType | None:
+    """Return the Python face of the loaded kernels (``build_info()``, vector functions); None while none are loaded."""
+    return _module
 
 
 def install() -> None:
@@ -172,7 +172,7 @@ def _build(folder: Path) -> None:
     (folder / "build.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()
-        errors = [line for line in lines if "error:" in line.lower()] or [line for line in lines if line.strip()]
+        errors = [line for line in lines if " error: " in line] or [line for line in lines if line.strip()][-1:]
         reason = errors[0].strip() if errors else f"exit code {done.returncode}"
         raise BackendError(f"compiling failed: {reason} (all of it in {folder / 'build.log'})")
     print(f"byola_fast: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
@@ -184,8 +184,6 @@ def _tools() -> dict[str, str]:
     Raises:
         BackendError: no ninja or no compiler; says what would help.
     """
-    from torch.utils import cpp_extension
-
     folders = [str(Path(sys.executable).parent)]
     if importlib.util.find_spec("ninja") is not None:
         import ninja
@@ -194,7 +192,7 @@ def _tools() -> dict[str, str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
     if shutil.which("ninja", path=path) is None:
         raise BackendError("ninja was not found: pip install ninja")
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler = os.environ.get("CXX", "c++")  # as torch chooses
     if shutil.which(compiler, path=path) is None:
         raise BackendError(f"the C++ compiler {compiler!r} was not found: install g++, or name one in CXX")
     return os.environ | {"PATH": path}

@@ -1,0 +1,122 @@
+"""The C++ kernels' own exp and log over every binade, and every instruction set they are built for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import byola_fast
+from byola_fast.ops import _extension
+
+MOST_ULP = 4
+CHECK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import oracle
+from tolerances import assert_close
+from byola_fast import augment, ops
+from byola_fast.ops import _extension
+from test_cpu_math import check_math
+torch.manual_seed(1)
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    for shape in ((5, 64, 96), (3, 63, 97), (2, 5, 7), (2, 1, 1), (2, 9, 400)):
+        for mode in ("bilinear", "bicubic"):
+            x = (2 * torch.randn(shape) - 1).to(dtype)
+            *_, params = augment(x, seed=3, preset="byola-v2", return_params=True)
+            got = augment(x, params=params, stats=(-1, 2), interpolation=mode, preset="byola-v2", post_norm=False)
+            assert_close(torch.stack(got), oracle.views(x, params, stats=(-1.0, 2.0), mode=mode))
+            crop = params.crop[0]
+            wide = x.double().requires_grad_()
+            if shape[2] < 9:
+                assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, mode=mode), wide)
+check_math()
+print(_extension.module().build_info()["simd"])
+"""
+
+
+def every_binade(per_binade=2000):
+    """Random float32 mantissas in every binade from the denormals up, positive."""
+    rng = np.random.default_rng(5)
+    exponent = np.repeat(np.arange(255, dtype=np.uint32), per_binade)
+    mantissa = rng.integers(0, 2**23, exponent.size, dtype=np.uint32)
+    return (exponent << 23 | mantissa).view(np.float32)
+
+
+def ulps(actual, expected):
+    """Distance to a float64 result in units of float32's last place there."""
+    spacing = np.spacing(np.abs(expected).clip(2.0**-126).astype(np.float32)).astype(np.float64)
+    return np.abs(actual.astype(np.float64) - expected) / spacing
+
+
+def check_math():
+    kernels = _extension.module()
+    x = np.concatenate([every_binade(), -every_binade(), np.linspace(-104, 88.72, 400_001).astype(np.float32)])
+    y = x.copy()
+    kernels.exp_(y)
+    with np.errstate(over="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    finite = exact <= np.finfo(np.float32).max
+    assert ulps(y[finite], exact[finite]).max() <= MOST_ULP
+    assert np.isinf(y[x > 88.7229]).all()
+
+    x = np.concatenate([every_binade()[2000:], np.linspace(0.5, 2, 400_001).astype(np.float32)])
+    y = x.copy()
+    kernels.log_positive_(y)
+    assert ulps(y, np.log(x.astype(np.float64))).max() <= MOST_ULP
+
+    special = np.array([np.nan, np.inf, -np.inf, 0], dtype=np.float32)
+    kernels.exp_(special)
+    np.testing.assert_array_equal(special, np.array([np.nan, np.inf, 0, 1], dtype=np.float32))
+    special = np.array([np.nan, np.inf, 1], dtype=np.float32)
+    kernels.log_positive_(special)
+    np.testing.assert_array_equal(special, np.array([np.nan, np.inf, 0], dtype=np.float32))
+
+
+def test_exp_and_log_over_every_binade():
+    byola_fast.doctor()  # loads them
+    check_math()
+
+
+CAPABILITIES = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
+HERE = ["default", "avx2", "avx512"][: 1 + ["AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability()) + 1]
+
+
+@pytest.mark.parametrize("capability", HERE)
+def test_every_instruction_set_of_this_machine(capability):
+    """The same kernels built for less than this CPU can do give the same views."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "BYOLA_FAST_STRICT": "1"}
+    code = CHECK.format(tests=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == CAPABILITIES[capability]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_same_answer_for_any_number_of_threads(interpolation):
+    x = torch.randn(37, 63, 97)
+    answers = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        try:
+            answers.append(torch.stack(byola_fast.augment(x, seed=1, preset="byola-v2", interpolation=interpolation)))
+        finally:
+            torch.set_num_threads(1)
+    for answer in answers[1:]:
+        assert torch.equal(answer, answers[0])
+
+
+def test_no_memory_of_the_size_of_the_batch_is_allocated():
+    """Beyond the reused output, only parameters and sums, O(B), come from torch's allocator."""
+    x = torch.randn(64, 64, 96)
+    out = torch.empty(2, 64, 64, 96)
+    byola_fast.augment(x, seed=1, out=out)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        byola_fast.augment(x, seed=1, out=out)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < x.nbytes // 20
