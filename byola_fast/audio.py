@@ -339,8 +339,8 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
             raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
         self.sample_rate = sample_rate
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, at least 0, whose segments are drawn from now on, in every worker.

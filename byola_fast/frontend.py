@@ -147,7 +147,7 @@ class LogMel(torch.nn.Module):
             moved = fn(buffer)
             return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_dtype, recurse)
         return self
 
     def extra_repr(self) -> str:

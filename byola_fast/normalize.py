@@ -101,8 +101,8 @@ class RunningStats(nn.Module):
 def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
     """Return mean and std over all batches, to be stored with the weights and given as ``stats=``.
 
-    >>> compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])
-    (2.5, 1.2909944057464600)
+    >>> [round(value, 4) for value in compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])]
+    [2.5, 1.291]
     """
     running = RunningStats()
     for batch in batches:

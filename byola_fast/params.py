@@ -100,8 +100,11 @@ class AugmentParams:
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """Return the same parameters on another device."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return AugmentParams(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        tensors = ("lam", "bank_index", "crop", "fader", "rng", "bank_count")
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device) for name in tensors if getattr(self, name) is not None
+        }
+        return replace(self, **moved)
 
     def check(self, batch: int, device: torch.device, canvas: tuple[int, int], rows: int) -> None:
         """Refuse parameters that do not fit a batch; values are looked at on the CPU only.

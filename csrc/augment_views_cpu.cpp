@@ -26,6 +26,11 @@ Mixup parse_mixup(const std::string& name) {
   return Mixup::kNone;
 }
 
+template <typename T>
+inline void prefetch_row(const T* row, int64_t count) {
+  for (int64_t k = 0; k < count; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + k, 0, 2);
+}
+
 // Rows of what is mixed in: of the bank, which is pre-normalised, or of the pool, which is not.
 template <typename V>
 struct Partners {
@@ -36,6 +41,11 @@ struct Partners {
 
   Partners(const Spectrograms& source, const PreNorm& pre_norm) : rows(source), norm(pre_norm) {
     direct = rows.dtype == dtype_of<Real>() && rows.frame_stride == 1 && norm.mean == 0 && norm.scale == 1;
+  }
+
+  // Ask for a mel row that will be read soon: partners lie anywhere, where no hardware prefetcher looks for them.
+  void prefetch(int64_t index, int64_t mel) const {
+    if (direct && index >= 0) prefetch_row(rows.row<Real>(index, mel), rows.frames);
   }
 
   // Columns c0 to c1 - 1 of one mel row; in `memory`, or in place.
@@ -107,7 +117,7 @@ Tensor augment_views_out_cpu(
 
     torch::stable::parallel_for(0, batch, grain(2 * elements), [&](int64_t begin, int64_t end) {
       CropResizer<V> resizer(mels, frames, size, canvas, interpolation == "bicubic");
-      static thread_local std::vector<Real> powers_memory, normals_memory, partner_memory, fade_memory;
+      static thread_local Memory<Real> powers_memory, normals_memory, partner_memory, fade_memory;
       Real* powers = scratch(powers_memory, needs_exp ? mels * stride + V::width : 0);  // exp of the clean input
       Real* normals = scratch(normals_memory, mixup == Mixup::kGaussian ? mels * frames + V::width : 0);
       Real* partner_row = scratch(partner_memory, stride + V::width);
@@ -129,7 +139,12 @@ Tensor augment_views_out_cpu(
             draw_normals(normals, mels * frames, uint64_t(data<int64_t>(words)[0]), uint32_t(data<int64_t>(words)[1]),
                          uint32_t(sample_offset + b), uint32_t(view));
 
+          // The row that will take this one's place in the next view or sample, on its way while this one is mixed.
+          const int64_t next = view == 0 ? row + batch : row + 1 - batch;
+          const int64_t next_partner = view == 0 || b + 1 < end ? data<int64_t>(index)[next] : -1;
           const auto mix = [&](int64_t f, int64_t c0, int64_t c1, Real* to) {
+            if (mixup == Mixup::kLog || mixup == Mixup::kLinear) partners.prefetch(next_partner, f);
+            if (view == 1 && b + 1 < end && source.frame_stride == 1) prefetch_row(source.row<S>(b + 1, f), frames);
             if (mixup == Mixup::kGaussian) {
               for (int64_t c = c0; c < c1; c += V::width, to += V::width) {
                 const V noise = exp(of_z * V::load(normals + f * frames + c));
@@ -153,14 +168,17 @@ Tensor augment_views_out_cpu(
           for (int64_t t = 0; t < resizer.padded(); ++t)
             fade[t] = t < size[1] ? Real(head + (tail - head) * (double(t) / std::max<int64_t>(size[1] - 1, 1))) : 0;
           double total[V::width] = {}, squares[V::width] = {};
-          V row_total = V::set(0), row_squares = V::set(0);
           S* target = mutable_data<S>(out) + row * elements;
-          const auto emit = [&](int64_t o, int64_t t, V value) {
-            const V y = value + V::load(fade + t);
-            store_lanes(y, target + o * size[1] + t, size[1] - t);
-            row_total = t == 0 ? y : row_total + y;
-            row_squares = t == 0 ? y * y : fma(y, y, row_squares);
-            if (t + V::width >= size[1]) row_total.add_to(total), row_squares.add_to(squares);
+          const auto emit = [&](int64_t o, auto sum) {
+            V row_total = V::set(0), row_squares = V::set(0);
+            for (int64_t t = 0; t < size[1]; t += V::width) {
+              const V y = sum(t) + V::load(fade + t);
+              store_lanes(y, target + o * size[1] + t, size[1] - t);
+              row_total = row_total + y;
+              row_squares = fma(y, y, row_squares);
+            }
+            row_total.add_to(total);
+            row_squares.add_to(squares);
           };
           resizer.run(data<int64_t>(boxes) + 4 * row, mix, emit);
 

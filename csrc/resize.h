@@ -26,9 +26,9 @@ template <typename V>
 struct AxisTaps {
   using Real = typename V::Element;
   int taps = 2;
-  std::vector<int32_t> quotient, remainder;
-  std::vector<int32_t> index[kMaxTaps];  // of each tap, clamped to the crop
-  std::vector<Real> weight[kMaxTaps];
+  Memory<int32_t> quotient, remainder;
+  Memory<int32_t> index[kMaxTaps];  // of each tap, clamped to the crop
+  Memory<Real> weight[kMaxTaps];
 
   void prepare(int64_t size, int64_t extent, bool bicubic) {
     taps = bicubic ? 4 : 2;
@@ -92,20 +92,30 @@ struct FrameTaps : AxisTaps<V> {
     }
   }
 
-  // Resize one row of the crop. `row` is readable for two vectors past its end; `out` holds whole vectors.
+  // Resize `count` rows of the crop, `row_stride` apart, block by block, so that a block's taps stay in registers. Rows
+  // are readable for two vectors past their end; `out` holds rows of whole vectors, `out_stride` apart.
   template <int Taps>
-  void apply(const Real* row, Real* out) const {
-    for (size_t b = 0; b < blocks.size(); ++b, out += V::width) {
-      const Real* window = row + blocks[b].window;
+  void apply(const Real* rows, int64_t row_stride, int64_t count, Real* out, int64_t out_stride) const {
+    for (size_t b = 0; b < blocks.size(); ++b) {
       const int64_t o = int64_t(b) * V::width;
-      V sum;
+      typename V::Index index[Taps];
+      V weight[Taps];
       for (int k = 0; k < Taps; ++k) {
-        const auto index = V::Index::load(&this->index[k][o]);
-        const V value = blocks[b].near ? V::lookup_near(window, index) : V::lookup_far(window, index);
-        const V weight = V::load(&this->weight[k][o]);
-        sum = k == 0 ? weight * value : fma(weight, value, sum);
+        index[k] = V::Index::load(&this->index[k][o]);
+        weight[k] = V::load(&this->weight[k][o]);
       }
-      sum.store(out);
+      const Real* window = rows + blocks[b].window;
+      const auto resize = [&](auto lookup) {
+        for (int64_t r = 0; r < count; ++r) {
+          V sum = weight[0] * lookup(window + r * row_stride, index[0]);
+          for (int k = 1; k < Taps; ++k) sum = fma(weight[k], lookup(window + r * row_stride, index[k]), sum);
+          sum.store(out + r * out_stride + o);
+        }
+      };
+      if (blocks[b].near)
+        resize([](const Real* w, typename V::Index i) -> V { return V::lookup_near(w, i); });
+      else
+        resize([](const Real* w, typename V::Index i) -> V { return V::lookup_far(w, i); });
     }
   }
 };
@@ -120,48 +130,65 @@ class CropResizer {
   CropResizer(int64_t mels, int64_t frames, const std::vector<int64_t>& size, const std::vector<int64_t>& canvas,
               bool bicubic)
       : mels_(mels), frames_(frames), size_(size), canvas_(canvas), bicubic_(bicubic) {
-    padded_ = (size_[1] + V::width - 1) / V::width * V::width;
-    scratch(row_, canvas_[1] + 3 * V::width);
-    scratch(zeros_, padded_);
-    std::fill(zeros_.begin(), zeros_.end(), Real(0));
+    padded_ = round_up(size_[1]);
+    row_stride_ = round_up(canvas_[1]) + 3 * V::width;
+    scratch(staged_, kGroup * row_stride_);
+    zeros_.assign(padded_, Real(0));
   }
 
   // Outputs of a row, rounded up to whole vectors.
   int64_t padded() const { return padded_; }
 
   // produce(f, c0, c1, row) writes columns c0 to c1 - 1 of mel row f, and at most a vector more, to row[0], row[1]...
-  // emit(o, t, value) takes outputs t to t + V::width - 1 of row o; those past the size are 0.
+  // emit(o, sum) takes output row o: sum(t) gives outputs t to t + V::width - 1; those past the size are 0.
   template <typename Produce, typename Emit>
   void run(const int64_t box[4], Produce produce, Emit emit) {
     const Box mel_box = clamp_box(box[0], box[2], canvas_[0]), frame_box = clamp_box(box[1], box[3], canvas_[1]);
     if (mel_box.extent != mel_extent_) mel_taps_.prepare(size_[0], mel_extent_ = mel_box.extent, bicubic_);
     if (frame_box.extent != frame_extent_) frame_taps_.prepare(size_[1], frame_extent_ = frame_box.extent, bicubic_);
-    resize_rows(mel_box, frame_box, produce);
-    bicubic_ ? sum_rows<4>(emit) : sum_rows<2>(emit);
+    if (bicubic_) {
+      resize_rows<4>(mel_box, frame_box, produce);
+      sum_rows<4>(emit);
+    } else {
+      resize_rows<2>(mel_box, frame_box, produce);
+      sum_rows<2>(emit);
+    }
   }
 
  private:
-  template <typename Produce>
+  static constexpr int64_t kGroup = 8;  // rows staged at a time: few enough to stay in the first level of the cache
+
+  static int64_t round_up(int64_t n) { return (n + V::width - 1) / V::width * V::width; }
+
+  template <int Taps, typename Produce>
   void resize_rows(Box mel_box, Box frame_box, Produce produce) {
     used_.assign(mel_box.extent, 0);
-    for (int k = 0; k < mel_taps_.taps; ++k)
+    for (int k = 0; k < Taps; ++k)
       for (int64_t o = 0; o < size_[0]; ++o) used_[mel_taps_.index[k][o]] = 1;
     rows_.assign(mel_box.extent, zeros_.data());
-    Real* resized = scratch(resized_, mel_box.extent * padded_);
+    Real* resized = scratch(resized_, (mel_box.extent + kGroup) * padded_);
 
     const int64_t top = mel_box.start - (canvas_[0] - mels_) / 2, left = frame_box.start - (canvas_[1] - frames_) / 2;
-    const int64_t c0 = std::clamp<int64_t>(left, 0, frames_), c1 = std::clamp<int64_t>(left + frame_box.extent, c0, frames_);
-    Real* row = row_.data();
+    const int64_t c0 = std::clamp<int64_t>(left, 0, frames_);
+    const int64_t c1 = std::clamp<int64_t>(left + frame_box.extent, c0, frames_);
+    if (c0 == c1) return;
+    int64_t staged = 0;
+    const auto flush = [&] {
+      frame_taps_.template apply<Taps>(staged_.data(), row_stride_, staged, resized, padded_);
+      resized += staged * padded_;
+      staged = 0;
+    };
     for (int64_t k = 0; k < mel_box.extent; ++k) {
       const int64_t f = top + k;
-      if (!used_[k] || f < 0 || f >= mels_ || c0 == c1) continue;
+      if (!used_[k] || f < 0 || f >= mels_) continue;
+      Real* row = staged_.data() + staged * row_stride_;
       std::fill(row, row + (c0 - left), Real(0));
       produce(f, c0, c1, row + (c0 - left));
       std::fill(row + (c1 - left), row + frame_box.extent + 2 * V::width, Real(0));
-      Real* target = resized + k * padded_;
-      bicubic_ ? frame_taps_.template apply<4>(row, target) : frame_taps_.template apply<2>(row, target);
-      rows_[k] = target;
+      rows_[k] = resized + staged * padded_;
+      if (++staged == kGroup) flush();
     }
+    flush();
   }
 
   template <int Taps, typename Emit>
@@ -173,20 +200,20 @@ class CropResizer {
         rows[k] = rows_[mel_taps_.index[k][o]];
         weights[k] = V::set(mel_taps_.weight[k][o]);
       }
-      for (int64_t t = 0; t < padded_; t += V::width) {
+      emit(o, [&](int64_t t) -> V {
         V sum = weights[0] * V::load(rows[0] + t);
         for (int k = 1; k < Taps; ++k) sum = fma(weights[k], V::load(rows[k] + t), sum);
-        emit(o, t, sum);
-      }
+        return sum;
+      });
     }
   }
 
-  int64_t mels_, frames_, padded_, mel_extent_ = 0, frame_extent_ = 0;
+  int64_t mels_, frames_, padded_, row_stride_, mel_extent_ = 0, frame_extent_ = 0;
   std::vector<int64_t> size_, canvas_;
   bool bicubic_;
   AxisTaps<V> mel_taps_;
   FrameTaps<V> frame_taps_;
-  std::vector<Real> row_, zeros_, resized_;
+  Memory<Real> staged_, zeros_, resized_;
   std::vector<const Real*> rows_;
   std::vector<char> used_;
 };

@@ -34,8 +34,8 @@ Tensor resize_crop_cpu(
           for (int64_t c = c0; c < c1; c += V::width, row += V::width)
             load_strided<V>(from + c * source.frame_stride, source.frame_stride, c1 - c).store(row);
         };
-        const auto emit = [&](int64_t o, int64_t t, V value) {
-          store_lanes(value, target + o * size[1] + t, size[1] - t);
+        const auto emit = [&](int64_t o, auto sum) {
+          for (int64_t t = 0; t < size[1]; t += V::width) store_lanes(sum(t), target + o * size[1] + t, size[1] - t);
         };
         resizer.run(data<int64_t>(boxes) + 4 * b, produce, emit);
       }

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -69,9 +70,24 @@ inline V load_strided(const S* p, int64_t stride, int64_t n) {
   return V::load(lanes);
 }
 
+// Memory on cache lines: vectors of 64 bytes that straddle two cost twice as much.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+template <typename T>
+using Memory = std::vector<T, LineAllocator<T>>;
+
 // Memory of one thread, kept from call to call; grows, never shrinks.
 template <typename T>
-inline T* scratch(std::vector<T>& memory, int64_t size) {
+inline T* scratch(Memory<T>& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
   return memory.data();
 }
