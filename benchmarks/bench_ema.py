@@ -66,7 +66,7 @@ def ema(device: str, model: str, full: bool) -> Group:
         for t, o in zip(target, online_list, strict=True):
             t.data = t.data * DECAY + (1 - DECAY) * o.data
 
-    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     ours = EMA(online, DECAY)
     targets: dict[str, nn.Module] = {
         "loop": copy.deepcopy(start),

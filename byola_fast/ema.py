@@ -92,7 +92,7 @@ class EMA(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device, torch.float32) if moved.dtype in HALF else moved
 
-        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_wide, recurse)
         return self
 
     def extra_repr(self) -> str:
