@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 after an error of use or data, 130 after an interrupt."""
     from jsonargparse import ArgumentError
 
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     _log_to_stderr()
     try:
         settings = _make_parser(demo="--demo" in argv).parse_args(argv)
@@ -54,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _with_underscores(argument: str) -> str:
+    """Let ``--batch-size`` stand for ``--batch_size``, as the setting is called in files and in Python."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def _make_parser(demo: bool) -> Any:

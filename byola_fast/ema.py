@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.ops.functional import check_ema, ema_decay
 
 BUFFERS = ("none", "copy", "ema")
 HALF = (torch.float16, torch.bfloat16)
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DistributedDataParallel put into names
+
+
+class _Plan(NamedTuple):
+    """What one update does, for as long as both networks hold the very tensors ``seen``."""
+
+    seen: list[Tensor | None]
+    target: list[Tensor]
+    online: list[Tensor]
+    copied: list[tuple[Tensor, Tensor]]
 
 
 class EMA(nn.Module):
@@ -65,21 +76,39 @@ class EMA(nn.Module):
         self.decay = decay
         self.buffers_mode = buffers
         self._online = (online,)  # in a tuple, so that it is no submodule
+        self._plan: _Plan | None = None
         self.target = copy.deepcopy(_unwrap(online)).requires_grad_(False)
         self._apply(lambda tensor: tensor)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the target towards the online network by one step."""
+        plan = self._current_plan()
+        for t, o in plan.copied:
+            t.copy_(o)
+        torch.ops.byola_fast.ema_update_(plan.target, plan.online, ema_decay(self.decay, plan.target))
+        increment_version(plan.target)
+
+    def _current_plan(self) -> _Plan:
+        """Return the pairs to move and to copy; matched and checked anew only after a tensor was replaced.
+
+        Walking names of a thousand tensors and checking each would cost several times the update itself.
+        """
         online = self._online[0]
-        pairs = _pairs("parameter", self.target.named_parameters(), online.named_parameters())
-        if self.buffers_mode != "none":
-            for t, o in _pairs("buffer", self.target.named_buffers(), online.named_buffers()):
-                if self.buffers_mode == "ema" and t.is_floating_point():
-                    pairs.append((t, o))
-                else:
-                    t.copy_(o)
-        ops.ema_update_([t for t, _ in pairs], [o for _, o in pairs], self.decay)
+        buffers = self.buffers_mode != "none"
+        seen = _held(self.target, buffers) + _held(online, buffers)
+        plan = self._plan
+        if plan is None or len(plan.seen) != len(seen) or not all(map(operator.is_, plan.seen, seen)):
+            moved = _pairs("parameter", self.target.named_parameters(), online.named_parameters())
+            copied: list[tuple[Tensor, Tensor]] = []
+            if buffers:
+                for t, o in _pairs("buffer", self.target.named_buffers(), online.named_buffers()):
+                    averaged = self.buffers_mode == "ema" and t.is_floating_point()
+                    (moved if averaged else copied).append((t, o))
+            plan = _Plan(seen, [t for t, _ in moved], [o for _, o in moved], copied)
+            check_ema(plan.target, plan.online)
+            self._plan = plan
+        return plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the target makes of the arguments."""
@@ -87,6 +116,7 @@ class EMA(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
         """Follow ``fn`` to another device, but keep half precision out of the target."""
+        self._plan = None  # parameters stay the same objects, with other data
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -108,6 +138,19 @@ def _unwrap(module: nn.Module) -> nn.Module:
             module = module.module
         else:
             return module
+
+
+def _held(module: nn.Module, buffers: bool) -> list[Tensor | None]:
+    """Return every parameter, and buffer if asked for, in the order that modules hold them; shared ones repeatedly."""
+    held: list[Tensor | None] = []
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        if (inner := waiting.pop()) is not None:
+            held.extend(inner._parameters.values())
+            if buffers:
+                held.extend(inner._buffers.values())
+            waiting.extend(inner._modules.values())
+    return held
 
 
 def _pairs(

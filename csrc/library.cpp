@@ -14,4 +14,5 @@ STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
   m.impl("normalize", TORCH_BOX(&byola::normalize_cpu));
   m.impl("normalize_", TORCH_BOX(&byola::normalize__cpu));
   m.impl("bank_push_", TORCH_BOX(&byola::bank_push__cpu));
+  m.impl("ema_update_", TORCH_BOX(&byola::ema_update__cpu));
 }

@@ -136,6 +136,25 @@ def test_replayed_parameters_are_checked(field, change, words):
         Augment(seed=1)(X, params=replace(broken, bank_count=torch.tensor(0)))
 
 
+def test_boxes_and_rows_out_of_range_are_moved_inside_below_the_checks(device):
+    """The dispatcher's ops do not check values on a GPU; what is out of range is clamped, never read out of bounds."""
+    x = torch.randn(4, 8, 12, device=device)
+    wild = torch.tensor([[-50, 10**6, 3, 4], [0, 0, -7, 10**8], [7, 17, 8, 18], [2**30, -(2**30), 1, 1]], device=device)
+    tame = torch.tensor([[0, 14, 3, 4], [0, 0, 1, 18], [0, 0, 8, 18], [7, 0, 1, 1]], device=device)
+    for mode in ("bilinear", "bicubic"):
+        got = torch.ops.byola_fast.resize_crop(x, wild, [8, 12], [8, 18], mode)
+        torch.testing.assert_close(got, ops.resize_crop(x, tame, mode=mode), rtol=0, atol=0)
+        back = torch.ops.byola_fast.resize_crop_backward(x, wild, [8, 12], [8, 18], mode)
+        expected = torch.ops.byola_fast.resize_crop_backward(x, tame, [8, 12], [8, 18], mode)
+        torch.testing.assert_close(back, expected, rtol=0, atol=0)
+    params = augment(x, seed=1, return_params=True)[2]
+    far, last = params.bank_index + 10**9, torch.full_like(params.bank_index, 3)
+    rest = (params.crop, params.fader, params.rng.to(device), 0, [8, 12], [8, 18], "bilinear", "log")
+    got, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, far, *rest)
+    expected, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, last, *rest)
+    assert torch.equal(got, expected)
+
+
 def test_nothing_is_lost_after_an_error():
     """A refused batch advances neither the step nor the bank."""
     aug = Augment(seed=1, n_memory=5)

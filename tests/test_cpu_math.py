@@ -84,7 +84,8 @@ def test_exp_and_log_over_every_binade():
 
 
 CAPABILITIES = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
-HERE = ["default", "avx2", "avx512"][: 1 + ["AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability()) + 1]
+LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+HERE = list(CAPABILITIES)[: LEVELS.index(torch.backends.cpu.get_cpu_capability()) + 1]
 
 
 @pytest.mark.parametrize("capability", HERE)

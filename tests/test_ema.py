@@ -123,6 +123,68 @@ def test_state_goes_into_a_new_module():
     assert torch.equal(ema(x), ema.target(x))
 
 
+@pytest.mark.parametrize("buffers", ["none", "ema"])
+def test_follows_tensors_that_were_replaced(buffers):
+    net = make_net()
+    ema = EMA(net, decay=0.5, buffers=buffers)
+    ema.update()
+    net[0].weight = nn.Parameter(torch.ones(7, 5))
+    net[3] = nn.Linear(7, 3)
+    net[1].running_mean = torch.ones(7)
+    ema.target[0].weight = nn.Parameter(torch.zeros(7, 5), requires_grad=False)
+    last = ema.target[3].weight.clone()
+    ema.update()
+    assert torch.equal(ema.target[0].weight, torch.full((7, 5), 0.5))
+    assert_close(ema.target[3].weight, (last.double() + net[3].weight.detach().double()) / 2)
+    assert torch.equal(ema.target[1].running_mean, torch.full((7,), 0.5 if buffers == "ema" else 0.0))
+
+
+def test_another_dtype_later_is_followed_or_refused():
+    net = make_net()
+    ema = EMA(net, decay=0.5)
+    ema.update()
+    before = ema.target[0].weight.clone()
+    net.bfloat16()
+    jump(net)
+    ema.update()
+    assert not torch.equal(ema.target[0].weight, before)
+    ema.double()
+    with pytest.raises(TypeError, match=r"online\[0\]: expected torch.float64"):
+        ema.update()
+
+
+def test_a_copy_moves_alone():
+    net = make_net()
+    ema = EMA(net, decay=0.5)
+    ema.update()
+    jump(net)
+    other = copy.deepcopy(ema)
+    before = ema.target[0].weight.clone()
+    other.update()
+    assert torch.equal(ema.target[0].weight, before)
+    assert not torch.equal(other.target[0].weight, before)
+
+
+def test_the_decay_may_change_but_not_leave_its_range():
+    net = make_net()
+    ema = EMA(net, decay=1.0)
+    jump(net)
+    ema.decay = 0.0
+    ema.update()
+    assert torch.equal(ema.target[0].weight, net[0].weight)
+    ema.decay = 1.5
+    with pytest.raises(ValueError, match="decay: expected a number in"):
+        ema.update()
+
+
+def test_an_update_before_backward_is_noticed():
+    ema = EMA(nn.Linear(2, 2))
+    y = ema.target(torch.ones(1, 2, requires_grad=True)).sum()
+    ema.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 @pytest.mark.parametrize(("settings", "words"), [({"decay": 1.5}, "decay"), ({"buffers": "all"}, "buffers")])
 def test_refused_settings(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import ops
+from byola_fast.ops import _backends, reference
 
 PAIRS = [
     (torch.float32, torch.float32),
@@ -65,6 +66,95 @@ def test_any_mix_of_shapes_strides_and_alignments(data):
     ops.ema_update_(target, online, decay)
     for t, e in zip(target, expected, strict=True):
         assert torch.equal(t, e.reshape(t.shape))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("decay", [0.25, 0.996])
+def test_large_and_tiny_tensors_on_threads(decay, threads, device):
+    shapes = [(300_001,), (3,), (), (70_000, 3), *[(13,)] * 500, (0,), (65_536,)]
+    target, online = [[torch.randn(s, device=device) for s in shapes] for _ in range(2)]
+    expected = [one_by_one(t, o, decay) for t, o in zip(target, online, strict=True)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ops.ema_update_(target, online, decay)
+    finally:
+        torch.set_num_threads(before)
+    for t, e in zip(target, expected, strict=True):
+        assert torch.equal(t.cpu(), e.reshape(t.shape))
+
+
+def plain(x):
+    return x
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def transposed(x):
+    return x.transpose(1, 3).contiguous().transpose(1, 3)
+
+
+def with_gaps(x):
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@pytest.mark.parametrize("of_online", [plain, channels_last, transposed, with_gaps])
+@pytest.mark.parametrize("of_target", [plain, channels_last, transposed, with_gaps])
+@pytest.mark.parametrize(("target_dtype", "online_dtype"), PAIRS)
+def test_memory_formats(target_dtype, online_dtype, of_target, of_online, device):
+    target = of_target(torch.randn(5, 3, 4, 7, dtype=target_dtype, device=device))
+    online = of_online(torch.randn(5, 3, 4, 7, device=device).to(online_dtype))
+    strides, expected = target.stride(), one_by_one(target, online, 0.9)
+    ops.ema_update_([target], [online], 0.9)
+    assert target.stride() == strides
+    assert torch.equal(target.cpu(), expected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_nan_inf_and_denormals_as_the_reference(decay, device):
+    values = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1.0, 3e38, -3e38, torch.inf, -torch.inf, torch.nan], device=device)
+    target, online = (x.reshape(-1).contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
+    wanted, weight = target.clone(), torch.tensor(decay, device=device)
+    reference.ema_update__reference([wanted], [online], weight)
+    ops.ema_update_([target], [online], decay if decay != 0.9 else weight)
+    assert torch.equal(target.isnan(), wanted.isnan())
+    kept = ~wanted.isnan()
+    assert torch.equal(target[kept], wanted[kept])
+    assert torch.equal(target[kept].signbit(), wanted[kept].signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_decay_of_any_float_dtype(dtype, device):
+    decay = torch.tensor(0.99, dtype=dtype)
+    target, online = torch.randn(33, device=device), torch.randn(33, device=device)
+    expected = one_by_one(target, online, float(decay))
+    ops.ema_update_([target], [online], decay)
+    assert torch.equal(target.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "online", "words"),
+    [
+        ([torch.zeros(2)], [], r"as many tensors as in target \(1\), got 0"),
+        ([torch.zeros(2)], [torch.zeros(3)], r"online\[0\]: expected shape \(2,\), got \(3,\)"),
+        (
+            [torch.zeros(2), torch.zeros(2, 3)],
+            [torch.zeros(2), torch.zeros(6)],
+            r"online\[1\]: expected shape \(2, 3\)",
+        ),
+        ([torch.zeros(2)], [torch.zeros(2).double()], r"online\[0\]: expected the dtype of the target"),
+        ([torch.zeros(2).half()], [torch.zeros(2).half()], "half would never move"),
+        ([torch.zeros(2).long()], [torch.zeros(2).long()], r"target\[0\]: expected float32 or float64"),
+    ],
+)
+def test_the_kernel_refuses_bad_lists_itself(target, online, words):
+    if _backends.backend_in_use("CPU", "ema_update_")[0] != "cpp":
+        pytest.skip("no C++ kernels here")
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.byola_fast.ema_update_(target, online, torch.tensor(0.5))
+    assert all(not t.any() for t in target)
 
 
 def test_close_to_the_formula_and_a_fixed_point(device):

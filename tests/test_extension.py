@@ -43,6 +43,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "source_folder", lambda: folder)
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
+    monkeypatch.setattr(_extension, "_module", _extension.module())  # put back what a test loads in its place
     return folder
 
 

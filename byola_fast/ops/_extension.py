@@ -43,6 +43,7 @@ CPU_OPS = (
     "normalize",
     "normalize_",
     "bank_push_",
+    "ema_update_",
 )
 NAME = "byola_fast_cpu"
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # never -ffast-math: it breaks NaN
@@ -71,16 +72,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byola_fast"
 
 
-def simd_flags() -> list[str]:
-    """Return the compiler flags for this CPU; none where only the portable path fits."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    return SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+def flags() -> list[str]:
+    """Return the compiler flags for this CPU, and whatever ``BYOLA_FAST_CXXFLAGS`` adds (sanitizers)."""
+    simd = []  # the portable path
+    if platform.machine() in ("x86_64", "AMD64"):
+        simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    return FLAGS + simd + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
 
 
 def build_name() -> str:
     """Return the name of the build that fits this torch, Python, CPU and these sources."""
-    digest = hashlib.sha256(" ".join(FLAGS + simd_flags()).encode())
+    digest = hashlib.sha256(" ".join(flags()).encode())
     for path in sorted(source_folder().iterdir()):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -161,7 +163,7 @@ def _build(folder: Path) -> None:
     arguments = {
         "name": NAME,
         "sources": [str(path) for path in sorted(source_folder().glob("*.cpp"))],
-        "extra_cflags": FLAGS + simd_flags(),
+        "extra_cflags": flags(),
         "build_directory": str(folder),
     }
     code = "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"

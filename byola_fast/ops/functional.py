@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import SIZE_SHIFT, compute_dtype
@@ -318,7 +319,9 @@ def augment_views(
         return torch.ops.byola_fast.augment_views(*parameters, size, canvas, mode, mixup)
     check_out(out, x, size, pool=pool, bank=bank)
     check.no_grad_to("augment_views with out=", x=x, stats=stats)
-    return out, torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
+    sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
+    increment_version(out)  # kernels write past autograd, which must know of it
+    return out, sums
 
 
 def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor | None) -> None:
@@ -393,6 +396,7 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
         return torch.ops.byola_fast.normalize(x, sums)
     check.no_grad_to("normalize in place", x=x, sums=sums)
     torch.ops.byola_fast.normalize_(x, sums)
+    increment_version(x)
     return x
 
 
@@ -429,13 +433,14 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
         if tensor is not None:
             check.same_device(name, tensor, "rows", rows)
     torch.ops.byola_fast.bank_push_(rows, cursor, x.detach(), None if stats is None else stats.detach())
+    increment_version((rows, cursor))
 
 
 def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float | Tensor) -> None:
     """Move a list of tensors towards another, in place: ``target <- decay * target + (1 - decay) * online``.
 
     Args:
-        target: tensors to update.
+        target: tensors to update; no two may share memory.
         online: as many tensors of the same shapes; of the target's dtype, or float16 or bfloat16 for float32 targets.
         decay: in [0, 1]; a number, or a 0-d tensor on the CPU or on the targets' device (never synced).
 
@@ -458,6 +463,14 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
     >>> target
     [tensor([0.2500, 0.2500])]
     """
+    check_ema(target, online)
+    with torch.no_grad():
+        torch.ops.byola_fast.ema_update_(list(target), [o.detach() for o in online], ema_decay(decay, target))
+    increment_version(target)  # autograd sees no kernel write; a backward pass that saved a target must hear of it
+
+
+def check_ema(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
+    """Refuse lists that ``ema_update_`` does not take."""
     if len(target) != len(online):
         raise ValueError(f"online: expected as many tensors as in target ({len(target)}), got {len(online)}")
     for number, (t, o) in enumerate(zip(target, online, strict=True)):
@@ -469,6 +482,10 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
             raise TypeError(f"target[{number}]: expected float32 or float64, got {t.dtype}; half would never move")
         check.has_shape(f"online[{number}]", o, tuple(t.shape))
         check.same_device(f"online[{number}]", o, f"target[{number}]", t)
+
+
+def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
+    """Return the decay of ``ema_update_`` as a tensor, or refuse it."""
     if isinstance(decay, Tensor):
         check.is_float("decay", decay)
         check.has_shape("decay", decay, ())
@@ -478,5 +495,4 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
         decay = torch.tensor(decay, dtype=torch.float64)
     if check.readable(decay) and not 0 <= float(decay) <= 1:
         raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
-    with torch.no_grad():
-        torch.ops.byola_fast.ema_update_(list(target), [o.detach() for o in online], decay)
+    return decay
