@@ -120,7 +120,8 @@ class _Stderr(logging.Handler):
     """Write to whatever stderr is at the moment, so that lines do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{PROG}: {record.getMessage()}", file=sys.stderr, flush=True)
+        message = record.getMessage().removeprefix("byola_fast: ")
+        print(f"{PROG}: {message}", file=sys.stderr, flush=True)
 
 
 def _log_to_stderr() -> None:

@@ -130,3 +130,18 @@ def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
     assert "Traceback" not in errors
     assert "interrupted after" in errors
     assert byola_fast.checkpoint.load_checkpoint(out / "checkpoint.pt")["step"] > 5
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("--batch-size", "--batch_size"),
+        ("--out=my-runs/a-b", "--out=my-runs/a-b"),
+        ("--batch-size=8", "--batch_size=8"),
+        ("some-file", "some-file"),
+        ("-h", "-h"),
+        ("--", "--"),
+    ],
+)
+def test_flags_may_be_written_with_dashes(given, taken):
+    assert cli._with_underscores(given) == taken
