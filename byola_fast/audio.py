@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from byola_fast.ops.philox import segment_u24
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import soundfile
 
 logger = logging.getLogger("byola_fast")
@@ -221,7 +222,7 @@ def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: i
     return torch.from_numpy(np.ascontiguousarray(wav))
 
 
-def _decode(file: soundfile.SoundFile, start: int, count: int) -> np.ndarray:
+def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np.floating[Any]]:
     """Frames ``[start, start + count)`` mixed to mono, float32, as far as they can be decoded."""
     import numpy as np
     import soundfile

@@ -121,7 +121,7 @@ class Augment(nn.Module):
         As ``augment``; partners from the bank get none. Not with ``sync`` over several ranks, which says so.
 
     Source:
-        arXiv:2103.06695, section III. Differs: both views draw from the bank as it stood before the batch, which is
+        arXiv:2103.06695. Differs: both views draw from the bank as it stood before the batch, which is
         then pushed once; while the bank is empty, partners come from the batch itself, as in ``augment``.
 
     >>> aug = Augment("byola-v2", seed=0)

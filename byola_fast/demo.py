@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
 
 DEMO_RATE = 16000  # Hz
 DEMO_KINDS = ("notes", "drums", "chirps", "noises")
@@ -51,21 +52,21 @@ def write_demo_corpus(folder: str | Path, *, seed: int = 0) -> list[Path]:
     return files
 
 
-def _seconds(length: float) -> np.ndarray:
+def _seconds(length: float) -> npt.NDArray[np.floating[Any]]:
     """Sample times of a clip of ``length`` seconds."""
     import numpy as np
 
     return np.arange(round(length * DEMO_RATE)) / DEMO_RATE
 
 
-def _phase(frequency: np.ndarray) -> np.ndarray:
+def _phase(frequency: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
     """Phase in radians of an oscillator whose frequency (Hz) is given at every sample."""
     import numpy as np
 
     return 2 * np.pi * np.cumsum(frequency) / DEMO_RATE
 
 
-def _coloured_noise(rng: np.random.Generator, samples: int, exponent: float) -> np.ndarray:
+def _coloured_noise(rng: np.random.Generator, samples: int, exponent: float) -> npt.NDArray[np.floating[Any]]:
     """Noise whose power falls with frequency as ``1 / f^exponent``: 0 white, 1 pink, 2 brown, -1 blue."""
     import numpy as np
 
@@ -74,7 +75,7 @@ def _coloured_noise(rng: np.random.Generator, samples: int, exponent: float) -> 
     return np.fft.irfft(spectrum, samples)
 
 
-def _note(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
+def _note(rng: np.random.Generator, number: int) -> tuple[str, npt.NDArray[np.floating[Any]]]:
     """A held note with vibrato and an attack-decay-sustain-release envelope."""
     import numpy as np
 
@@ -92,7 +93,7 @@ def _note(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
     return timbre, wav * np.interp(t, corners, [0.0, 1.0, rng.uniform(0.4, 0.9), rng.uniform(0.3, 0.4), 0.0])
 
 
-def _drum(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
+def _drum(rng: np.random.Generator, number: int) -> tuple[str, npt.NDArray[np.floating[Any]]]:
     """A hit or, half of the time, a short pattern of the same hit."""
     import numpy as np
 
@@ -120,7 +121,7 @@ def _drum(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
     return what, pattern
 
 
-def _chirp(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
+def _chirp(rng: np.random.Generator, number: int) -> tuple[str, npt.NDArray[np.floating[Any]]]:
     """A sweep, linear or exponential, up or down, or a warble."""
     import numpy as np
 
@@ -139,7 +140,7 @@ def _chirp(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
     return what, np.sin(_phase(frequency)) * fade
 
 
-def _noise(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
+def _noise(rng: np.random.Generator, number: int) -> tuple[str, npt.NDArray[np.floating[Any]]]:
     """Noise of one colour, its level swelling slowly."""
     import numpy as np
 
@@ -149,7 +150,7 @@ def _noise(rng: np.random.Generator, number: int) -> tuple[str, np.ndarray]:
     return what, _coloured_noise(rng, len(t), exponent) * swell
 
 
-SYNTHESES: dict[str, Callable[[np.random.Generator, int], tuple[str, np.ndarray]]] = {
+SYNTHESES: dict[str, Callable[[np.random.Generator, int], tuple[str, npt.NDArray[np.floating[Any]]]]] = {
     "notes": _note,
     "drums": _drum,
     "chirps": _chirp,

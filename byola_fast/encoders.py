@@ -40,7 +40,7 @@ class AudioNTT2020(nn.Module):
         To the input and all parameters.
 
     Source:
-        BYOL-A, arXiv:2103.06695, section III-E and table II.
+        BYOL-A, arXiv:2103.06695, its audio encoder.
 
     >>> import torch
     >>> AudioNTT2020(d=512)(torch.zeros(2, 1, 64, 96)).shape

@@ -28,7 +28,7 @@ class MemoryBank(nn.Module):
         samples refused.
 
     Source:
-        The FIFO of log-mixup-exp, arXiv:2103.06695, section III-C. Differs: a batch is pushed once, after both views
+        The FIFO of log-mixup-exp, arXiv:2103.06695. Differs: a batch is pushed once, after both views
         were drawn from the bank as it stood before; published code pushes each sample once per view in between.
     """
 

@@ -1,5 +1,5 @@
 // Both views of every sample in one pass over the batch: pre-norm, mix, crop and resize, fader, sums.
-// arXiv:2103.06695, section III; the fader: arXiv:2204.07402.
+// BYOL-A, arXiv:2103.06695; the fader: arXiv:2204.07402.
 //
 // Per sample: exp of the input once, for both views; per view, only the crop's rows and columns are mixed (an exp of
 // the partner and one log an element), each row is resized along time as soon as it is mixed, while it is in the first

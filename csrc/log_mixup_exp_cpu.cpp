@@ -1,4 +1,4 @@
-// y = log((1 - lam) exp(x) + lam exp(z) + eps), and its derivatives. arXiv:2103.06695, section III-C.
+// y = log((1 - lam) exp(x) + lam exp(z) + eps), and its derivatives. BYOL-A, arXiv:2103.06695.
 // Reads x and z once, writes y once: 12 bytes an element in float32, bound by exp and log and not by memory.
 #include "library.h"
 #include "tensors.h"

@@ -1,4 +1,4 @@
-// Random resize crop of given boxes, and its transpose. arXiv:2103.06695, section III-D.
+// Random resize crop of given boxes, and its transpose. BYOL-A, arXiv:2103.06695.
 // Reads the crop's part of x, writes y; all in between stays in a few rows of scratch.
 #include "library.h"
 #include "resize.h"

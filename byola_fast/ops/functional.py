@@ -41,10 +41,10 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
         To x and z, once differentiable.
 
     Backends:
-        C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
+        C++ on the CPU, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
 
     Source:
-        BYOL-A, arXiv:2103.06695, eq. (3) of section III-C.
+        The log-mixup-exp of BYOL-A, arXiv:2103.06695.
 
     >>> x, z = torch.zeros(2, 1, 3), torch.full((2, 1, 3), 2.0)
     >>> log_mixup_exp(x, z, torch.tensor([0.0, 0.5]))[:, 0, 0]
@@ -112,8 +112,7 @@ def resize_crop(
         To x, and twice differentiable is not provided.
 
     Source:
-        Random resize crop of BYOL-A, arXiv:2103.06695, section III-D. Differs: bilinear by default
-        (published: bicubic).
+        The random resize crop of BYOL-A, arXiv:2103.06695. Differs: bilinear by default (published: bicubic).
 
     >>> x = torch.arange(6.0).view(1, 2, 3)
     >>> resize_crop(x, torch.tensor([[0, 0, 2, 2]]), size=(3, 3), canvas=(2, 3))
@@ -209,7 +208,7 @@ def draw_params(
         integer arithmetic, lam and fader with one float32 rounding each.
 
     Source:
-        arXiv:2103.06695, section III; Salmon et al., SC 2011.
+        BYOL-A, arXiv:2103.06695, for what is drawn; Salmon et al., SC 2011, for how.
     """
     check.is_integer("rng", rng)
     check.has_shape("rng", rng, (2,))
@@ -284,7 +283,7 @@ def augment_views(
         To x (through partners that are rows of x too) and stats; not to the bank.
 
     Source:
-        arXiv:2103.06695, section III; the fader, arXiv:2204.07402.
+        BYOL-A, arXiv:2103.06695; the fader, arXiv:2204.07402.
     """
     check.is_spectrogram("x", x)
     check.is_one_of("mode", mode, check.MODES)
@@ -381,7 +380,7 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
         To x and sums; none with ``inplace=True``, which says so.
 
     Source:
-        arXiv:2103.06695, section III-B (post-normalisation).
+        The post-normalisation of BYOL-A, arXiv:2103.06695.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0])
     >>> normalize(x, torch.tensor([3.0, 6.0, 14.0], dtype=torch.float64))
