@@ -257,3 +257,20 @@ def test_two_processes_make_the_views_of_one():
     for _, _, rows, stats in answers:
         assert torch.equal(torch.from_numpy(rows), aug.bank.rows)
         assert torch.equal(torch.from_numpy(stats), aug.running_stats.stats())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, device):
+    """Every op computes in the dtype that its contract names, whatever autocast would choose."""
+    x = torch.randn(4, 8, 12, device=device).to(dtype)
+    plain = augment(x, seed=1, preset="byola-v2")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        cast = augment(x, seed=1, preset="byola-v2")
+        aug = Augment(seed=1).to(device)
+        views = aug(x)
+    for a, b in zip(plain, cast, strict=True):
+        assert b.dtype == dtype
+        assert torch.equal(a, b)
+    twin = Augment(seed=1).to(device)
+    for a, b in zip(views, twin(x), strict=True):
+        assert torch.equal(a, b)
