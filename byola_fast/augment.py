@@ -184,9 +184,10 @@ class Augment(nn.Module):
             params.check(x.shape[0], x.device, _canvas(x, self.settings), len(rows) if from_bank else len(everyone))
             params = replace(params, bank_count=held)
 
-        if self.running_stats is not None and self.training:
-            self.running_stats.update(everyone)
-        stats = self.fixed_stats if self.running_stats is None else self.running_stats.stats()
+        if self.running_stats is None:
+            stats = self.fixed_stats
+        else:
+            stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
         if params is None:
             offsets = {"sample_offset": sample_offset, "pool_offset": rank * x.shape[0]}
             params = _draw(self.rng, x, self.settings, bank_count=held, pool=len(everyone), **offsets)
@@ -228,22 +229,26 @@ def _fresh_rng(
     device: torch.device, seed: int | Tensor | None, step: int | Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """Return ``(2,)`` int64 seed and step on a device, without a sync."""
+    rng = torch.empty(2, dtype=torch.int64, device=device)
     if seed is None:
         if generator is not None and generator.device.type not in ("cpu", device.type):
             raise ValueError(f"generator: expected on the CPU or on {device}, got {generator.device}")
         source = device if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=source)
-    return torch.stack([_rng_word("seed", seed, 2**63, device), _rng_word("step", step, 2**32, device)])
+    _set_word(rng[0], "seed", seed, 2**63)
+    _set_word(rng[1], "step", step, 2**32)
+    return rng
 
 
-def _rng_word(name: str, value: int | Tensor, limit: int, device: torch.device) -> Tensor:
+def _set_word(word: Tensor, name: str, value: int | Tensor, limit: int) -> None:
     if isinstance(value, Tensor):
         check.is_integer(name, value)
         check.has_shape(name, value, ())
-        return value.to(device, torch.int64, non_blocking=True)
-    if not isinstance(value, (int, torch.SymInt)) or not 0 <= value < limit:
+        word.copy_(value, non_blocking=True)
+    elif isinstance(value, (int, torch.SymInt)) and 0 <= value < limit:
+        word.fill_(value)
+    else:
         raise ValueError(f"{name}: expected an integer in [0, 2^{limit.bit_length() - 1}), got {value!r}")
-    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def _canvas(x: Tensor, settings: Settings) -> tuple[int, int]:

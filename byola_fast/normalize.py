@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
-from byola_fast.ops.reference import compute_dtype, mean_std_reference
+from byola_fast.ops.reference import compute_dtype
 
 
 def batch_stats(x: Tensor) -> Tensor:
@@ -18,9 +19,7 @@ def batch_stats(x: Tensor) -> Tensor:
 
     std is at least eps; an empty batch has mean 0 and std 1. Differentiable.
     """
-    mean, std = mean_std_reference(ops.sample_sums(x))
-    stats = torch.stack([mean, std]).to(compute_dtype(x.dtype))
-    return stats if x.numel() else stats.new_tensor([0.0, 1.0])
+    return torch.ops.byola_fast.batch_stats(ops.sample_sums(x), compute_dtype(x.dtype))
 
 
 def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Tensor:
@@ -68,28 +67,13 @@ class RunningStats(nn.Module):
     variance: Tensor
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Merge a batch."""
-        if x.numel() == 0:
-            return
-        sums = ops.sample_sums(x)
-        kept = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0).sum(0)
-        mean, squares = (kept[1:] / kept[0].clamp_min(1)).unbind()
-        variance = (squares - mean**2).clamp_min(0).float()
-        count, mean = kept[0].long(), mean.float()
-
-        total = self.count + count
-        weight = (count.float() / total.clamp_min(1)) * self._open()
-        distance = mean - self.mean
-        self.variance.copy_((1 - weight) * self.variance + weight * variance + weight * (1 - weight) * distance**2)
-        self.mean.add_(weight * distance)
-        self.count.copy_(torch.where(self._open(), total, self.count))
-        self.updates.add_(1)
-
-    def _open(self) -> Tensor:
-        if self.max_updates is None:
-            return torch.ones_like(self.updates, dtype=torch.bool)
-        return self.updates < self.max_updates
+    def update(self, x: Tensor) -> Tensor:
+        """Merge a batch, and return ``stats()`` with it."""
+        state = (self.mean, self.variance, self.count, self.updates)
+        limit = -1 if self.max_updates is None else self.max_updates
+        stats = torch.ops.byola_fast.running_stats_(*state, ops.sample_sums(x), limit)
+        increment_version(state)
+        return stats
 
     def stats(self) -> Tensor:
         """Return mean and unbiased std; mean 0 and std 1 before the first update."""

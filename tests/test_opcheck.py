@@ -40,6 +40,10 @@ def samples(device):
         sums = torch.rand(2, 3, 3, dtype=torch.float64, device=device) + torch.tensor([8.0, 0, 8], device=device)
         yield "sample_sums", (x(grad=True),)
         yield "sample_sums", (x().transpose(0, 2),)
+        yield "batch_stats", (sums.clone().requires_grad_(), dtype)
+        running = [torch.zeros((), device=device) for _ in range(2)]
+        counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
+        yield "running_stats_", (*running, *counts, sums[0], 2)
         yield "normalize", (x(grad=True), sums)
         yield "normalize", (x().transpose(1, 2), sums)
         yield "normalize_", (x(), sums)

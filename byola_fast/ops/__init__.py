@@ -6,6 +6,7 @@ A call takes three hops: ``ops.log_mixup_exp`` -> ``torch.ops.byola_fast.log_mix
 from byola_fast.ops import _autograd as _autograd
 from byola_fast.ops import _extension as _extension
 from byola_fast.ops import _library as _library
+from byola_fast.ops import _triton
 from byola_fast.ops._backends import BackendError
 from byola_fast.ops.functional import (
     augment_views,
@@ -32,4 +33,5 @@ __all__ = [
     "sample_sums",
 ]
 
+_triton.install()
 _extension.install()

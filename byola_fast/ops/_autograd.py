@@ -74,24 +74,38 @@ def _save_normalize(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _normalize_backward(ctx: Any, grad: Tensor) -> Any:
-    """With y = (x - m) / s and n, S, Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1)."""
     sums, y = ctx.saved_tensors
-    mean, std = mean_std_reference(sums)
+    _mean, std = mean_std_reference(sums)
     wide = grad.to(sums.dtype)
-    of_mean, of_std = -wide.sum() / std, -(wide * y).sum() / std
+    to_sums = _through_statistics(sums, -wide.sum() / std, -(wide * y).sum() / std)
+    return (wide / std).to(grad.dtype), to_sums
+
+
+def _save_batch_stats(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _batch_stats_backward(ctx: Any, grad: Tensor) -> Any:
+    (sums,) = ctx.saved_tensors
+    return _through_statistics(sums, *grad.to(sums.dtype).unbind()), None
+
+
+def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor:
+    """With n, S and Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1)."""
+    mean, std = mean_std_reference(sums)
     count = sums.reshape(-1, 3)[:, 0].sum().clamp_min(1)
     floor = torch.finfo(torch.float32).eps
     of_variance = torch.where(std > floor, of_std / (2 * std), 0)
     of_squares = of_variance / (count - 1).clamp_min(1)
     of_total = of_mean / count - 2 * mean * of_squares
-    to_sums = torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)
-    return (wide / std).to(grad.dtype), to_sums
+    return torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)
 
 
 _register("log_mixup_exp", _log_mixup_exp_backward, _save_log_mixup_exp)
 _register("resize_crop", _resize_crop_backward, _save_resize_crop)
 _register("augment_views", _augment_views_backward, _save_augment_views)
 _register("sample_sums", _sample_sums_backward, _save_sample_sums)
+_register("batch_stats", _batch_stats_backward, _save_batch_stats)
 _register("normalize", _normalize_backward, _save_normalize)
 
 

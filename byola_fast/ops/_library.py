@@ -35,6 +35,9 @@ augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, 
 Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup) \
 -> (Tensor, Tensor)
 sample_sums(Tensor x) -> Tensor
+batch_stats(Tensor sums, ScalarType dtype) -> Tensor
+running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, \
+SymInt max_updates) -> Tensor
 normalize(Tensor x, Tensor sums) -> Tensor
 normalize_(Tensor(a!) x, Tensor sums) -> ()
 bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()
@@ -56,10 +59,16 @@ def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, sums
 
 
+def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
+    """Make the gradients by the definition, with the backend's op for the resize."""
+    return reference.augment_views_backward_reference(*args, torch.ops.byola_fast.resize_crop_backward)
+
+
 _implementations: dict[str, Callable[..., Any]] = {
     name: getattr(reference, f"{name}_reference") for name in OPS if name != "augment_views"
 }
 _implementations["augment_views"] = augment_views_allocate
+_implementations["augment_views_backward"] = augment_views_backward_composite
 for _name, _function in _implementations.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -127,6 +136,16 @@ def _(
 @_fake("sample_sums")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 3, dtype=reference.sums_dtype(x.device))
+
+
+@_fake("batch_stats")
+def _(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    return sums.new_empty(2, dtype=dtype)
+
+
+@_fake("running_stats_")
+def _(mean: Tensor, variance: Tensor, count: Tensor, updates: Tensor, sums: Tensor, max_updates: int) -> Tensor:
+    return mean.new_empty(2)
 
 
 @_fake("normalize")

@@ -6,6 +6,7 @@ Half precision is computed in float32 and rounded once at the end; float64 stays
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -291,17 +292,19 @@ def augment_views_backward_reference(
     canvas: list[int],
     mode: str,
     mixup: str,
+    resize_crop_backward: Callable[..., Tensor] = resize_crop_backward_reference,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``x`` and of ``stats`` (zeros where there are none) for ``grad (2, B, *size)``.
 
-    Partners that come from the batch itself (no bank, or an empty one) pass their gradient on to their own rows.
+    Partners that come from the batch itself (no bank, or an empty one) pass their gradient on to their own rows. Most
+    of the work is the resize's, for which the op is given a backend's.
     """
     clean = pre_norm_reference(x, stats)
     total = torch.zeros_like(clean)
     noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
     for view in range(2):
         g = grad[view].to(clean.dtype)
-        g = resize_crop_backward_reference(g, crop[view], list(x.shape[1:]), canvas, mode)
+        g = resize_crop_backward(g, crop[view], list(x.shape[1:]), canvas, mode)
         weight = _per_sample(lam[view], clean)
         if noise is not None:
             kept = (1 - weight) * clean.exp()
@@ -319,7 +322,7 @@ def augment_views_backward_reference(
             if bank is not None and bank_count is not None:
                 to_z = torch.where(bank_count > 0, 0, to_z)
             if x.shape[0]:
-                total.index_add_(0, index.clamp(0, x.shape[0] - 1), to_z)
+                total.index_put_((index.clamp(0, x.shape[0] - 1),), to_z, accumulate=True)  # deterministic on a GPU
         else:
             total += g
     if stats is None:
@@ -345,6 +348,40 @@ def mean_std_reference(sums: Tensor) -> tuple[Tensor, Tensor]:
     mean = total / count.clamp_min(1)
     variance = (squares - total * mean) / (count - 1).clamp_min(1)
     return mean, variance.clamp_min(0).sqrt().clamp_min(EPS)
+
+
+def batch_stats_reference(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return mean and std of what ``sums`` describe, ``(2,)``; of nothing, 0 and 1."""
+    mean, std = mean_std_reference(sums)
+    some = sums.reshape(-1, 3)[:, 0].sum() > 0
+    return torch.stack([mean, torch.where(some, std, 1)]).to(dtype)
+
+
+def running_stats__reference(
+    mean: Tensor, variance: Tensor, count: Tensor, updates: Tensor, sums: Tensor, max_updates: int
+) -> Tensor:
+    """Merge a batch's ``sums (B, 3)`` into running statistics, all 0-d, and return mean and unbiased std, ``(2,)``.
+
+    Chan's merge with an integer count; samples that are not finite are left out, and so are batches after
+    ``max_updates`` (of at least 0). ``variance`` is the biased one. Mean 0 and std 1 while nothing was seen.
+    """
+    kept = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0).sum(0)
+    of_batch, squares = (kept[1:] / kept[0].clamp_min(1)).unbind()
+    of_batch_variance = (squares - of_batch**2).clamp_min(0).to(variance.dtype)
+    of_batch, added = of_batch.to(mean.dtype), kept[0].long()
+    if max_updates >= 0:
+        added = torch.where(updates < max_updates, added, 0)
+    total = count + added
+    weight = added.to(mean.dtype) / total.clamp_min(1)
+    distance = of_batch - mean
+    spread = weight * (1 - weight) * distance**2
+    variance.copy_((1 - weight) * variance + weight * of_batch_variance + spread)
+    mean.add_(weight * distance)
+    count.copy_(total)
+    updates.add_(1)
+    unbiased = variance * total / (total - 1).clamp_min(1)
+    seen = torch.stack([mean, unbiased.sqrt()])
+    return torch.where(total > 0, seen, torch.stack([torch.zeros_like(mean), torch.ones_like(mean)]))
 
 
 def normalize_reference(x: Tensor, sums: Tensor) -> Tensor:

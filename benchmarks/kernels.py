@@ -1,0 +1,238 @@
+"""What the compiler makes of the Triton kernels, ahead of time and without a GPU: registers, spills, occupancy, code.
+
+``python -m benchmarks.kernels`` prints the table for every kernel and architecture. Tests hold the figures to budgets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of an SM
+BLOCK_SHARED = 1024  # kept by the system for each block
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the types and constants of one use.
+
+    Attributes:
+        kernel: module and name, as "augment_views.augment_views_kernel".
+        pointers: element type of each pointer, "fp32" or "i64" and so on.
+        constants: compile-time constants, and run-time arguments that are 1.
+        wide: integers of 64 bits.
+        odd: integers that are not multiples of 16.
+        warps: of a program.
+        most_registers: of a thread; None for the compiler's choice.
+    """
+
+    kernel: str
+    pointers: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+    warps: int = 4
+    most_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one program: registers of a thread, bytes spilled and of shared memory, programs an SM holds, instructions."""
+
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    instructions: int
+
+
+def _names(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def _variants() -> dict[str, Variant]:
+    import triton.language as tl
+
+    from byola_fast.ops import _triton_augment_views as views_module
+
+    f32 = {"COMPUTE": tl.float32}
+    views_pointers = (
+        _names("bank stats lam fader scratch", "fp32") | _names("bank_count bank_index rng", "i64") | {"crop": "i32"}
+    )
+    views_constants = f32 | {
+        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "COLUMNS": 32, "COLUMN_BLOCKS": 3,
+        "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "x_t": 1, "pool_t": 1,
+    }  # fmt: skip
+    magic = ("mel_magic", "frame_magic")
+
+    def views(element: str, taps: int, mixup: str = "log") -> Variant:
+        return Variant(
+            "augment_views.augment_views_kernel",
+            views_pointers | _names("x pool out", element) | {"sums": "fp64"},
+            views_constants | {"TAPS": taps, "DIRECT": taps == 2, "MIXUP": mixup},
+            magic,
+            ("sample_offset", "mel_shift", "frame_shift"),
+            views_module.WARPS,
+            views_module.REGISTERS,
+        )
+
+    crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
+    crop_odd = ("mel_shift", "frame_shift")
+    axis = f32 | {"WIDE": False, "INPUTS": 16, "LINES": 32}
+    axis_pointers = _names("grad to_x", "fp32") | {"crop": "i32"}
+    crop_pointers = _names("x y", "fp32") | {"crop": "i32"}
+    push = f32 | {"HAS_STATS": True, "BLOCK": 1024, "stride_t": 1}
+    push_pointers = _names("x stats rows", "fp32") | _names("finite done", "i32")
+    return {
+        "augment_views, bilinear": views("fp32", 2),
+        "augment_views, bilinear, bf16": views("bf16", 2),
+        "augment_views, bicubic": views("fp32", 4),
+        "augment_views, bicubic, bf16": views("bf16", 4),
+        "augment_views, Gaussian": views("fp32", 2, "gaussian"),
+        "draw_params": Variant(
+            "draw_params.draw_params_kernel",
+            _names("rng bank_count bank_index", "i64") | _names("lam fader", "fp32") | {"crop": "i32"},
+            {"HAS_BANK": True, "BLOCK": 128},
+            ("mel_base", "mel_slope", "frame_base", "frame_slope"),
+            ("batch", "pool", "pool_offset", "sample_offset", "canvas_mels", "canvas_frames"),
+        ),
+        "normalize": Variant(
+            "normalize.normalize_kernel", _names("x y", "fp32") | {"sums": "fp64"}, f32 | {"SUMS": 512, "BLOCK": 1024}
+        ),
+        "sample_sums": Variant("normalize.sample_sums_kernel", {"x": "fp32", "sums": "fp64"}, {"BLOCK": 1024}),
+        "batch_stats": Variant("normalize.batch_stats_kernel", {"stats": "fp32", "sums": "fp64"}, {"SUMS": 256}),
+        "running_stats": Variant(
+            "normalize.running_stats_kernel",
+            _names("mean variance stats", "fp32") | _names("count updates", "i64") | {"sums": "fp64"},
+            f32 | {"SUMS": 256},
+        ),
+        "bank_push, flags": Variant("bank_push.find_finite_kernel", push_pointers, push),
+        "bank_push, rows": Variant(
+            "bank_push.bank_push_kernel", push_pointers | {"cursor": "i64"}, push | {"FLAGS": 1024}
+        ),
+        "log_mixup_exp": Variant(
+            "log_mixup_exp.log_mixup_exp_kernel",
+            _names("x z lam y", "fp32"),
+            f32 | {"APPROXIMATE": True, "BLOCK": 1024},
+        ),
+        "log_mixup_exp, backward": Variant(
+            "log_mixup_exp.log_mixup_exp_backward_kernel",
+            _names("grad x z lam to_x to_z", "fp32"),
+            f32 | {"BLOCK": 1024},
+        ),
+        "resize_crop, bilinear": Variant(
+            "resize_crop.resize_crop_kernel", crop_pointers, crop | {"TAPS": 2}, magic, crop_odd
+        ),
+        "resize_crop, bicubic": Variant(
+            "resize_crop.resize_crop_kernel", crop_pointers, crop | {"TAPS": 4}, magic, crop_odd
+        ),
+        "resize_crop, backward": Variant(
+            "resize_crop.resize_axis_backward_kernel",
+            axis_pointers,
+            axis | {"AXIS": 0, "TAPS": 4, "grad_n": 1, "x_n": 1},
+            ("magic",),
+            ("shift",),
+        ),
+    }  # fmt: skip
+
+
+def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> Any:
+    """Compile one variant for one architecture; no GPU is needed. ``kernel`` is one that the package does not hold."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if kernel is None:
+        module, name = variant.kernel.split(".")
+        kernel = getattr(importlib.import_module(f"byola_fast.ops._triton_{module}"), name)
+    floats = ("mixup_ratio", "fader_gain")
+    signature, attributes = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in variant.constants:
+            signature[argument] = "constexpr"
+        elif argument in variant.pointers:
+            signature[argument] = "*" + variant.pointers[argument]
+        else:
+            signature[argument] = "fp32" if argument in floats else "i64" if argument in variant.wide else "i32"
+        if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *floats):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def tool(name: str) -> str:
+    """Return the path of a CUDA tool that comes with Triton."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def disassemble(compiled: Any) -> str:
+    """Return the machine code of a compiled kernel, as text."""
+    return _on_cubin(compiled, [tool("nvdisasm"), "-c"])
+
+
+def _on_cubin(compiled: Any, command: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled: Any, architecture: int, warps: int) -> Resources:
+    """Read off what one program of a compiled kernel takes."""
+    usage = _on_cubin(compiled, [tool("cuobjdump"), "-res-usage"])
+    registers, stack, local = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
+    code = disassemble(compiled)
+    spilled = max(stack, local, 4 * len(re.findall(r"\b(?:LDL|STL)\b", code)))
+    threads = 32 * warps
+    shared = int(compiled.metadata.shared)
+    programs = min(
+        REGISTERS // (-(-registers // 8) * 8 * threads),
+        THREADS // threads,
+        BLOCKS,
+        SHARED[architecture] // (shared + BLOCK_SHARED),
+    )
+    return Resources(registers, spilled, shared, programs, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)))
+
+
+@cache
+def variants() -> dict[str, Variant]:
+    """Return every kernel variant by name."""
+    return _variants()
+
+
+def measure(name: str, architecture: int) -> Resources:
+    """Compile one variant afresh or from Triton's cache, and return what it takes."""
+    variant = variants()[name]
+    return resources(compile_variant(variant, architecture), architecture, variant.warps)
+
+
+def table(row: Callable[[str, int], Resources] = measure) -> str:
+    """Return a Markdown table of all kernels on all architectures."""
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{a}: registers, shared, programs/SM" for a in ARCHITECTURES) + " | spilled |"
+    ]
+    lines.append("|---|" + "---|" * (len(ARCHITECTURES) + 1))
+    for name in variants():
+        found = [row(name, architecture) for architecture in ARCHITECTURES]
+        cells = [f"{r.registers}, {r.shared}, {r.programs}" for r in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {max(r.spilled for r in found)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    print(table(), file=sys.stdout)

@@ -1,0 +1,370 @@
+"""Both views of every sample in one launch: pre-norm, mix, crop and resize, fader, sums (BYOL-A, arXiv:2103.06695).
+
+y = resize(crop(log((1 - lam) exp(x) + lam exp(z) + eps))) + fader, and the sum and sum of squares of every view.
+Reads x and a partner for each view, writes two views and 48 bytes of sums a sample.
+
+Mixing is dear, so each element is mixed once, although two to sixteen taps read it. A program takes one view of one
+sample at a time: it mixes what the crop will read, and no more, into a scratch tile of its own, waits at a barrier for
+its other warps, and resizes from there. There are only as many programs as run at a time, so the tiles are few, are
+overwritten sample after sample, and live in the cache. A row and a column of zeros behind each tile stand for the
+margin of the canvas, so that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16
+bytes; at the taps, a warp handles 32 frames of one row, one to a thread, whose places fall into two or three lines of
+the cache and not eight. Bilinear outputs read their four taps directly; bicubic ones, with sixteen, go through a second
+tile, resized along time alone. benchmarks/NOTES.md has the designs that were compared, and their figures.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from byola_fast.ops import philox
+from byola_fast.ops._triton_device import (
+    COLUMNS,
+    EPS,
+    INTERPRETED,
+    approximate,
+    compute_type,
+    cosine,
+    division_magic,
+    exponential,
+    indexable,
+    is_wide,
+    logarithm,
+    mix_log,
+    on_device,
+    resident_programs,
+    round_up,
+    start_in_canvas,
+    tap_base,
+    tap_fraction,
+    tap_row,
+    tap_weight,
+)
+from byola_fast.ops._triton_resize_crop import TAPS
+from byola_fast.ops.reference import compute_dtype, sums_dtype
+
+SLOT_NOISE = tl.constexpr(philox.SLOT_NOISE)
+
+# Block shapes, chosen ahead of time from registers and occupancy (benchmarks/NOTES.md).
+WARPS, PROGRAMS_PER_SM = 8, 4
+REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # of a thread, so that an SM holds as many programs
+STAGED_ROWS = 64 if INTERPRETED else 32
+ROWS = 64 if INTERPRETED else WARPS  # at the taps: one for each warp
+DIRECT = ("bilinear",)  # modes whose outputs read all their taps from the mixed tile
+MOST_COLUMN_BLOCKS = 8  # up to so many blocks of columns keep their taps in registers
+
+
+@triton.jit
+def standard_normal(rng, sample, view, element, COMPUTE: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """One element of the noise of one view, by Box and Muller's transform; four share a Philox call."""
+    slot = (element // 4 + SLOT_NOISE).to(tl.uint32)
+    zero = tl.zeros_like(slot)
+    step = tl.load(rng + 1).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(rng), zero + step, zero + sample.to(tl.uint32), zero + view.to(tl.uint32), slot)
+    second = element % 4 >= 2
+    radius = (tl.where(second, c, a) >> 8).to(COMPUTE) * 2.0**-24
+    turns = (tl.where(second, d, b) >> 8).to(COMPUTE) * 2.0**-24
+    turns -= tl.where(element % 2 == 0, 0.0, 0.25)  # a sine is a cosine a quarter turn later
+    return tl.sqrt(-2 * tl.log(radius + 2.0**-24)) * cosine(turns, APPROXIMATE)
+
+
+@triton.jit
+def row_place(base, k: tl.constexpr, top, h, mels, stride, TAPS: tl.constexpr):
+    """Where in a tile tap ``k`` of some outputs finds its row; rows of the margin are in the row of zeros behind it."""
+    row = top + tap_row(base, h, k, TAPS)
+    return tl.where((row >= 0) & (row < mels), row, mels) * stride
+
+
+@triton.jit
+def resize_along_time(
+    tile, places, block, left, w, frames, out_frames, magic, shift,
+    TAPS: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a block of columns, of the tile's rows that begin at ``places``."""
+    base, rest = tap_base(block * COLUMNS + tl.arange(0, COLUMNS), w, out_frames, magic, shift, WIDE)
+    t = tap_fraction(rest, out_frames, COMPUTE)
+    y = tl.zeros((places.shape[0], COLUMNS), COMPUTE)
+    for k in tl.static_range(TAPS):
+        column = left + tap_row(base, w, k, TAPS)
+        column = tl.where((column >= 0) & (column < frames), column, frames)
+        y += tap_weight(t, k, TAPS)[None, :] * tl.load(tile + (places[:, None] + column[None, :]))
+    return y
+
+
+@triton.jit
+def finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add the fader, write what lies in the view, and return it with zeros elsewhere."""
+    t = block * COLUMNS + tl.arange(0, COLUMNS)
+    y += (head + rise * (t.to(COMPUTE) * (1 / tl.maximum(out_frames - 1, 1).to(COMPUTE))))[None, :]
+    written = (o < out_mels)[:, None] & (t < out_frames)[None, :]
+    tl.store(target + o[:, None] * out_frames + t[None, :], y, written)
+    return tl.where(written, y, 0)
+
+
+@triton.jit
+def augment_views_kernel(
+    x,  # (B, F, T), any strides
+    pool,  # (P, F, T), any strides: partners while the bank is empty; x itself where there is no other
+    bank,  # (N, F, T), or absent
+    bank_count,  # () int64, or absent
+    stats,  # (2,) mean and std, or absent
+    lam,  # (2, B)
+    bank_index,  # (2, B)
+    crop,  # (2, B, 4)
+    fader,  # (2, B, 2)
+    rng,  # (2,) int64
+    out,  # (2, B, out_mels, out_frames)
+    sums,  # (2, B, 3): count, sum, sum of squares
+    scratch,  # (programs, F + 1, stride [+ resized_stride])
+    sample_offset,
+    batch,
+    pool_rows,
+    bank_rows,
+    mels,
+    frames,
+    x_b,
+    x_f,
+    x_t,
+    pool_b,
+    pool_f,
+    pool_t,
+    out_mels,
+    out_frames,
+    canvas_mels,
+    canvas_frames,
+    mel_magic,
+    mel_shift,
+    frame_magic,
+    frame_shift,
+    stride,  # of a row of the mixed tile: more than F
+    resized_stride,  # of a row of the second tile: out_frames at least
+    HAS_BANK: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    MIXUP: tl.constexpr,
+    TAPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    WIDE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    STAGED_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
+):
+    mean = tl.full((), 0, COMPUTE)
+    scale = tl.full((), 1, COMPUTE)
+    if HAS_STATS:
+        mean = tl.load(stats).to(COMPUTE)
+        scale = 1 / tl.maximum(tl.load(stats + 1).to(COMPUTE), EPS)
+    from_bank = False
+    if HAS_BANK:
+        from_bank = tl.load(bank_count) > 0
+
+    tile = scratch + tl.program_id(0).to(tl.int64) * (mels + 1) * (stride + resized_stride)
+    resized = tile + (mels + 1) * stride
+    for start in range(0, mels + 1, STAGED_ROWS):
+        f = start + tl.arange(0, STAGED_ROWS)
+        tl.store(tile + f * stride + frames, tl.zeros((STAGED_ROWS,), COMPUTE), f <= mels)
+    for start in range(0, stride + resized_stride, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        last = tl.where(c < stride, tile + mels * stride + c, resized + mels * resized_stride + (c - stride))
+        tl.store(last, tl.zeros((COLUMNS,), COMPUTE), c < stride + resized_stride)
+
+    for unit in range(tl.program_id(0), 2 * batch, tl.num_programs(0)):
+        view = unit % 2  # both views of a sample at about the same time: its second reading finds it in the cache
+        sample = unit // 2
+        row = view.to(tl.int64) * batch + sample
+        weight = tl.load(lam + row).to(COMPUTE)
+        h = tl.minimum(tl.maximum(tl.load(crop + 4 * row + 2).to(tl.int32), 1), canvas_mels)
+        w = tl.minimum(tl.maximum(tl.load(crop + 4 * row + 3).to(tl.int32), 1), canvas_frames)
+        i = start_in_canvas(tl.load(crop + 4 * row).to(tl.int32), h, canvas_mels)
+        j = start_in_canvas(tl.load(crop + 4 * row + 1).to(tl.int32), w, canvas_frames)
+        top = i - (canvas_mels - mels) // 2
+        left = j - (canvas_frames - frames) // 2
+
+        partner = tl.load(bank_index + row).to(tl.int64)
+        alone = partner < 0
+        partner = tl.maximum(partner, 0)
+        source = x + sample.to(tl.int64) * x_b
+        pool_row = pool + tl.minimum(partner, pool_rows - 1) * pool_b
+        bank_row = bank + tl.minimum(partner, bank_rows - 1) * mels * frames
+
+        first_f = tl.maximum(top, 0)
+        end_f = tl.minimum(top + h, mels)
+        first_block = tl.maximum(left, 0) // COLUMNS
+        end_block = tl.cdiv(tl.minimum(left + w, frames), COLUMNS)
+        for start in range(first_f, end_f, STAGED_ROWS):
+            f = (start + tl.arange(0, STAGED_ROWS))[:, None]
+            for block in range(first_block, end_block):
+                c = (block * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+                inside = (f < end_f) & (c < frames)
+                value = tl.load(source + f * x_f + c * x_t, inside, other=0).to(COMPUTE)
+                value = (value - mean) * scale
+                if MIXUP == "gaussian":
+                    noise = standard_normal(rng, sample + sample_offset, view, f * frames + c, COMPUTE, APPROXIMATE)
+                    of_noise = exponential(weight * noise, APPROXIMATE)
+                    mixed = (1 - weight) * exponential(value, APPROXIMATE) + of_noise
+                    mixed = logarithm(mixed + EPS, APPROXIMATE)
+                elif MIXUP == "none":
+                    mixed = value
+                else:
+                    other = tl.load(pool_row + f * pool_f + c * pool_t, inside & (not from_bank), other=0).to(COMPUTE)
+                    other = (other - mean) * scale
+                    if HAS_BANK:
+                        past = tl.load(bank_row + f * frames + c, inside & from_bank, other=0).to(COMPUTE)
+                        other = tl.where(from_bank, past, other)
+                    if MIXUP == "log":
+                        mixed = mix_log(value, other, weight, APPROXIMATE)
+                    else:
+                        mixed = (1 - weight) * value + weight * other
+                    mixed = tl.where(alone, value, mixed)
+                tl.store(tile + f * stride + c, mixed, inside)
+        tl.debug_barrier()
+
+        head = tl.load(fader + 2 * row).to(COMPUTE)
+        rise = tl.load(fader + 2 * row + 1).to(COMPUTE) - head
+        target = out + row * out_mels * out_frames
+        if DIRECT:
+            total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+            squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
+            for start in range(0, out_mels, ROWS):
+                o = start + tl.arange(0, ROWS)
+                base, rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
+                fraction = tap_fraction(rest, out_mels, COMPUTE)
+                if COLUMN_BLOCKS:
+                    for block in tl.static_range(COLUMN_BLOCKS):
+                        y = tl.zeros((ROWS, COLUMNS), COMPUTE)
+                        for k in tl.static_range(TAPS):
+                            places = row_place(base, k, top, h, mels, stride, TAPS)
+                            y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
+                                tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
+                                TAPS, COMPUTE, WIDE, COLUMNS,
+                            )  # fmt: skip
+                        y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                        total += y
+                        squares += y * y
+                else:
+                    for block in range(0, tl.cdiv(out_frames, COLUMNS)):
+                        y = tl.zeros((ROWS, COLUMNS), COMPUTE)
+                        for k in tl.static_range(TAPS):
+                            places = row_place(base, k, top, h, mels, stride, TAPS)
+                            y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
+                                tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
+                                TAPS, COMPUTE, WIDE, COLUMNS,
+                            )  # fmt: skip
+                        y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                        total += y
+                        squares += y * y
+        else:
+            for block in range(0, tl.cdiv(out_frames, COLUMNS)):
+                t = block * COLUMNS + tl.arange(0, COLUMNS)
+                for start in range(first_f, end_f, ROWS):
+                    f = start + tl.arange(0, ROWS)
+                    places = tl.minimum(f, end_f - 1) * stride
+                    y = resize_along_time(
+                        tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
+                        TAPS, COMPUTE, WIDE, COLUMNS,
+                    )  # fmt: skip
+                    tl.store(resized + f[:, None] * resized_stride + t[None, :], y, (f < end_f)[:, None])
+            tl.debug_barrier()
+            total = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
+            squares = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
+            for start in range(0, out_mels, STAGED_ROWS):
+                o = start + tl.arange(0, STAGED_ROWS)
+                base, rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
+                fraction = tap_fraction(rest, out_mels, COMPUTE)
+                for block in range(0, tl.cdiv(out_frames, COLUMNS)):
+                    t = block * COLUMNS + tl.arange(0, COLUMNS)
+                    y = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
+                    for k in tl.static_range(TAPS):
+                        places = row_place(base, k, top, h, mels, resized_stride, TAPS)
+                        y += tap_weight(fraction, k, TAPS)[:, None] * tl.load(resized + places[:, None] + t[None, :])
+                    y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                    total += y
+                    squares += y * y
+        tl.store(sums + 3 * row, tl.full((), out_mels * out_frames, tl.float64))
+        tl.store(sums + 3 * row + 1, tl.sum(total.to(tl.float64)))
+        tl.store(sums + 3 * row + 2, tl.sum(squares.to(tl.float64)))
+        tl.debug_barrier()
+
+
+def augment_views_out(
+    x: Tensor,
+    pool: Tensor | None,
+    bank: Tensor | None,
+    bank_count: Tensor | None,
+    stats: Tensor | None,
+    lam: Tensor,
+    bank_index: Tensor,
+    crop: Tensor,
+    fader: Tensor,
+    rng: Tensor,
+    sample_offset: int,
+    canvas: list[int],
+    interpolation: str,
+    mixup: str,
+    out: Tensor,
+) -> Tensor:
+    batch, mels, frames = x.shape
+    out_mels, out_frames = out.shape[2:]
+    sums = x.new_empty(2, batch, 3, dtype=sums_dtype(x.device))
+    if not batch:
+        return sums
+    x = indexable(x)
+    pool = x if pool is None else indexable(pool)
+    if bank is None or bank_count is None:
+        bank = bank_count = None
+    programs = min(2 * batch, resident_programs(x, PROGRAMS_PER_SM))
+    stride = round_up(frames + 1, 16)
+    direct = interpolation in DIRECT
+    resized_stride = 0 if direct else round_up(out_frames, COLUMNS)
+    scratch = x.new_empty(programs, mels + 1, stride + resized_stride, dtype=compute_dtype(x.dtype))
+    column_blocks = triton.cdiv(out_frames, COLUMNS)
+    with on_device(x):
+        augment_views_kernel[(programs,)](
+            x,
+            pool,
+            x if bank is None else bank.contiguous(),
+            rng if bank_count is None else bank_count,
+            lam if stats is None else stats.contiguous(),
+            lam.contiguous(),
+            bank_index.contiguous(),
+            crop.contiguous(),
+            fader.contiguous(),
+            rng.contiguous(),
+            out,
+            sums,
+            scratch,
+            sample_offset,
+            batch,
+            len(pool),
+            0 if bank is None else len(bank),
+            mels,
+            frames,
+            *x.stride(),
+            *pool.stride(),
+            out_mels,
+            out_frames,
+            *canvas,
+            *division_magic(out_mels),
+            *division_magic(out_frames),
+            stride,
+            resized_stride,
+            HAS_BANK=bank is not None,
+            HAS_STATS=stats is not None,
+            MIXUP=mixup,
+            TAPS=TAPS[interpolation],
+            COMPUTE=compute_type(x.dtype),
+            APPROXIMATE=approximate(x),
+            WIDE=is_wide(out_mels * canvas[0], out_frames * canvas[1]),
+            DIRECT=direct,
+            STAGED_ROWS=STAGED_ROWS,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            COLUMN_BLOCKS=column_blocks if column_blocks <= MOST_COLUMN_BLOCKS else 0,
+            num_warps=WARPS,
+            maxnreg=REGISTERS,
+        )
+    return sums

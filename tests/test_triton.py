@@ -1,0 +1,43 @@
+"""The Triton kernels on any machine: the ops' own tests, run under Triton's interpreter in a process of their own.
+
+On a machine with a GPU the same files run on CUDA too, through their ``device`` fixture.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from byola_fast.ops import _triton
+
+TESTS = Path(__file__).parent
+
+# file: which of its tests; gradcheck and sweeps of all draws take too many launches of a Python kernel
+FILES = {
+    "test_triton_kernels.py": "",
+    "test_log_mixup_exp.py": "not gradcheck",
+    "test_resize_crop.py": "not gradcheck and not any_shape",
+    "test_augment_views.py": "not gradcheck and not any_shape and not float64",
+    "test_bank_push.py": "",
+    "test_normalize.py": "",
+    "test_philox.py": "drawn or draws or offset or partner",
+    "test_augment.py": "not ranks and not processes",
+}
+
+pytestmark = pytest.mark.skipif(_triton.interpreted(), reason="already under the interpreter")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_under_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BYOLA_FAST_STRICT": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
+    done = subprocess.run(
+        [*command, "-k", FILES[file]], env=environment, cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
