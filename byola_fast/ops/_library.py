@@ -61,7 +61,8 @@ def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
     """Make the gradients by the definition, with the backend's op for the resize."""
-    return reference.augment_views_backward_reference(*args, torch.ops.byola_fast.resize_crop_backward)
+    definition: Callable[..., tuple[Tensor, Tensor]] = reference.augment_views_backward_reference
+    return definition(*args, torch.ops.byola_fast.resize_crop_backward)
 
 
 _implementations: dict[str, Callable[..., Any]] = {

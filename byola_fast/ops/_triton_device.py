@@ -157,5 +157,5 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def is_wide(*products: int) -> bool:
-    """Return whether a product of sizes needs more than 31 bits: a constant of the kernels, true of huge inputs alone."""
+    """Return whether a product of sizes needs more than 31 bits, a constant of the kernels, set by huge inputs."""
     return any(product >= 2**31 for product in products)
