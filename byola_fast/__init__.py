@@ -4,7 +4,7 @@
                 -> encoder -> BYOL loss -> EMA
 
 ``augment(lms)`` makes two views of a batch in one call; ``Augment`` adds the memory of past inputs; ``ops`` are the
-single steps. Importing needs torch alone.
+single steps; ``load_encoder`` gives what training made. Importing needs torch alone.
 """
 
 from byola_fast import ops
@@ -12,8 +12,10 @@ from byola_fast.augment import Augment, augment
 from byola_fast.byol import BYOL
 from byola_fast.doctor import doctor
 from byola_fast.ema import EMA
-from byola_fast.encoders import AudioNTT2020
+from byola_fast.embed import Embedder, load_encoder
+from byola_fast.encoders import AudioNTT2020, AudioNTT2022, make_encoder
 from byola_fast.frontend import LogMel
+from byola_fast.learners import make_learner
 from byola_fast.memory_bank import MemoryBank
 from byola_fast.normalize import RunningStats
 from byola_fast.params import AugmentParams
@@ -24,12 +26,17 @@ __all__ = [
     "BYOL",
     "EMA",
     "AudioNTT2020",
+    "AudioNTT2022",
     "Augment",
     "AugmentParams",
+    "Embedder",
     "LogMel",
     "MemoryBank",
     "RunningStats",
     "augment",
     "doctor",
+    "load_encoder",
+    "make_encoder",
+    "make_learner",
     "ops",
 ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
 SHOWN = 5  # names in a message
+SAFETENSORS = ".safetensors"
+METADATA = "byola_fast"  # the key of a safetensors file's metadata that holds configuration and statistics, as JSON
 
 
 class CheckpointError(ValueError):
@@ -32,34 +35,23 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file could not be written (disk full, no permission); an older one is unchanged.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a write fails inside its own code
-        kept = "; the file of that name is unchanged" if path.exists() else ""
-        raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _write_whole(Path(path), lambda file: torch.save(dict(content), file))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a file that ``save_checkpoint`` or ``torch.save`` wrote, executing nothing in it.
+    """Read a file that ``save_checkpoint``, ``save_encoder`` or ``torch.save`` wrote, executing nothing in it.
 
     Args:
-        path: the file.
+        path: the file; with the suffix ``.safetensors`` it is read as such, and comes back as ``{"state_dict": ...}``
+            with the ``"config"`` and ``"stats"`` that ``save_encoder`` put into it.
         map_location: device that tensors go to.
 
     Raises:
         CheckpointError: the file is missing, empty, truncated, no checkpoint, or holds pickled code.
     """
     path = Path(path)
+    if path.suffix == SAFETENSORS:
+        return _load_safetensors(path, map_location)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
@@ -74,20 +66,34 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 def save_encoder(
     path: str | Path, encoder: nn.Module, *, config: Mapping[str, Any], stats: tuple[float, float] | None
 ) -> None:
-    """Write an encoder alone, with what is needed to use it: ``{"state_dict", "config", "stats"}``.
+    """Write an encoder alone, with what is needed to use it: ``state_dict``, ``config`` and ``stats``.
 
     Args:
-        path: file to write, by custom ``encoder.pth``; as ``save_checkpoint`` does.
+        path: file to write. ``.pth`` or ``.pt``: a dict of the three, for ``torch.load``. ``.safetensors``: the
+            weights, and the other two as JSON in the metadata, under "byola_fast".
         encoder: its weights are stored contiguous and on the CPU.
-        config: plain values that say what the encoder is and which log-mel spectrograms it expects.
+        config: plain values that say what the encoder is and which log-mel spectrograms it expects; see
+            ``byola_fast.weights.describe_encoder``.
         stats: (mean, std) of the pre-normalisation that it was trained with.
 
     Raises:
-        CheckpointError: as ``save_checkpoint``.
+        CheckpointError: as ``save_checkpoint``; another suffix; for safetensors, values that JSON cannot hold.
     """
+    path = Path(path)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    values = None if stats is None else [float(value) for value in stats]
-    save_checkpoint(path, {"state_dict": weights, "config": dict(config), "stats": values})
+    described = {"config": dict(config), "stats": None if stats is None else [float(value) for value in stats]}
+    if path.suffix in (".pth", ".pt"):
+        save_checkpoint(path, {"state_dict": weights} | described)
+    elif path.suffix == SAFETENSORS:
+        from safetensors.torch import save  # here, as importing byola_fast needs torch alone
+
+        try:
+            metadata = {METADATA: json.dumps(described)}
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
+        _write_whole(path, lambda file: file.write(save(weights, metadata)))
+    else:
+        raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors, which chooses the format")
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
@@ -97,14 +103,34 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     "online.encoder." and so on), the names under it are used; of several, the one that fits best and, for equals, one
     that is not the target's.
 
+    Args:
+        encoder: keeps its device and dtype.
+        path: any file that ``load_checkpoint`` reads, safetensors included.
+
     Raises:
         CheckpointError: as ``load_checkpoint``; or weights are missing, unexpected or of another shape, with names.
             The encoder is then unchanged.
     """
-    found: Any = load_checkpoint(path)
-    while wrapper := next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None):
-        found = found[wrapper]
-    tensors = {name: x for name, x in found.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    fit_weights(encoder, named_tensors(load_checkpoint(path)), path)
+
+
+def named_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in a loaded file, its wrappers opened.
+
+    >>> sorted(named_tensors({"model": {"state_dict": {"a": torch.zeros(1)}}, "epoch": 3}))
+    ['a']
+    """
+    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
+        content = content[wrapper]
+    return {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
+
+
+def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load named tensors, under whatever prefix they are, into an encoder; see ``load_encoder_weights``.
+
+    Raises:
+        CheckpointError: they do not fit; names the file they come from. The encoder is then unchanged.
+    """
     wanted = encoder.state_dict()
     prefix = _best_prefix(tensors, wanted)
     given = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -121,6 +147,48 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     if told:
         raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(told))
     encoder.load_state_dict(given, strict=False)  # all that may be absent are counters of batches
+
+
+def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            names = list(file.keys())
+            content: dict[str, Any] = {"state_dict": {name: file.get_tensor(name) for name in names}}
+            metadata = file.metadata() or {}
+    except OSError as error:
+        why = "Is a directory" if path.is_dir() else "No such file or directory" if not path.exists() else str(error)
+        raise CheckpointError(f"{path}: {why}") from error
+    except SafetensorError as error:
+        size = path.stat().st_size
+        why = f"truncated, damaged or no safetensors file ({size} bytes): {error}" if size else "empty file (0 bytes)"
+        raise CheckpointError(f"{path}: {why}") from error
+    try:
+        described = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the metadata {METADATA!r} is not JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{path}: the metadata {METADATA!r} is no JSON object")
+    return content | {name: described[name] for name in ("config", "stats") if name in described}
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Give a file its name only when all of it is on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a write fails inside its own code
+        kept = "; the file of that name is unchanged" if path.exists() else ""
+        raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from byola_fast.ops import _checks as check
 
 CHANNELS = 64
-STRIDE = 8  # mels and frames that one local feature covers: three poolings by 2
 DROPOUT = 0.3
 
 
-class AudioNTT2020(nn.Module):
+class AudioNTT(nn.Module):
+    """What both encoders share: blocks of [Conv3x3, BatchNorm, ReLU, MaxPool2], and frames pooled over time.
+
+    Attributes:
+        frame_stride: mels and frames of the input that one local feature covers. With the default hop of 10 ms, frames
+            come every ``10 * frame_stride`` ms.
+    """
+
+    frame_stride: int
+    feature_d: int
+
+    def __init__(self, n_mels: int) -> None:
+        super().__init__()
+        if n_mels < self.frame_stride:
+            raise ValueError(f"n_mels: expected at least {self.frame_stride}, got {n_mels}")
+        self.n_mels = n_mels
+        self.local_d = CHANNELS * (n_mels // self.frame_stride)  # all mels and channels of one time
+        layers: list[nn.Module] = []
+        for block in range(self.frame_stride.bit_length() - 1):
+            layers += [
+                nn.Conv2d(CHANNELS if block else 1, CHANNELS, 3, padding=1),
+                nn.BatchNorm2d(CHANNELS),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        self.features = nn.Sequential(*layers)
+
+    def forward_frames(self, x: Tensor) -> Tensor:
+        """Return one feature vector for each time: ``(B, 1, F, T)`` to ``(B, T // frame_stride, feature_d)``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one embedding for each sample: ``(B, 1, F, T)`` to ``(B, feature_d)``."""
+        return pool_frames(self.forward_frames(x))
+
+    def _local(self, x: Tensor) -> Tensor:
+        """``(B, 1, F, T)`` to ``(B, T // frame_stride, local_d)``, mels outermost, channels innermost."""
+        check.is_float("x", x)
+        check.has_shape("x", x, ("B", 1, self.n_mels, "T"))
+        if x.shape[3] < self.frame_stride:
+            raise ValueError(f"x: expected at least {self.frame_stride} frames, got {x.shape[3]}")
+        return self.features(x).permute(0, 3, 2, 1).flatten(2)
+
+    def extra_repr(self) -> str:
+        return f"n_mels={self.n_mels}, d={self.feature_d}"
+
+
+class AudioNTT2020(AudioNTT):
     """Encode log-mel spectrograms with three convolutions and an MLP over time: the encoder of BYOL-A's first version.
 
     3 x [Conv3x3, BatchNorm, ReLU, MaxPool2] -> at each of T // 8 times, all mels and channels -> Linear d, ReLU,
     Dropout 0.3, Linear d, ReLU -> max over time + mean over time.
 
     Args:
-        n_mels: mel bins F of the input, a multiple of 8.
-        d: width of the embedding; 512, 1024 and 2048 make 600,192, 1,649,792 and 5,321,856 parameters.
+        n_mels: mel bins F of the input, at least 8.
+        d: width of the embedding; 512, 1024 and 2048 make 600,192, 1,649,792 and 5,321,856 parameters (F = 64).
 
     Attributes:
         feature_d: width of the embedding, d.
+        frame_stride: 8 input frames for each output frame: 80 ms at the default hop of 10 ms.
 
     Shape:
         ``(B, 1, F, T)`` with T of at least 8 to ``(B, d)``; ``forward_frames`` gives ``(B, T // 8, d)``, of which
-        frame t covers input frames 8 t to 8 t + 7 (and a margin). Frames beyond a multiple of 8 are not used.
+        frame t covers input frames 8 t to 8 t + 7 (and a margin). Mels and frames beyond a multiple of 8 serve as
+        margin only.
 
     Raises:
         ValueError: a wrong rank or number of mels, too few frames; ``n_mels`` or ``d`` out of range.
@@ -42,54 +91,123 @@ class AudioNTT2020(nn.Module):
     Source:
         BYOL-A, arXiv:2103.06695, its audio encoder.
 
-    >>> import torch
-    >>> AudioNTT2020(d=512)(torch.zeros(2, 1, 64, 96)).shape
-    torch.Size([2, 512])
+    >>> encoder = AudioNTT2020(d=512)
+    >>> encoder(torch.zeros(2, 1, 64, 96)).shape, encoder.forward_frames(torch.zeros(2, 1, 64, 96)).shape
+    (torch.Size([2, 512]), torch.Size([2, 12, 512]))
     """
 
+    frame_stride = 8
+
     def __init__(self, n_mels: int = 64, d: int = 512) -> None:
-        super().__init__()
-        if n_mels < STRIDE or n_mels % STRIDE:
-            raise ValueError(f"n_mels: expected a multiple of {STRIDE}, got {n_mels}")
+        super().__init__(n_mels)
         if d < 1:
             raise ValueError(f"d: expected at least 1, got {d}")
-        self.n_mels = n_mels
         self.feature_d = d
-        layers: list[nn.Module] = []
-        for channels in (1, CHANNELS, CHANNELS):
-            layers += [
-                nn.Conv2d(channels, CHANNELS, 3, padding=1),
-                nn.BatchNorm2d(CHANNELS),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-        self.features = nn.Sequential(*layers)
+        self.fc = nn.Sequential(nn.Linear(self.local_d, d), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(d, d), nn.ReLU())
+
+    def forward_frames(self, x: Tensor) -> Tensor:
+        frames: Tensor = self.fc(self._local(x))
+        return frames
+
+
+class AudioNTT2022(AudioNTT):
+    """Encode log-mel spectrograms with two convolutions and an MLP beside them: the encoder of BYOL-A's second version.
+
+    2 x [Conv3x3, BatchNorm, ReLU, MaxPool2] -> at each of T // 4 times, all mels and channels: the local features,
+    64 * (F // 4) of them -> an MLP of these: Linear hidden_d, ReLU, Dropout 0.3, Linear, ReLU -> both side by side,
+    local features first -> max over time + mean over time.
+
+    Args:
+        n_mels: mel bins F of the input, at least 4.
+        d: width of the embedding, local features included. The MLP fills what they leave, so that d must exceed
+            ``64 * (n_mels // 4)`` (1024 for 64 mels): 3072 is published, 2048 leaves an MLP output of 1024, and 512 and
+            1024 leave none (``AudioNTT2020`` has those).
+        hidden_d: hidden width of the MLP. The defaults make 6,333,376 parameters.
+
+    Attributes:
+        feature_d: width of the embedding, d.
+        local_d: width of the local features in it.
+        frame_stride: 4 input frames for each output frame: 40 ms at the default hop of 10 ms.
+
+    Shape:
+        ``(B, 1, F, T)`` with T of at least 4 to ``(B, d)``; ``forward_frames`` gives ``(B, T // 4, d)``, of which
+        frame t covers input frames 4 t to 4 t + 3 (and a margin). Mels and frames beyond a multiple of 4 serve as
+        margin only.
+
+    Raises:
+        ValueError: a wrong rank or number of mels, too few frames; ``n_mels``, ``d`` or ``hidden_d`` out of range.
+        TypeError: an input that is no floating-point tensor.
+
+    Numerics:
+        As ``AudioNTT2020``.
+
+    Autograd:
+        To the input and all parameters.
+
+    Source:
+        BYOL-A, second version, arXiv:2204.07402, its audio encoder.
+
+    >>> encoder = AudioNTT2022()
+    >>> encoder(torch.zeros(2, 1, 64, 96)).shape, encoder.forward_frames(torch.zeros(2, 1, 64, 96)).shape
+    (torch.Size([2, 3072]), torch.Size([2, 24, 3072]))
+    """
+
+    frame_stride = 4
+
+    def __init__(self, n_mels: int = 64, d: int = 3072, hidden_d: int = 2048) -> None:
+        super().__init__(n_mels)
+        if d <= self.local_d:
+            raise ValueError(
+                f"d: expected more than the {self.local_d} local features that {n_mels} mels make and that are part of "
+                f"it, got {d}; AudioNTT2020 takes any width"
+            )
+        if hidden_d < 1:
+            raise ValueError(f"hidden_d: expected at least 1, got {hidden_d}")
+        self.feature_d, self.hidden_d = d, hidden_d
         self.fc = nn.Sequential(
-            nn.Linear(CHANNELS * (n_mels // STRIDE), d), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(d, d), nn.ReLU()
+            nn.Linear(self.local_d, hidden_d),
+            nn.ReLU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(hidden_d, d - self.local_d),
+            nn.ReLU(),
         )
 
     def forward_frames(self, x: Tensor) -> Tensor:
-        """Return one feature vector for every 8 frames: ``(B, 1, F, T)`` to ``(B, T // 8, d)``."""
-        check.is_float("x", x)
-        check.has_shape("x", x, ("B", 1, self.n_mels, "T"))
-        if x.shape[3] < STRIDE:
-            raise ValueError(f"x: expected at least {STRIDE} frames, got {x.shape[3]}")
-        local = self.features(x)  # (B, channels, F / 8, T // 8)
-        frames: Tensor = self.fc(local.permute(0, 3, 2, 1).flatten(2))
-        return frames
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return one embedding for each sample: ``(B, 1, F, T)`` to ``(B, d)``."""
-        return pool_frames(self.forward_frames(x))
+        local = self._local(x)
+        return torch.cat([local, self.fc(local)], dim=-1)
 
     def extra_repr(self) -> str:
-        return f"n_mels={self.n_mels}, d={self.feature_d}"
+        return f"{super().extra_repr()}, hidden_d={self.hidden_d}"
+
+
+ENCODERS: dict[str, type[AudioNTT2020] | type[AudioNTT2022]] = {
+    "AudioNTT2020": AudioNTT2020,
+    "AudioNTT2022": AudioNTT2022,
+}
+
+
+def make_encoder(name: str, *, n_mels: int = 64, feature_d: int | None = None) -> AudioNTT2020 | AudioNTT2022:
+    """Return an encoder by name, with fresh weights.
+
+    Args:
+        name: "AudioNTT2020" (BYOL-A's first version) or "AudioNTT2022" (its second).
+        n_mels: mel bins F of the log-mel spectrograms.
+        feature_d: width of the embedding; the encoder's own where None, 512 and 3072.
+
+    Raises:
+        ValueError: an unknown name, or a width that the encoder cannot have.
+
+    >>> make_encoder("AudioNTT2022").feature_d
+    3072
+    """
+    check.is_one_of("encoder", name, tuple(ENCODERS))
+    widths = {} if feature_d is None else {"d": feature_d}
+    return ENCODERS[name](n_mels, **widths)
 
 
 def pool_frames(frames: Tensor) -> Tensor:
     """Sum up frames over time, ``max + mean``: ``(B, T, d)`` to ``(B, d)``.
 
-    >>> import torch
     >>> pool_frames(torch.tensor([[[1.0], [3.0]]]))
     tensor([[5.]])
     """

@@ -15,9 +15,12 @@ FLOORS = [
     ["cli"],
     ["pretrain"],
     ["show"],
-    ["byol", "checkpoint", "demo"],
+    ["learners", "embed"],
+    ["byol", "contrastive", "weights", "demo"],
+    ["heads", "checkpoint"],
     ["augment", "ema", "pictures"],
     ["memory_bank", "frontend", "params", "normalize", "doctor", "encoders", "objectives", "audio"],
+    ["gather"],
     ["ops"],
 ]
 OPS_FLOORS = [

@@ -8,7 +8,7 @@ from tolerances import assert_close
 from torch import nn
 
 from byola_fast import BYOL, AudioNTT2020
-from byola_fast.byol import MLP
+from byola_fast.heads import MLP
 from byola_fast.objectives import byol_loss, collapse_std
 
 
@@ -48,6 +48,24 @@ def test_each_view_passes_batch_norm_by_itself():
     wanted = 0.9 * (0.1 * means[0]) + 0.1 * means[1]
     assert int(norm.num_batches_tracked) == 2
     assert_close(norm.running_mean, wanted.detach().double())
+
+
+def test_a_joint_batch_changes_batch_norm_and_nothing_else():
+    byol, (view1, view2) = make_byol(), make_views()
+    joint = make_byol(joint_batch=True)
+    joint.load_state_dict(byol.state_dict())
+    norm = joint.encoder.features[1]
+    joint(view1, view2)
+    assert int(norm.num_batches_tracked) == int(joint.predictor[1].num_batches_tracked) == 1
+    mean = joint.encoder.features[0](torch.cat([view1, view2])).mean((0, 2, 3))
+    assert_close(norm.running_mean, (0.1 * mean).detach().double())
+    joint.load_state_dict(byol.state_dict())
+    apart, together = byol.eval()(view1, view2), joint.eval()(view1, view2)
+    assert_close(together.loss.detach(), apart.loss.detach().double())
+    assert_close(together.projection, apart.projection.double())
+    with pytest.raises(ValueError, match="view2: expected the shape of view1"):
+        joint(view1, view2[..., :16])
+    assert byol(view1, view2[..., :16]).loss.isfinite()
 
 
 def test_the_target_follows_and_sees_batches_in_training_only():

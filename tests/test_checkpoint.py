@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -109,15 +110,85 @@ def test_unusable_files_say_what_is_wrong(tmp_path):
         assert str(tmp_path / name) in str(error.value)
 
 
-def test_encoder_file_holds_plain_values_and_reloads(tmp_path):
+@pytest.mark.parametrize("name", ["encoder.pth", "encoder.pt", "encoder.safetensors"])
+@pytest.mark.parametrize("stats", [(-7.1, 1 / 3), None])
+def test_encoder_file_holds_plain_values_and_reloads(tmp_path, name, stats):
     encoder, other = make_encoder().to(memory_format=torch.channels_last), make_encoder()
-    save_encoder(tmp_path / "encoder.pth", encoder, config={"feature_d": 16}, stats=(-7.5, 4.25))
-    content = load_checkpoint(tmp_path / "encoder.pth")
-    assert content["config"] == {"feature_d": 16}
-    assert content["stats"] == [-7.5, 4.25]
+    config = {"feature_d": 16, "f_min": 0.1, "norm": None, "note": "größer"}
+    save_encoder(tmp_path / name, encoder, config=config, stats=stats)
+    content = load_checkpoint(tmp_path / name)
+    assert content["config"] == config
+    assert content["stats"] == (None if stats is None else list(stats))
     assert all(tensor.is_contiguous() for tensor in content["state_dict"].values())
-    load_encoder_weights(other, tmp_path / "encoder.pth")
-    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+    load_encoder_weights(other, tmp_path / name)
+    for key, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_safetensors_as_other_tools_read_and_write_them(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    encoder, other = make_encoder(), make_encoder()
+    save_encoder(tmp_path / "a.safetensors", encoder, config={"feature_d": 16}, stats=(-7.5, 4.25))
+    assert load_file(tmp_path / "a.safetensors").keys() == encoder.state_dict().keys()
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["byola_fast"])
+    assert described == {"config": {"feature_d": 16}, "stats": [-7.5, 4.25]}
+    save_file({"encoder." + name: x for name, x in encoder.state_dict().items()}, tmp_path / "b.safetensors")
+    load_encoder_weights(other, tmp_path / "b.safetensors")
+    assert torch.equal(other.fc[3].weight, encoder.fc[3].weight)
+
+
+def test_unusable_safetensors_say_what_is_wrong(tmp_path):
+    from safetensors.torch import save_file
+
+    whole = tmp_path / "whole.safetensors"
+    save_encoder(whole, make_encoder(), config={}, stats=None)
+    content = whole.read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(content[:-100])
+    (tmp_path / "header.safetensors").write_bytes(content[:50])
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "text.safetensors").write_text("hello, these are no weights")
+    torch.save({"state_dict": {}}, tmp_path / "pickled.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, metadata in (("json", "{"), ("list", "[1]")):
+        save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors", {"byola_fast": metadata})
+    for name, words in {
+        "truncated": f"truncated, damaged or no safetensors file ({len(content) - 100} bytes)",
+        "header": "truncated, damaged or no safetensors file (50 bytes)",
+        "empty": "empty file (0 bytes)",
+        "text": "truncated, damaged or no safetensors file",
+        "pickled": "truncated, damaged or no safetensors file",
+        "folder": "Is a directory",
+        "missing": "No such file or directory",
+        "json": "the metadata 'byola_fast' is not JSON",
+        "list": "the metadata 'byola_fast' is no JSON object",
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        with pytest.raises(CheckpointError, match=re.escape(words)) as error:
+            load_checkpoint(path)
+        assert str(path) in str(error.value)
+
+
+def test_encoder_files_that_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"encoder\.onnx: expected a name ending in \.pth, \.pt or \.safetensors"):
+        save_encoder(tmp_path / "encoder.onnx", make_encoder(), config={}, stats=None)
+    with pytest.raises(CheckpointError, match="config: cannot be written as JSON"):
+        save_encoder(tmp_path / "a.safetensors", make_encoder(), config={"path": tmp_path}, stats=None)
+    path = tmp_path / "b.safetensors"
+    save_encoder(path, make_encoder(), config={}, stats=None)
+    old = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device; the file of that name is unchanged"):
+        save_encoder(path, make_encoder(), config={}, stats=None)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "online.encoder.", "module.online.encoder."])

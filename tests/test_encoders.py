@@ -1,4 +1,4 @@
-"""AudioNTT2020: size, names, arithmetic, and what it refuses."""
+"""Both encoders: size, names, arithmetic, and what they refuse."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor
 
-from byola_fast import AudioNTT2020
+from byola_fast import AudioNTT2020, AudioNTT2022, make_encoder
+from byola_fast.encoders import AudioNTT
 
-# name: shape, as published weights have them for d = 512
-LAYOUT = {
-    f"features.{4 * block + layer}.{name}": shape
-    for block in range(3)
-    for layer, name, shape in (
-        (0, "weight", (64, 64 if block else 1, 3, 3)),
-        (0, "bias", (64,)),
-        *((1, name, (64,)) for name in ("weight", "bias", "running_mean", "running_var")),
-        (1, "num_batches_tracked", ()),
-    )
-} | {"fc.0.weight": (512, 512), "fc.0.bias": (512,), "fc.3.weight": (512, 512), "fc.3.bias": (512,)}
+ENCODERS = [AudioNTT2020, AudioNTT2022]
+
+
+def layout(blocks: int, first: tuple[int, int], last: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Name: shape, as published weights have them; first and last are the shapes of the linear weights."""
+    convolutions = {
+        f"features.{4 * block + layer}.{name}": shape
+        for block in range(blocks)
+        for layer, name, shape in (
+            (0, "weight", (64, 64 if block else 1, 3, 3)),
+            (0, "bias", (64,)),
+            *((1, name, (64,)) for name in ("weight", "bias", "running_mean", "running_var")),
+            (1, "num_batches_tracked", ()),
+        )
+    }
+    return convolutions | {"fc.0.weight": first, "fc.0.bias": first[:1], "fc.3.weight": last, "fc.3.bias": last[:1]}
+
+
+LAYOUTS = [
+    (AudioNTT2020(), layout(3, (512, 512), (512, 512))),
+    (AudioNTT2022(), layout(2, (2048, 1024), (2048, 2048))),
+]
 
 
 def forward_by_hand(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Frames and embedding in evaluation mode, from the weights alone, in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
     y = x.double()
-    for block in (0, 4, 8):
+    is_2020 = "features.8.weight" in state
+    for block in (0, 4, 8) if is_2020 else (0, 4):
         y = F.conv2d(y, state[f"features.{block}.weight"], state[f"features.{block}.bias"], padding=1)
         norm = {n: state[f"features.{block + 1}.{n}"][None, :, None, None] for n in ("weight", "bias")}
         mean, var = (state[f"features.{block + 1}.running_{n}"][None, :, None, None] for n in ("mean", "var"))
@@ -40,40 +53,75 @@ def forward_by_hand(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor
             rows[:, :, mel * channels + channel] = y[:, channel, mel]
     hidden = (rows @ state["fc.0.weight"].T + state["fc.0.bias"]).clamp_min(0)
     out = (hidden @ state["fc.3.weight"].T + state["fc.3.bias"]).clamp_min(0)
+    if not is_2020:
+        out = torch.cat([rows, out], dim=2)
     return out, out.max(1).values + out.sum(1) / frames
 
 
-@pytest.mark.parametrize(("d", "parameters"), [(512, 600_192), (1024, 1_649_792), (2048, 5_321_856)])
-def test_number_of_parameters(d, parameters):
-    encoder = AudioNTT2020(d=d)
-    assert sum(p.numel() for p in encoder.parameters()) == parameters
-    assert encoder.feature_d == d
+@pytest.mark.parametrize(
+    ("encoder", "parameters"),
+    [
+        (lambda: AudioNTT2020(d=512), 600_192),
+        (lambda: AudioNTT2020(d=1024), 1_649_792),
+        (lambda: AudioNTT2020(d=2048), 5_321_856),
+        (lambda: AudioNTT2022(), 6_333_376),
+    ],
+)
+def test_number_of_parameters(encoder, parameters):
+    assert sum(p.numel() for p in encoder().parameters()) == parameters
 
 
-def test_names_and_shapes_are_those_of_published_weights():
-    encoder = AudioNTT2020()
-    assert {name: tuple(x.shape) for name, x in encoder.state_dict().items()} == LAYOUT
-    state = {name: torch.rand(shape) if shape else torch.tensor(7) for name, shape in LAYOUT.items()}
+@pytest.mark.parametrize(("encoder", "wanted"), LAYOUTS)
+def test_names_and_shapes_are_those_of_published_weights(encoder, wanted):
+    assert {name: tuple(x.shape) for name, x in encoder.state_dict().items()} == wanted
+    state = {name: torch.rand(shape) if shape else torch.tensor(7) for name, shape in wanted.items()}
     encoder.load_state_dict(state, strict=True)
     assert torch.equal(encoder.fc[3].weight, state["fc.3.weight"])
 
 
-@pytest.mark.parametrize("frames", [8, 29, 96])
-def test_forward_by_hand(frames):
-    encoder = AudioNTT2020(n_mels=24, d=40).eval()
-    for norm in (encoder.features[1], encoder.features[5], encoder.features[9]):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        torch.nn.init.normal_(norm.weight)
-    x = torch.randn(3, 1, 24, frames)
+@pytest.mark.parametrize(("n_mels", "frames"), [(24, 8), (24, 29), (63, 97), (17, 96)])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_forward_by_hand(encoder, n_mels, frames):
+    width = 64 * (n_mels // encoder.frame_stride) + 40
+    encoder = encoder(n_mels, width).eval()
+    for norm in encoder.features:
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 1, n_mels, frames)
     wanted_frames, wanted = forward_by_hand(encoder.state_dict(), x)
     assert wanted.abs().max() > 0.05
+    assert wanted_frames.shape == (3, frames // encoder.frame_stride, width)
+    assert encoder.feature_d == width
     assert_close(encoder.forward_frames(x).detach(), wanted_frames, factor=10)
     assert_close(encoder(x).detach(), wanted, factor=10)
 
 
-def test_dropout_and_batch_norm_follow_the_mode():
-    encoder, x = AudioNTT2020(n_mels=16, d=64), torch.randn(4, 1, 16, 24)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_channels_last_and_bfloat16_change_rounding_alone(encoder):
+    encoder, x = encoder().eval(), torch.randn(2, 1, 64, 40)
+    wanted = encoder(x).detach()
+    assert_close(encoder.to(memory_format=torch.channels_last)(x).detach(), wanted.double(), factor=10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.cosine_similarity(encoder(x).float(), wanted).min() > 0.999
+
+
+def test_make_encoder():
+    assert isinstance(make_encoder("AudioNTT2020", feature_d=16), AudioNTT2020)
+    assert make_encoder("AudioNTT2020", feature_d=16).feature_d == 16
+    assert make_encoder("AudioNTT2022", n_mels=16, feature_d=300).n_mels == 16
+    with pytest.raises(ValueError, match="encoder: expected one of 'AudioNTT2020', 'AudioNTT2022', got 'VGG'"):
+        make_encoder("VGG")
+
+
+def small(encoder: type[AudioNTT]) -> AudioNTT:
+    return encoder(16, 300)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_dropout_and_batch_norm_follow_the_mode(encoder):
+    encoder, x = small(encoder), torch.randn(4, 1, 16, 24)
     before = encoder.features[1].running_mean.clone()
     assert not torch.equal(encoder(x), encoder(x))
     assert not torch.equal(encoder.features[1].running_mean, before)
@@ -84,8 +132,9 @@ def test_dropout_and_batch_norm_follow_the_mode():
     assert encoder.fc[2].p == 0.3
 
 
-def test_gradient_reaches_every_parameter():
-    encoder = AudioNTT2020(n_mels=16, d=32)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gradient_reaches_every_parameter(encoder):
+    encoder = small(encoder)
     encoder(torch.randn(4, 1, 16, 24)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
     assert all(encoder.get_parameter(name).grad.abs().sum() > 0 for name in ("features.0.weight", "fc.3.weight"))
@@ -106,11 +155,22 @@ def test_refused_inputs(x, error, words):
         AudioNTT2020(d=8)(x)
 
 
-@pytest.mark.parametrize("n_mels", [0, 4, 60])
-def test_refused_mels(n_mels):
-    with pytest.raises(ValueError, match=f"n_mels: expected a multiple of 8, got {n_mels}"):
-        AudioNTT2020(n_mels=n_mels)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AudioNTT2020(n_mels=7), "n_mels: expected at least 8, got 7"),
+        (lambda: AudioNTT2020(d=0), "d: expected at least 1, got 0"),
+        (lambda: AudioNTT2022(n_mels=3), "n_mels: expected at least 4, got 3"),
+        (lambda: AudioNTT2022(d=512), "more than the 1024 local features that 64 mels make .* got 512"),
+        (lambda: AudioNTT2022(d=1024), "got 1024; AudioNTT2020 takes any width"),
+        (lambda: AudioNTT2022(hidden_d=0), "hidden_d: expected at least 1"),
+    ],
+)
+def test_refused_sizes(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
-def test_empty_batch():
-    assert AudioNTT2020(d=8).eval()(torch.zeros(0, 1, 64, 16)).shape == (0, 8)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_empty_batch(encoder):
+    assert small(encoder).eval()(torch.zeros(0, 1, 16, 16)).shape == (0, 300)

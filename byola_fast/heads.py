@@ -1,0 +1,109 @@
+"""What all learners share: heads, the shape of a step's answer, and how two views pass the online network."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast.ops.reference import compute_dtype
+
+
+class Output(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        loss: 0-d, to be minimised.
+        projection: ``(B, proj_size)``, the online projection of the first view, without gradient and of at least
+            float32; for ``collapse_std`` and ``effective_rank``.
+    """
+
+    loss: Tensor
+    projection: Tensor
+
+
+class MLP(nn.Sequential):
+    """A projector or predictor: Linear, BatchNorm, ReLU, Linear.
+
+    Args:
+        in_size, hidden, out: widths.
+
+    Shape:
+        ``(B, in_size)`` to ``(B, out)``; in training B of at least 2, which BatchNorm needs.
+
+    >>> MLP(8, hidden=16, out=4)(torch.randn(3, 8)).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, in_size: int, hidden: int = 4096, out: int = 256) -> None:
+        super().__init__(nn.Linear(in_size, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class Learner(nn.Module):
+    """An encoder and what trains it: the one interface that the trainer knows.
+
+    ``learner(view1, view2)`` returns an ``Output``; ``update_target()`` follows each step of the optimiser; the
+    parameters to train are those that require a gradient; everything to be resumed is in ``state_dict``.
+
+    Args:
+        encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
+        projector: from the embedding to what is compared.
+        joint_batch: pass both views through a network as one batch of 2 B and not as two of B.
+
+    Attributes:
+        online: encoder and projector.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, joint_batch: bool = False) -> None:
+        super().__init__()
+        self.joint_batch = joint_batch
+        self.online = nn.Sequential(OrderedDict(encoder=encoder, projector=projector))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The online encoder: what training is for."""
+        return self.online.get_submodule("encoder")
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        """Return the loss, and the projection of the first view."""
+        raise NotImplementedError
+
+    def update_target(self) -> None:
+        """Do what is due after each step of the optimiser; nothing, where there is no target network."""
+
+    def _check_views(self, view1: Tensor, view2: Tensor) -> None:
+        if len(view1) != len(view2):
+            raise ValueError(f"view2: expected as many samples as in view1 ({len(view1)}), got {len(view2)}")
+        if self.training and len(view1) < 2:
+            raise ValueError(f"view1: expected at least 2 samples in training (BatchNorm), got {len(view1)}")
+        if self.joint_batch and view1.shape != view2.shape:
+            raise ValueError(
+                f"view2: expected the shape of view1 {tuple(view1.shape)} with joint_batch, got {tuple(view2.shape)}"
+            )
+
+    def _both(self, network: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass two views, or what became of them, through a network."""
+        if not self.joint_batch:
+            return network(x1), network(x2)
+        joint: Tensor = network(torch.cat([x1, x2]))
+        y1, y2 = joint.chunk(2)
+        return y1, y2
+
+
+def feature_width(encoder: nn.Module) -> int:
+    """Return the width of an encoder's embedding.
+
+    Raises:
+        TypeError: the encoder has no ``feature_d``.
+    """
+    feature_d = getattr(encoder, "feature_d", None)
+    if not isinstance(feature_d, int):
+        raise TypeError(f"encoder: expected an attribute feature_d, the width of its output, got {feature_d!r}")
+    return feature_d
+
+
+def to_watch(projection: Tensor) -> Tensor:
+    """Return a projection as an ``Output`` holds it."""
+    return projection.detach().to(compute_dtype(projection.dtype))
