@@ -5,6 +5,7 @@ soundfile (libsndfile) decodes and soxr resamples; both are imported where they 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -84,6 +85,11 @@ def list_audio_files(root: str | Path) -> list[Path]:
     if not files:
         raise AudioError(root, f"no audio file in this folder (looked for {FORMATS})")
     return sorted(files)
+
+
+def listing_checksum(names: list[str]) -> str:
+    """Return the checksum of a listing, by which a changed corpus is known."""
+    return hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()
 
 
 def _report_folder(error: OSError) -> None:
@@ -176,7 +182,7 @@ def _open(path: str | Path) -> soundfile.SoundFile:
         with open(path, "rb") as raw:
             if not raw.read(1):
                 raise AudioError(path, "empty file (0 bytes)")
-        file = soundfile.SoundFile(os.fspath(path))
+        file = soundfile.SoundFile(os.fsencode(path))  # bytes: a name need not be UTF-8
     except OSError as error:
         raise AudioError(path, error.strerror or str(error)) from error
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, which has no header
@@ -191,7 +197,7 @@ def _num_frames(file: soundfile.SoundFile) -> int:
     """Frames of a file as its header says, or as decoded where it does not say."""
     if file.frames < UNKNOWN_FRAMES:
         return int(file.frames)
-    with _open(file.name) as again:
+    with _open(os.fsdecode(file.name)) as again:
         return len(_decode(again, 0, UNKNOWN_FRAMES))
 
 
@@ -214,7 +220,7 @@ def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: i
     last = UNKNOWN_FRAMES if count is None else -(-(start + count) * down // up) + margin
     frames = _decode(file, first, min(last, int(file.frames)) - first)
     if not np.isfinite(frames).all():
-        raise AudioError(file.name, "NaN or infinite samples")
+        raise AudioError(os.fsdecode(file.name), "NaN or infinite samples")
     if up != down and len(frames):
         frames = soxr.resample(frames, rate, sample_rate, quality="HQ")
     skip = start - first // down * up
@@ -232,7 +238,7 @@ def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np
         try:
             file.seek(first)
         except soundfile.SoundFileError:  # damaged, or cut short: decode from the beginning
-            with _open(file.name) as again:
+            with _open(os.fsdecode(file.name)) as again:
                 return _decode(again, 0, start + count)[start:]
     # soundfile seeks to where it is after every read of a seekable file, and an MP3 decoder loses its bit reservoir.
     file.seekable = lambda: False
@@ -319,6 +325,7 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
         num_samples: length of a segment, in samples.
         epoch: the epoch last set, 0 at first.
         broken: the files found unreadable so far, in this process and its workers.
+        listing: checksum of the names of all files below their common folder.
 
     Shape:
         ``dataset[index]`` is ``(num_samples,)`` float32, or None.
@@ -358,6 +365,12 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
         return int(self._epoch)
 
     @property
+    def listing(self) -> str:
+        names = [os.path.abspath(path) for path in self.files]
+        root = os.path.commonpath({os.path.dirname(name) for name in names})
+        return listing_checksum([name[len(root) :].lstrip("/") for name in names])
+
+    @property
     def broken(self) -> set[Path]:
         return {self.files[index] for index in self._broken.nonzero().flatten().tolist()}
 
@@ -367,12 +380,25 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
     def __getitem__(self, index: int) -> torch.Tensor | None:
         index = range(len(self.files))[index]  # negative indices count from the end, others raise IndexError
         try:
-            return self._segment(self.files[index], segment_u24(self.seed, self.epoch, index))
+            return self.read(index, self.epoch)
         except AudioError as error:
             if not self._broken[index]:
                 self._broken[index] = True
                 logger.warning("skipping %s", error)
             return None
+
+    def read(self, index: int, epoch: int, draw: int = 0) -> torch.Tensor:
+        """Return a segment ``(num_samples,)`` of one file, or raise what is wrong with it.
+
+        Args:
+            index: number of the file, 0 to ``len(dataset) - 1``.
+            epoch: at least 0; what ``set_epoch`` chose does not count here.
+            draw: number of the segment among those that a file gives in this epoch; ``dataset[index]`` is number 0.
+
+        Raises:
+            AudioError: the file cannot be read, or holds NaN or infinity in this segment.
+        """
+        return self._segment(self.files[index], segment_u24(self.seed, epoch, index, draw))
 
     def _segment(self, path: Path, u24: int) -> torch.Tensor:
         with _open(path) as file:

@@ -14,13 +14,13 @@ FLOORS = [
     ["__main__"],
     ["cli"],
     ["pretrain"],
-    ["show"],
-    ["learners", "embed"],
+    ["show", "stats"],
+    ["learners", "embed", "batches"],
     ["byol", "contrastive", "weights", "demo"],
     ["heads", "checkpoint"],
-    ["augment", "ema", "pictures"],
+    ["augment", "ema", "pictures", "store", "pack"],
     ["memory_bank", "frontend", "params", "normalize", "doctor", "encoders", "objectives", "audio"],
-    ["gather"],
+    ["gather", "parts", "workers", "progress"],
     ["ops"],
 ]
 OPS_FLOORS = [

@@ -11,7 +11,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +21,9 @@ SLOT_CROP = 0  # words: mels, frames, mel position, frame position
 SLOT_RATIO = 1  # word 0: lam
 SLOT_PARTNER = 2  # word 0: the row mixed in
 SLOT_FADER = 3  # words 0 and 1: head, tail
-SLOT_SEGMENT = 4  # word 0: where a clip's segment starts (step = epoch, sample = clip)
+SLOT_SEGMENT = 4  # word 0: where a clip's segment starts (step = epoch, sample = clip, view = draw)
+SLOT_ORDER = 5  # words 0 and 1: seed of an epoch's order of clips (step = epoch)
+SLOT_REPLACEMENT = 6  # word 0: the clip in place of a broken one (step = epoch, sample = its number, view = attempt)
 SLOT_NOISE = 1 << 16  # plus n: four standard normals, elements 4 n to 4 n + 3 of the sample
 
 MASK32 = 0xFFFFFFFF
@@ -79,7 +81,16 @@ def view_words(
     return philox4x32(c0, c1, c2, c3, seed & MASK32, (seed >> 32) & MASK32)
 
 
-def segment_u24(seed: int, epoch: int, index: int) -> int:
-    """Return the 24-bit draw that places the segment of one clip in one epoch."""
-    word, *_ = philox4x32(epoch & MASK32, index & MASK32, 0, SLOT_SEGMENT, seed & MASK32, (seed >> 32) & MASK32)
+def segment_u24(seed: int, epoch: int, index: Word, draw: int | torch.Tensor = 0) -> Word:
+    """Return the 24-bit draw that places a segment of a clip in an epoch.
+
+    Args:
+        seed: key of the random numbers.
+        epoch: at least 0.
+        index: number of the clip, or an int64 tensor of many.
+        draw: number of the segment among those that the clip gives in this epoch; a tensor broadcasts with ``index``.
+    """
+    key: Any = seed & MASK32, (seed >> 32) & MASK32
+    counter: Any = epoch & MASK32, index & MASK32, draw & MASK32, SLOT_SEGMENT
+    word, *_ = philox4x32(*counter, *key)
     return word >> 8

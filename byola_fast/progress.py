@@ -1,0 +1,48 @@
+"""Progress of long work, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+LINE_SEC = 5.0  # between two lines where there is no terminal
+
+
+class Progress:
+    """A bar with what is done, a remark and the remaining time on a terminal, elsewhere a line every few seconds.
+
+    Args:
+        what: is counted, in one word: "steps", "files".
+        total: how many there are; None where only ``show`` will tell.
+    """
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (what, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+        self.task = self.bar.add_task("", total=total, told="") if self.bar is not None else None
+        self.what, self.total = what, total or 0
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, done: int, told: str = "", total: int | None = None) -> None:
+        """Show how many are done, and a remark."""
+        self.total = self.total if total is None else total
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=self.total, told=told)
+        elif now - self.told >= LINE_SEC or done == self.total:
+            remaining = (now - self.started) / max(done, 1) * (self.total - done)
+            print(f"{self.what} {done}/{self.total}  {told}  {remaining:.0f} s left", file=sys.stderr, flush=True)
+            self.told = now

@@ -1,0 +1,163 @@
+"""Statistics of a corpus: mean and std of the log-mel spectrograms of random segments, for the pre-normalisation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from byola_fast.audio import SegmentFolder
+from byola_fast.batches import Batches, as_float, open_source
+from byola_fast.frontend import LogMel
+from byola_fast.normalize import compute_stats
+from byola_fast.progress import Progress
+from byola_fast.store import DeviceStore, SegmentStore
+
+logger = logging.getLogger("byola_fast")
+
+FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
+BATCH = 64
+FRONT_END = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
+
+
+@dataclass
+class StatsConfig:
+    """Settings of the statistics of a corpus.
+
+    Attributes:
+        audio_dir: folder of audio files, one file, or folder of a packed store.
+        out: JSON file to write, which ``pretrain --stats`` takes; by default none, the numbers are printed alone.
+        segments: random segments that mean and std are taken of, at most one of each clip (or 1000 in all, of fewer
+            clips); more is steadier and takes longer.
+        unit_sec: length of a segment, in seconds.
+        sample_rate: rate that audio is resampled to, in Hz; of a packed store, the one that it was packed at.
+        seed: of the segments; the same seed gives the same numbers.
+        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
+    """
+
+    audio_dir: str
+    out: str | None = None
+    segments: int = 10000
+    unit_sec: float = 0.95
+    sample_rate: int = 16000
+    seed: int = 0
+    workers: int | None = None
+
+
+class Stats(NamedTuple):
+    """Mean and std of log-mel spectrograms, and of how many segments."""
+
+    mean: float
+    std: float
+    segments: int
+
+
+def run_stats(config: StatsConfig) -> Stats:
+    """Take the statistics of a folder or a packed store, showing progress, and write them where asked for.
+
+    Raises:
+        FileNotFoundError: no such folder. AudioError or StoreError: no file in it can be read. ValueError: settings out
+            of range, or ``out`` cannot be written.
+    """
+    source = open_source(config.audio_dir, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+    to_lms = LogMel(sample_rate=source.sample_rate, f_max=min(7800.0, source.sample_rate / 2))
+    if config.out is not None:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    with Progress("segments") as progress:
+        stats = take_stats(
+            source,
+            to_lms,
+            segments=config.segments,
+            seed=config.seed,
+            workers=config.workers,
+            progress=lambda done, total: progress.show(done, "", total),
+        )
+    if config.out is not None:
+        write_stats(config.out, stats, to_lms, config.unit_sec)
+    return stats
+
+
+def take_stats(
+    source: SegmentFolder | SegmentStore | DeviceStore,
+    to_lms: LogMel,
+    *,
+    segments: int = 10000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stats:
+    """Return mean and unbiased std over the log-mels of random segments of a corpus.
+
+    Args:
+        source: what ``Batches`` takes.
+        to_lms: the front end, on the device that the log-mels are computed on.
+        segments: at most so many, and at most one of each clip, or 1000 in all of fewer clips; at least 1.
+        seed: of the choice of clips.
+        workers: as ``Batches``.
+        progress: called with (segments done, of how many).
+
+    Raises:
+        AudioError: no file can be read. ValueError: ``segments`` below 1, or segments too short for the front end.
+    """
+    if segments < 1:
+        raise ValueError(f"segments: expected at least 1, got {segments}")
+    to_lms.num_frames(source.num_samples)  # refuses short segments before anything is read
+    count = min(segments, max(len(source), FEWEST_SEGMENTS))
+    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers)
+
+    def log_mels() -> Iterator[Tensor]:
+        for batch in batches.run(math.ceil(count / batches.batch_size)):
+            done = batch.step * batches.batch_size
+            yield to_lms(as_float(batch.wav[: count - done].to(to_lms.window.device)))
+            if progress is not None:
+                progress(min(done + batches.batch_size, count), count)
+
+    return Stats(*compute_stats(log_mels()), count)
+
+
+def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:
+    """Write statistics, and what they are of, as JSON.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    front_end = {name: getattr(to_lms, name) for name in FRONT_END}
+    content = json.dumps(stats._asdict() | {"unit_sec": unit_sec, "front_end": front_end}, indent=1) + "\n"
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
+    """Read statistics that ``write_stats`` wrote.
+
+    Args:
+        path: the JSON file.
+        to_lms: the front end that they are wanted for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or taken with another front end (says which setting).
+    """
+    try:
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        stats = Stats(float(content["mean"]), float(content["std"]), int(content["segments"]))
+        front_end = dict(content["front_end"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of statistics that byola-fast stats wrote ({error})") from error
+    if not math.isfinite(stats.mean) or not 0 < stats.std < math.inf:
+        raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")
+    for name in FRONT_END if to_lms is not None else ():
+        if front_end.get(name) != getattr(to_lms, name):
+            told = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
+            raise ValueError(f"{path}: taken with {told}; take the statistics again")
+    return stats
