@@ -36,7 +36,7 @@ def recorded() -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("byola_fast")
     group.addoption("--results", type=Path, metavar="JSON", help="write one record for each contender to this file")
-    group.addoption("--full", action="store_true", help="more rounds, and an EMA over 100 million parameters")
+    group.addoption("--full", action="store_true", help="more rounds")
 
 
 def pytest_configure(config: pytest.Config) -> None:

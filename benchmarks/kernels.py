@@ -33,6 +33,7 @@ class Variant:
         odd: integers that are not multiples of 16.
         warps: of a program.
         most_registers: of a thread; None for the compiler's choice.
+        fused: whether products and sums may be fused.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Variant:
     odd: tuple[str, ...] = ()
     warps: int = 4
     most_registers: int | None = None
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,15 @@ def _variants() -> dict[str, Variant]:
             views_module.REGISTERS,
         )
 
+    def ema(online: Any) -> Variant:
+        return Variant(
+            "ema_update.ema_update_kernel",
+            {"table": "i64", "chunks": "i32", "decay": "fp64"},
+            {"TARGET": tl.float32, "ONLINE": online, "ALIGNED": True, "CHUNK": 4096},
+            warps=8,
+            fused=False,
+        )
+
     crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
     crop_odd = ("mel_shift", "frame_shift")
     axis = f32 | {"WIDE": False, "INPUTS": 16, "LINES": 32}
@@ -105,6 +116,8 @@ def _variants() -> dict[str, Variant]:
             ("mel_base", "mel_slope", "frame_base", "frame_slope"),
             ("batch", "pool", "pool_offset", "sample_offset", "canvas_mels", "canvas_frames"),
         ),
+        "ema_update": ema(tl.float32),
+        "ema_update, bf16 online": ema(tl.bfloat16),
         "normalize": Variant(
             "normalize.normalize_kernel", _names("x y", "fp32") | {"sums": "fp64"}, f32 | {"SUMS": 512, "BLOCK": 1024}
         ),
@@ -168,7 +181,7 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
         if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *floats):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers}
+    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers, "enable_fp_fusion": variant.fused}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -11,7 +11,7 @@ from byola_fast import ops
 from byola_fast.augment import Augment, augment
 from byola_fast.byol import BYOL
 from byola_fast.doctor import doctor
-from byola_fast.ema import EMA
+from byola_fast.ema import EMA, CosineDecay
 from byola_fast.embed import Embedder, load_encoder
 from byola_fast.encoders import AudioNTT2020, AudioNTT2022, make_encoder
 from byola_fast.frontend import LogMel
@@ -29,6 +29,7 @@ __all__ = [
     "AudioNTT2022",
     "Augment",
     "AugmentParams",
+    "CosineDecay",
     "Embedder",
     "LogMel",
     "MemoryBank",

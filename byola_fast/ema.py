@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import operator
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops.functional import check_ema, ema_decay
+from byola_fast.ops.functional import ema_decay
+from byola_fast.ops.reference import sums_dtype
 
 BUFFERS = ("none", "copy", "ema")
 HALF = (torch.float16, torch.bfloat16)
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DistributedDataParallel put into names
 
 
+@dataclass(frozen=True)
+class CosineDecay:
+    """A decay that rises to 1: ``1 - (1 - base) (cos(pi k / total_steps) + 1) / 2`` at update number k, from 0.
+
+    Args:
+        base: decay of the first update, in [0, 1].
+        total_steps: updates until the decay is 1, where it stays: the target no longer moves.
+
+    Source:
+        BYOL, arXiv:2006.07733, section 3.2: base 0.996.
+
+    >>> decay = CosineDecay(base=0.9, total_steps=100)
+    >>> [round(float(decay(torch.tensor(k))), 4) for k in (0, 50, 100, 200)]
+    [0.9, 0.95, 1.0, 1.0]
+    """
+
+    base: float = 0.996
+    total_steps: int = 100_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base <= 1:
+            raise ValueError(f"base: expected a number in [0, 1], got {self.base}")
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
+            raise ValueError(f"total_steps: expected an integer of at least 1, got {self.total_steps!r}")
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the decay at a step (0-d integer), as a 0-d float64 tensor on its device, without a sync."""
+        share = step.clamp(0, self.total_steps).to(sums_dtype(step.device)) / self.total_steps
+        return 1 - (1 - self.base) * (torch.cos(math.pi * share) + 1) / 2
+
+
 class _Plan(NamedTuple):
     """What one update does, for as long as both networks hold the very tensors ``seen``."""
 
     seen: list[Tensor | None]
+    pairs: list[tuple[Tensor, Tensor]]  # all, whatever becomes of them
+    names: list[str]  # of the averaged ones
     target: list[Tensor]
     online: list[Tensor]
-    copied: list[tuple[Tensor, Tensor]]
+    copied_target: list[Tensor]
+    copied_online: list[Tensor]
 
 
 class EMA(nn.Module):
@@ -33,7 +71,8 @@ class EMA(nn.Module):
 
     Args:
         online: the network to follow. It is remembered, but is no part of this module or its ``state_dict``.
-        decay: in [0, 1]; 0 copies, 1 keeps. May be changed between updates.
+        decay: in [0, 1]; 0 copies, 1 keeps; may be changed between updates. Or a ``CosineDecay``, whose step is counted
+            on the device: an ``update()`` inside a CUDA graph goes on with the schedule at every replay.
         buffers: what happens to buffers, as of BatchNorm. "none": nothing (published behaviour: the target's BatchNorm
             counts what passes through it); "copy": copied at every update; "ema": averaged as parameters are, integers
             copied.
@@ -41,17 +80,22 @@ class EMA(nn.Module):
     Attributes:
         target: a deep copy of ``online`` that needs no gradient. Half-precision weights are kept in float32, in which
             the small steps of an average are not lost, whatever ``.half()`` asks for.
+        step: updates made so far, 0-d int64, in ``state_dict``; None unless ``decay`` is a schedule.
 
     Shape:
         A call is a call of the target; half-precision arguments are widened to float32, its own dtype.
 
     Raises:
         ValueError: an unknown ``buffers``, a decay outside [0, 1], or an online network that no longer has the target's
-        parameters.
+        parameters, by name and shape: one that grew or shrank needs an ``EMA`` of its own. TypeError: dtypes that
+        ``ops.ema_update_`` refuses. RuntimeError: ``update()`` or another ``swapped()`` inside ``swapped()``. Nothing
+        was written then.
 
     Numerics:
-        As ``ops.ema_update_``: one call for all parameters. Tied weights move once. Names are matched without the
-        prefixes of torch.compile and DistributedDataParallel, so either network may be wrapped later.
+        As ``ops.ema_update_``: one call for all parameters, those included that are frozen (``requires_grad=False``).
+        Tied weights move once. Names are matched without the prefixes of torch.compile and DistributedDataParallel, so
+        either network may be wrapped later. Storages may be replaced at any time (``.to()``, ``.data =``,
+        ``load_state_dict(assign=True)``): nothing but the pairing of tensors is remembered.
 
     Autograd:
         None to the target's parameters; use ``torch.no_grad()`` where its input needs none either.
@@ -66,48 +110,111 @@ class EMA(nn.Module):
     >>> ema.target.bias
     Parameter containing:
     tensor([0.5000, 0.5000])
+    >>> with ema.swapped():
+    ...     online.bias.tolist()
+    [0.5, 0.5]
+    >>> online.bias.tolist()
+    [1.0, 1.0]
     """
 
-    def __init__(self, online: nn.Module, decay: float = 0.99, buffers: str = "none") -> None:
+    step: Tensor | None
+
+    def __init__(self, online: nn.Module, decay: float | CosineDecay = 0.99, buffers: str = "none") -> None:
         super().__init__()
         check.is_one_of("buffers", buffers, BUFFERS)
-        if not 0 <= decay <= 1:
+        if not isinstance(decay, CosineDecay) and not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
         self.decay = decay
         self.buffers_mode = buffers
         self._online = (online,)  # in a tuple, so that it is no submodule
         self._plan: _Plan | None = None
+        self._swapped = False
         self.target = copy.deepcopy(_unwrap(online)).requires_grad_(False)
         self._apply(lambda tensor: tensor)
+        device = next((p.device for p in self.target.parameters()), None)
+        scheduled = isinstance(decay, CosineDecay)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device) if scheduled else None)
+
+    def current_decay(self) -> float | Tensor:
+        """Return the decay of the next update; a 0-d tensor on the device where it follows a schedule."""
+        if not isinstance(self.decay, CosineDecay):
+            return self.decay
+        if self.step is None:
+            raise RuntimeError(
+                "decay: expected a number; a schedule counts steps, and must be given to EMA(...) itself"
+            )
+        return self.decay(self.step)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the target towards the online network by one step."""
+        if self._swapped:
+            raise RuntimeError("update: the averaged weights are swapped in; leave 'with ema.swapped()' first")
         plan = self._current_plan()
-        for t, o in plan.copied:
-            t.copy_(o)
-        torch.ops.byola_fast.ema_update_(plan.target, plan.online, ema_decay(self.decay, plan.target))
-        increment_version(plan.target)
+        try:
+            decay = ema_decay(self.current_decay(), plan.target)
+            torch.ops.byola_fast.ema_update_(plan.target, plan.online, decay)
+        except (TypeError, ValueError) as error:
+            named = re.sub(r"\b(target|online)\[(\d+)\]", lambda m: f"{m[1]}.{plan.names[int(m[2])]}", str(error))
+            raise type(error)(named) from None
+        if plan.copied_target:
+            torch._foreach_copy_(plan.copied_target, plan.copied_online)
+        if self.step is not None:
+            self.step += 1
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """Let the online network compute with the averaged weights, to evaluate or save it, and put its own back.
+
+        Where buffers are followed, theirs too. Nothing is copied unless the dtypes differ: the online network's tensors
+        stay the same objects, so that optimisers keep them, and look at the target's memory meanwhile. So do not train
+        in there: what is written to one network is written to both. CUDA graphs of the online network that were
+        captured outside keep the weights they were captured with.
+        """
+        if self._swapped:
+            raise RuntimeError("swapped: the averaged weights are swapped in already; leave 'with ema.swapped()' first")
+        pairs = self._current_plan().pairs
+        own = [(online, online.data) for _, online in pairs]
+        self._swapped = True
+        try:
+            for target, online in pairs:
+                online.data = target.data.to(online.device, online.dtype)
+            yield self._online[0]
+        finally:
+            for online, data in own:
+                online.data = data
+            self._swapped = False
 
     def _current_plan(self) -> _Plan:
-        """Return the pairs to move and to copy; matched and checked anew only after a tensor was replaced.
+        """Return the pairs to move and to copy; matched anew only after a tensor was replaced.
 
-        Walking names of a thousand tensors and checking each would cost several times the update itself.
+        Walking the names of a thousand tensors would cost several times the update itself. What may change within a
+        tensor (storage, shape, dtype) is read and checked by the op at every update.
         """
         online = self._online[0]
         buffers = self.buffers_mode != "none"
         seen = _held(self.target, buffers) + _held(online, buffers)
         plan = self._plan
         if plan is None or len(plan.seen) != len(seen) or not all(map(operator.is_, plan.seen, seen)):
-            moved = _pairs("parameter", self.target.named_parameters(), online.named_parameters())
-            copied: list[tuple[Tensor, Tensor]] = []
-            if buffers:
-                for t, o in _pairs("buffer", self.target.named_buffers(), online.named_buffers()):
-                    averaged = self.buffers_mode == "ema" and t.is_floating_point()
-                    (moved if averaged else copied).append((t, o))
-            plan = _Plan(seen, [t for t, _ in moved], [o for _, o in moved], copied)
-            check_ema(plan.target, plan.online)
-            self._plan = plan
+            self._plan = plan = self._make_plan(seen)
+        return plan
+
+    def _make_plan(self, seen: list[Tensor | None]) -> _Plan:
+        plan = _Plan(seen, [], [], [], [], [], [])
+        parameters = _pairs("parameter", self.target.named_parameters(), self._online[0].named_parameters())
+        buffers: list[tuple[str, Tensor, Tensor]] = []
+        if self.buffers_mode != "none":
+            buffers = _pairs("buffer", self.target.named_buffers(), self._online[0].named_buffers())
+        for number, (name, t, o) in enumerate(parameters + buffers):
+            plan.pairs.append((t, o))
+            wide = t.is_floating_point() or t.is_complex()
+            if wide and (number < len(parameters) or self.buffers_mode == "ema"):
+                plan.names.append(name)
+                plan.target.append(t)
+                plan.online.append(o)
+            else:
+                plan.copied_target.append(t)
+                plan.copied_online.append(o)
         return plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +262,7 @@ def _held(module: nn.Module, buffers: bool) -> list[Tensor | None]:
 
 def _pairs(
     kind: str, target: Iterable[tuple[str, Tensor]], online: Iterable[tuple[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[str, Tensor, Tensor]]:
     """Pair tensors of the same name."""
     targets, onlines = dict(target), dict(online)
     if targets.keys() != onlines.keys():
@@ -163,7 +270,9 @@ def _pairs(
     if targets.keys() != onlines.keys():
         names = ", ".join(sorted(targets.keys() ^ onlines.keys())[:5])
         raise ValueError(f"online: expected the {kind} names of the target; only one of the two has {names}")
-    return [(tensor, onlines[name]) for name, tensor in targets.items()]
+    for name, t in targets.items():
+        check.has_shape(f"online.{name}", onlines[name], tuple(t.shape))
+    return [(name, t, onlines[name]) for name, t in targets.items()]
 
 
 def _without_wrappers(named: dict[str, Tensor]) -> dict[str, Tensor]:

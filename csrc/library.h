@@ -49,7 +49,4 @@ void normalize__cpu(Tensor x, const Tensor& sums);
 // rows (N, F, T), cursor (3,), x (B, F, T), stats (2,)
 void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::optional<Tensor>& stats);
 
-// target <- decay * target + (1 - decay) * online, pair by pair; decay ()
-void ema_update__cpu(const std::vector<Tensor>& target, const std::vector<Tensor>& online, const Tensor& decay);
-
 }  // namespace byola

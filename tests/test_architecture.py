@@ -26,12 +26,14 @@ FLOORS = [
 OPS_FLOORS = [
     ["__init__"],
     ["_autograd", "functional"],
+    ["_extension_cuda"],
     ["_extension", "_triton"],
     ["_backends"],
     ["_triton_augment_views"],
     ["_triton_bank_push", "_triton_draw_params", "_triton_log_mixup_exp", "_triton_normalize", "_triton_resize_crop"],
     ["_triton_device"],
-    ["_library"],
+    ["_library", "_triton_ema_update"],
+    ["_ema_checks"],
     ["reference", "_checks"],
     ["philox"],
 ]

@@ -19,6 +19,8 @@ BUDGETS = {
     "augment_views, bicubic, bf16": (64, 128, 4),
     "augment_views, Gaussian": (64, 128, 4),
     "draw_params": (40, 0, 12),
+    "ema_update": (56, 64, 4),
+    "ema_update, bf16 online": (56, 8192, 4),
     "normalize": (56, 64, 8),
     "sample_sums": (64, 64, 8),
     "batch_stats": (56, 64, 8),

@@ -5,6 +5,7 @@ A call takes three hops: ``ops.log_mixup_exp`` -> ``torch.ops.byola_fast.log_mix
 
 from byola_fast.ops import _autograd as _autograd
 from byola_fast.ops import _extension as _extension
+from byola_fast.ops import _extension_cuda as _extension_cuda
 from byola_fast.ops import _library as _library
 from byola_fast.ops import _triton
 from byola_fast.ops._backends import BackendError
@@ -33,5 +34,6 @@ __all__ = [
     "sample_sums",
 ]
 
+_extension_cuda.install()
 _triton.install()
 _extension.install()

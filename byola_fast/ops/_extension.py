@@ -21,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -80,15 +81,26 @@ def flags() -> list[str]:
     return FLAGS + simd + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
 
 
+def sources() -> list[Path]:
+    """Return what is compiled for the CPU."""
+    return sorted(path for path in source_folder().glob("*.cpp") if not path.stem.endswith("_cuda"))
+
+
 def build_name() -> str:
     """Return the name of the build that fits this torch, Python, CPU and these sources."""
-    digest = hashlib.sha256(" ".join(flags()).encode())
-    for path in sorted(source_folder().iterdir()):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.name.encode() + path.read_bytes())
     simd = torch.backends.cpu.get_cpu_capability().replace(" ", "")
+    return name_build("cpu", simd, flags(), sources())
+
+
+def name_build(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
+    """Return the name of a build: all it depends on, headers and sources as a hash."""
+    digest = hashlib.sha256(" ".join(build_flags).encode())
+    headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
+    for path in sorted([*headers, *compiled]):
+        digest.update(path.name.encode() + path.read_bytes())
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return f"cpu-torch{torch.__version__}-{python}-{platform.machine()}-{simd}-{digest.hexdigest()[:12]}"
+    machine = platform.machine()
+    return f"{device}-torch{torch.__version__}-{python}-{machine}-{architecture}-{digest.hexdigest()[:12]}"
 
 
 def prepare() -> Path:
@@ -97,17 +109,29 @@ def prepare() -> Path:
     Raises:
         BackendError: it cannot be built; says why.
     """
-    folder = cache_folder() / build_name()
-    library = folder / f"{NAME}.so"
-    if (folder / MARKER).exists() and library.exists():
-        return library
+    arguments = {"name": NAME, "sources": [str(path) for path in sources()], "extra_cflags": flags()}
+    return build_once(build_name(), "C++", arguments, build_environment)
+
+
+def build_once(build: str, language: str, arguments: dict[str, Any], environment: Callable[[], dict[str, str]]) -> Path:
+    """Return the shared library ``arguments["name"]`` of a build, after making it if nobody has.
+
+    Args:
+        build: name of its folder in the cache.
+        language: of the kernels, for the line that announces a compilation.
+        arguments: of ``torch.utils.cpp_extension.load``.
+        environment: returns the environment to build in, or raises ``BackendError``; only asked if needed.
+    """
+    folder = cache_folder() / build
+    name = f"{arguments['name']}.so"
+    if (folder / MARKER).exists() and (folder / name).exists():
+        return folder / name
     folder = _writable(folder)
     with _locked(folder / "byola_fast.lock"):
-        library = folder / f"{NAME}.so"
-        if not ((folder / MARKER).exists() and library.exists()):
-            _build(folder)
+        if not ((folder / MARKER).exists() and (folder / name).exists()):
+            _build(folder, language, arguments, environment())
             (folder / MARKER).touch()
-    return library
+    return folder / name
 
 
 def register(library: Path) -> None:
@@ -156,19 +180,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, language: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
     """Build in a process of its own: loading is part of ``load``, and here the stubs must make room first."""
-    environment = _tools()
     (folder / "lock").unlink(missing_ok=True)  # torch's own, which some versions wait for although its owner is dead
-    arguments = {
-        "name": NAME,
-        "sources": [str(path) for path in sorted(source_folder().glob("*.cpp"))],
-        "extra_cflags": flags(),
-        "build_directory": str(folder),
-    }
+    arguments = arguments | {"build_directory": str(folder)}
     code = "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
     started = time.perf_counter()
-    print(f"byola_fast: compiling the C++ kernels for this machine, once, into {folder}", file=sys.stderr, flush=True)
+    told = f"byola_fast: compiling the {language} kernels for this machine, once, into {folder}"
+    print(told, file=sys.stderr, flush=True)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     (folder / "build.log").write_text(done.stdout + done.stderr)
@@ -180,7 +199,7 @@ def _build(folder: Path) -> None:
     print(f"byola_fast: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
-def _tools() -> dict[str, str]:
+def build_environment() -> dict[str, str]:
     """Return the environment to build in: ninja on PATH (an unactivated environment has it nowhere else).
 
     Raises:

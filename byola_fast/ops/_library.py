@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byola_fast.ops import reference
+from byola_fast.ops import _ema_checks, reference
 
 NAMESPACE = "byola_fast"
 
@@ -65,11 +65,20 @@ def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
     return definition(*args, torch.ops.byola_fast.resize_crop_backward)
 
 
+def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+    """Refuse bad lists before anything is written, as every backend does, and run the reference."""
+    _ema_checks.check_lists(target, online)
+    _ema_checks.check_memory(target, online)
+    _ema_checks.check_decay(decay, target)
+    reference.ema_update__reference(target, online, decay)
+
+
 _implementations: dict[str, Callable[..., Any]] = {
-    name: getattr(reference, f"{name}_reference") for name in OPS if name != "augment_views"
+    name: getattr(reference, f"{name}_reference") for name in OPS if name not in ("augment_views", "ema_update_")
 }
 _implementations["augment_views"] = augment_views_allocate
 _implementations["augment_views_backward"] = augment_views_backward_composite
+_implementations["ema_update_"] = ema_update__checked
 for _name, _function in _implementations.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -166,4 +175,4 @@ def _(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
 
 @_fake("ema_update_")
 def _(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
-    return None
+    _ema_checks.check_lists(target, online)

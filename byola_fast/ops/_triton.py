@@ -33,6 +33,7 @@ LAUNCHERS = {  # op: the file it lives in
     "normalize": "_triton_normalize",
     "normalize_": "_triton_normalize",
     "bank_push_": "_triton_bank_push",
+    "ema_update_": "_triton_ema_update",
 }
 
 _registered: list[torch.library.Library] = []

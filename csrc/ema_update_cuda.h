@@ -1,0 +1,16 @@
+// What the CUDA kernels of ema_update_ offer to code that knows torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+namespace byola::ema {
+
+struct Pair;
+struct Decay;
+
+// Update all pairs on the current device, in order on the stream; never waits.
+cudaError_t launch_ema_update(const Pair* pairs, size_t count, const Decay& decay, cudaStream_t stream);
+
+}  // namespace byola::ema
