@@ -1,21 +1,25 @@
 """Regenerate the tables of README.md from stored results: ``python -m benchmarks.readme_table [--check]``.
 
 ``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
-``benchmarks/results/FILE.json``, for example ``cpu/two_views``.
+``benchmarks/results/FILE.json``, for example ``cpu/two_views``. ``gpu/goals`` is the table of ``gpu_check``, or, while
+there is no ``gpu.json``, the sentence that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
+from benchmarks import gpu_check
 from benchmarks.measure import read_results
 from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
+NOT_MEASURED = "**GPU figures have not been measured yet.**"
 MARKER = re.compile(r"<!-- benchmarks:")
 
 
@@ -29,12 +33,20 @@ def regenerate(text: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         begin, name, _old, end = match.groups()
         stem, _, op = name.partition("/")
+        if stem == "gpu":
+            return f"{begin}{_gpu_table(results / 'gpu.json')}\n{end}"
         return f"{begin}{markdown_table(read_results(results / f'{stem}.json'), op)}\n{end}"
 
     made, count = BLOCK.subn(table, text)
     if len(MARKER.findall(text)) != 2 * count:
         raise ValueError("README: a benchmarks marker without its partner; expected pairs of begin and end")
     return made
+
+
+def _gpu_table(path: Path) -> str:
+    if not path.exists():
+        return NOT_MEASURED
+    return gpu_check.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,417 @@
+"""The stages of ``gpu_check`` that run kernels: properties first, then ceilings, then every goal.
+
+Figures are medians over replays, in turns where they are compared; nothing is timed that was not checked against the
+float64 reference in the same run. In a dry run everything is small, on the CPU, and a CUDA graph is a plain call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import byola_fast
+from benchmarks import contenders
+from byola_fast import ops
+from byola_fast.ops import reference
+
+BATCH = 256
+VIEW_BYTES = 4 * 64 * 96
+STEP_BYTES = 6 * VIEW_BYTES  # of a sample: read x and two rows of the bank, write two views and one row of the bank
+ROUNDS = 40
+COLD_BYTES = 512 * 2**20  # of input sets to rotate among, several times any L2 cache
+
+Run = Callable[[int], Any]
+
+
+def sizes(context: Any, full: int, dry: int) -> int:
+    """Return a size, small in a dry run."""
+    return dry if context.dry else full
+
+
+def graphed(context: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return what replays ``run`` as a CUDA graph; the plain call in a dry run."""
+    if context.skip("capturing a CUDA graph: called directly"):
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def every(call: Callable[[], Any]) -> Run:
+    """Return ``call`` as a run that is the same for every round."""
+    return lambda k: call()
+
+
+def time_in_turns(context: Any, runs: dict[str, Run], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """Return median and quartiles of each in microseconds, all timed in turns; round ``k`` calls ``run(k)``."""
+    rounds = sizes(context, rounds, 2)
+    for run in runs.values():
+        for k in range(sizes(context, 5, 1)):
+            run(k)
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for k in range(rounds):
+        for name, run in runs.items():
+            found[name].append(_one_time(context, run, k))
+    return {name: _summary(values) for name, values in found.items()}
+
+
+def _one_time(context: Any, run: Run, k: int) -> float:
+    if context.dry:
+        started = time.perf_counter()
+        run(k)
+        return 1e6 * (time.perf_counter() - started)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run(k)
+    end.record()
+    end.synchronize()
+    return float(1e3 * begin.elapsed_time(end))
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median_us": middle, "low_us": low, "high_us": high}
+
+
+def host_time_us(context: Any, run: Callable[[], Any]) -> float:
+    """Return the median time that a call keeps the host busy, the device being idle before each."""
+    values = []
+    for _ in range(sizes(context, 200, 3)):
+        if not context.dry:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        values.append(1e6 * (time.perf_counter() - started))
+    return statistics.median(values)
+
+
+def cold_sets(context: Any, bytes_each: int) -> int:
+    """Return how many input sets to rotate among, so that none is found in a cache."""
+    return sizes(context, max(2, -(-COLD_BYTES // bytes_each)), 2)
+
+
+def properties(context: Any) -> dict[str, Any]:
+    """What must hold and is no matter of speed; raises where it does not."""
+    device, batch = context.device, sizes(context, 64, 4)
+    found: dict[str, Any] = {}
+
+    drawn = ops.draw_params(torch.tensor([5, 9], device=device), batch, (64, 96), fader_gain=1.0)
+    mels, frames = (list(ops.functional.size_range("scale", n, (0.6, 1.5))) for n in (64, 96))
+    rng = torch.tensor([5, 9])
+    expected = reference.draw_params_reference(rng, None, batch, batch, 0, 0, mels, frames, [64, 144], 0.4, 1.0)
+    for mine, theirs in zip(drawn, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+    found["parameters_bit_identical_to_the_cpu"] = True
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * 96, 8)).to(device)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def both(x: Tensor, step: Tensor) -> Tensor:
+        view1, view2 = byola_fast.augment(x, seed=7, step=step, stats=(0.0, 1.0))
+        y: Tensor = model(view1) + model(view2)
+        return y
+
+    backend = "aot_eager" if context.skip("torch.compile with inductor: traced with aot_eager") else "inductor"
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+    x = torch.randn(batch, 64, 96, device=device)
+    for step in range(4):
+        number = torch.tensor(step, device=device)
+        torch.testing.assert_close(compiled(x, number), both(x, number), rtol=1e-3, atol=1e-3)
+    found["graphs_compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert found["graphs_compiled"] == 1
+
+    aug = byola_fast.Augment("byola-v2", seed=3, shape=(64, 96), n_memory=4 * batch, stats=(0.0, 1.0)).to(device)
+    twin = byola_fast.Augment("byola-v2", seed=3, shape=(64, 96), n_memory=4 * batch, stats=(0.0, 1.0)).to(device)
+    static = torch.empty(batch, 64, 96, device=device)
+    state = {name: value.clone() for name, value in aug.state_dict().items()}
+    replay = graphed(context, lambda: torch.stack(aug(static)))
+    aug.load_state_dict(state)
+    inputs = [torch.randn_like(static) for _ in range(6)]
+    previous = None
+    for x in inputs:
+        static.copy_(x)
+        views = replay().clone()
+        assert torch.equal(views, torch.stack(twin(x)))
+        assert previous is None or not torch.equal(views, previous)
+        previous = views
+    assert torch.equal(aug.bank.cursor, twin.bank.cursor)
+    found["graph_replays_draw_anew_and_fill_the_bank"] = True
+
+    if not context.skip("two streams at once, and a second GPU"):
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            results = []
+            for stream, x in zip(streams, inputs, strict=False):
+                with torch.cuda.stream(stream):
+                    results.append(torch.stack(byola_fast.augment(x, seed=1)))
+            torch.cuda.synchronize()
+            for x, views in zip(inputs, results, strict=False):
+                assert torch.equal(views, torch.stack(byola_fast.augment(x, seed=1)))
+        found["streams"] = True
+        found["gpus"] = torch.cuda.device_count()
+        if torch.cuda.device_count() > 1:
+            far = torch.stack(byola_fast.augment(inputs[0].to("cuda:1"), seed=1))
+            torch.testing.assert_close(far.to(inputs[0].device), torch.stack(byola_fast.augment(inputs[0], seed=1)))
+    return found
+
+
+def ceilings(context: Any) -> dict[str, Any]:
+    """Copy bandwidth: of a large tensor, and of the bytes of one step inside a graph."""
+    large = torch.randn(sizes(context, 2**28, 2**12), device=context.device)
+    target = torch.empty_like(large)
+    times = time_in_turns(context, {"copy": lambda k: target.copy_(large)})
+    return {"copy_gb_s": 2 * large.nbytes / times["copy"]["median_us"] / 1e3, "copy": times["copy"]}
+
+
+def views(context: Any) -> dict[str, Any]:
+    """Two views at B = 256 inside a CUDA graph, cold and warm, against a copy, ``compiled`` and ``loop``; host time."""
+    found = {mode: _views(context, mode) for mode in ("bilinear", "bicubic")}
+    return {**found, "rows": [row for one in found.values() for row in one.pop("rows")]}
+
+
+def _views(context: Any, mode: str) -> dict[str, Any]:
+    device, batch = context.device, sizes(context, BATCH, 4)
+    count = cold_sets(context, STEP_BYTES * batch)
+    inputs = [torch.randn(batch, 64, 96, device=device) for _ in range(count)]
+    given = contenders.draw(inputs[0], 0)
+    exact = contenders.views_exact(inputs[0], given, mode)
+    mine = byola_fast.augment(inputs[0], stats=(0.0, 1.0), seed=contenders.SEED, step=0, interpolation=mode)
+    for view, truth in zip(mine, exact, strict=True):
+        torch.testing.assert_close(view.double(), truth, rtol=0, atol=5e-4)
+
+    rows = sizes(context, 2048, 8)
+    aug = byola_fast.Augment(seed=1, shape=(64, 96), n_memory=rows, stats=(0.0, 1.0), interpolation=mode).to(device)
+    for k in range(-(-rows // batch)):
+        aug(inputs[k % count])
+    out = torch.empty(2, batch, 64, 96, device=device)
+    source = [torch.randn(STEP_BYTES * batch // 8, device=device) for _ in range(count)]
+    copied = [torch.empty_like(s) for s in source]
+    compiled = contenders.views_reference if context.dry else torch.compile(contenders.views_reference)
+    graphs = {
+        "byola_fast": [graphed(context, partial(aug, x, out=out)) for x in inputs],
+        "copy": [graphed(context, partial(c.copy_, s)) for s, c in zip(source, copied, strict=True)],
+        "compiled": [graphed(context, partial(compiled, x, given, mode)) for x in inputs[:4]],
+    }
+    cold = time_in_turns(context, {name: _rotate(replays) for name, replays in graphs.items()})
+    warm = time_in_turns(context, {name: every(replays[0]) for name, replays in graphs.items()})
+    one_by_one = partial(contenders.views_loop, inputs[0], contenders.loop_params(given), mode)
+    loop = time_in_turns(context, {"loop": every(one_by_one)}, rounds=3)["loop"]
+    host = host_time_us(context, partial(byola_fast.augment, inputs[0], stats=(0.0, 1.0), seed=1, out=out))
+    host_module = host_time_us(context, partial(aug, inputs[0], out=out))
+
+    ours, share = cold["byola_fast"]["median_us"], cold["copy"]["median_us"] / cold["byola_fast"]["median_us"]
+    times = f"{cold['compiled']['median_us'] / ours:.1f} x `compiled`, {loop['median_us'] / ours:.0f} x `loop`"
+    goals = [
+        {
+            "work": f"two views, {mode}, B = {batch}, in a graph",
+            "measured": f"{ours:.1f} us; {share:.0%} of the copy rate, {times}",
+            "goal": ">= 75 % of the copy rate, >= 3 x `compiled`, >= 1000 x `loop`",
+        },
+        {
+            "work": "the same, inputs in the cache",
+            "measured": f"{warm['byola_fast']['median_us']:.1f} us; the copy {warm['copy']['median_us']:.1f} us",
+            "goal": "",
+        },
+        {
+            "work": "the same, eager: host time a call",
+            "measured": f"{host:.0f} us `augment`, {host_module:.0f} us `Augment`",
+            "goal": "< 100 us",
+        },
+    ]
+    told = {"cold": cold, "warm": warm, "loop": loop, "host_us": host, "host_module_us": host_module}
+    return {**told, "batch": batch, "input_sets": count, "rows": goals}
+
+
+def _rotate(replays: Sequence[Callable[[], Any]]) -> Run:
+    return lambda k: replays[k % len(replays)]()
+
+
+def designs(context: Any) -> dict[str, Any]:
+    """Other ways to stage the resize and to normalise, and the shipped kernel's choices, at B = 256."""
+    device, batch = context.device, sizes(context, BATCH, 2)
+    if context.skip("timing other designs of the kernel: they are Triton's, which needs a GPU"):
+        return {}
+    from benchmarks.designs import DESIGNS, held_normalize_, run_design
+    from byola_fast.ops import _triton_augment_views as kernel
+
+    x, bank = (torch.randn(n, 64, 96, device=device) for n in (batch, 2048))
+    count, rng = torch.tensor(2048, device=device), torch.tensor([1, 2], device=device)
+    lam, index, crop, fader = ops.draw_params(rng, batch, (64, 96), bank_count=count)
+    out = torch.empty(2, batch, 64, 96, device=device)
+
+    def shipped() -> Any:
+        return ops.augment_views(x, lam, index, crop, fader, rng, bank=bank, bank_count=count, out=out)
+
+    truth = shipped()[0].clone()
+    runs: dict[str, Run] = {}
+    for design in DESIGNS:
+        for warps in (4, 8, 16):
+            call = partial(run_design, design, x, bank, lam, index, crop, warps)
+            torch.testing.assert_close(call(), truth, rtol=0, atol=1e-3)
+            runs[f"{design}, {warps} warps"] = every(graphed(context, call))
+    shapes = ("WARPS", "ROWS", "PROGRAMS_PER_SM", "STAGED_ROWS", "DIRECT", "REGISTERS")
+    chosen = {name: getattr(kernel, name) for name in shapes}
+    trials: list[dict[str, Any]] = [
+        {"WARPS": w, "ROWS": w, "PROGRAMS_PER_SM": p, "REGISTERS": 65536 // (32 * w * p)}
+        for w, p in ((4, 8), (8, 4), (8, 3), (16, 2))
+    ]
+    trials += [{"STAGED_ROWS": 16}, {"STAGED_ROWS": 64}, {"DIRECT": ()}, {"DIRECT": ("bilinear", "bicubic")}]
+    try:
+        for trial in trials:
+            for name, value in (chosen | trial).items():
+                setattr(kernel, name, value)
+            torch.testing.assert_close(shipped()[0], truth, rtol=0, atol=1e-3)
+            label = ", ".join(f"{name} {value}" for name, value in trial.items())
+            runs[f"shipped, {label}"] = every(graphed(context, shipped))
+    finally:
+        for name, value in chosen.items():
+            setattr(kernel, name, value)
+    made, sums = ops.augment_views(x, lam, index, crop, fader, rng, bank=bank, bank_count=count)
+    torch.testing.assert_close(_held(held_normalize_, made), ops.normalize(made, sums), rtol=1e-4, atol=1e-4)
+    runs["normalise, a second kernel"] = every(graphed(context, partial(ops.normalize, made, sums, inplace=True)))
+    runs["normalise, held across a barrier"] = every(partial(held_normalize_, made))
+    return {"times": time_in_turns(context, runs)}
+
+
+def _held(normalize_: Callable[[Tensor], None], x: Tensor) -> Tensor:
+    y = x.clone()
+    normalize_(y)
+    return y
+
+
+def ema(context: Any) -> dict[str, Any]:
+    """The moving average of the whole model, of 1,000 tiny tensors and of one large one."""
+    device = context.device
+    small = contenders_model(sizes(context, 2048, 16), device)
+    lists: dict[str, list[Tensor]] = {
+        "AudioNTT2020, projector": [p.detach() for p in small.parameters()],
+        "1,000 tiny tensors": [torch.randn(100, device=device) for _ in range(1000)],
+        "one large tensor": [torch.randn(sizes(context, 100_000_000, 1000), device=device)],
+    }
+    found = {name: _ema(context, name, online) for name, online in lists.items()}
+    return {**found, "rows": [one.pop("row") for one in found.values()]}
+
+
+def _ema(context: Any, name: str, online: list[Tensor]) -> dict[str, Any]:
+    target = [torch.randn_like(x) for x in online]
+    expected = [0.99 * t.double() + 0.01 * o.double() for t, o in zip(target, online, strict=True)]
+    ops.ema_update_(target, online, 0.99)
+    for t, e in zip(target, expected, strict=True):
+        torch.testing.assert_close(t.double(), e, rtol=1e-5, atol=1e-6)
+    decay = torch.tensor(0.99, dtype=torch.float64, device=context.device)
+    source = torch.empty(3 * sum(x.nbytes for x in online) // 8, device=context.device)
+    calls: dict[str, Callable[[], Any]] = {
+        "byola_fast": partial(torch.ops.byola_fast.ema_update_, target, online, decay),
+        "lerp": partial(torch._foreach_lerp_, target, online, 0.01),
+        "copy": partial(torch.empty_like(source).copy_, source),
+    }
+    times = time_in_turns(context, {who: every(graphed(context, call)) for who, call in calls.items()})
+    host = {who: host_time_us(context, calls[who]) for who in ("byola_fast", "lerp")}
+    ours = times["byola_fast"]["median_us"]
+    shares = f"{times['copy']['median_us'] / ours:.0%} of the copy rate, {times['lerp']['median_us'] / ours:.2f} x"
+    hosts = f"host {host['byola_fast']:.0f}, its {host['lerp']:.0f} us"
+    row = {
+        "work": f"EMA: {name}",
+        "measured": f"{ours:.1f} us; {shares} `_foreach_lerp_`; {hosts}",
+        "goal": "host time <= `_foreach_lerp_`" + ("" if "tiny" in name else ", >= 90 % of the copy rate"),
+    }
+    return {"times": times, "host_us": host, "row": row}
+
+
+def contenders_model(feature_d: int, device: str) -> torch.nn.Module:
+    """Return encoder and projector of BYOL-A."""
+    byol = byola_fast.BYOL(byola_fast.AudioNTT2020(d=feature_d), proj_dim=4096 if feature_d > 100 else 32)
+    return byol.online.to(device)
+
+
+def front_end(context: Any) -> dict[str, Any]:
+    """Waveforms to two views, against torchaudio's log-mel and ``compiled``."""
+    import torchaudio
+
+    device, batch = context.device, sizes(context, BATCH, 2)
+    wav = torch.randn(batch, 15200, device=device)
+    to_lms = byola_fast.LogMel().to(device)
+    theirs = torchaudio.transforms.MelSpectrogram(
+        16000, 1024, 1024, 160, f_min=60.0, f_max=7800.0, n_mels=64, power=2.0, norm="slaney", mel_scale="slaney"
+    ).to(device)
+    torch.testing.assert_close(to_lms(wav)[:, 0], (theirs(wav) + contenders.EPS).log(), rtol=0, atol=1e-3)
+    given = contenders.draw(to_lms(wav)[:, 0], 0)
+    compiled = contenders.views_reference if context.dry else torch.compile(contenders.views_reference)
+    aug = byola_fast.Augment(seed=0, shape=(64, 96), stats=(-8.0, 5.0)).to(device)
+    runs = {
+        "byola_fast": graphed(context, lambda: aug(to_lms(wav))),
+        "byola_fast, log-mel": graphed(context, lambda: to_lms(wav)),
+        "torchaudio and compiled": graphed(
+            context, lambda: compiled((theirs(wav) + contenders.EPS).log(), given, "bilinear")
+        ),
+    }
+    times = time_in_turns(context, {name: every(run) for name, run in runs.items()})
+    ours, other = times["byola_fast"]["median_us"], times["torchaudio and compiled"]["median_us"]
+    told = f"{ours:.0f} us; {other / ours:.1f} x torchaudio + `compiled`"
+    return {"times": times, "rows": [{"work": f"wav to two views, B = {batch}", "measured": told, "goal": ">= 4 x"}]}
+
+
+def training(context: Any) -> dict[str, Any]:
+    """The whole step of byola-v1, feature_d 2048, bfloat16, in a CUDA graph, at several batch sizes."""
+    device = context.device
+    found: dict[str, Any] = {"samples_per_s": {}}
+    for batch in (256, 1024, 2048) if not context.dry else (4,):
+        replay = graphed(context, _training_step(context, batch, device))
+        times = time_in_turns(context, {"step": every(replay)}, rounds=10)
+        found["samples_per_s"][batch] = batch / times["step"]["median_us"] * 1e6
+        torch._dynamo.reset()
+    best = max(found["samples_per_s"].values())
+    x = torch.randn(sizes(context, BATCH, 4), 64, 96, device=device)
+    given = contenders.loop_params(contenders.draw(x, 0))
+    loop = time_in_turns(context, {"loop": every(partial(contenders.views_loop, x, given, "bilinear"))}, rounds=3)
+    at_256 = next(iter(found["samples_per_s"].values()))
+    with_loop = len(x) / (len(x) / at_256 + loop["loop"]["median_us"] / 1e6)
+    told = f"{best:,.0f} samples/s; {at_256 / with_loop:.1f} x the step with `loop` at B = {len(x)}"
+    row = {"work": "training step, byola-v1, d = 2048, bf16", "measured": told, "goal": ">= 40,000 samples/s; >= 5 x"}
+    return found | {"rows": [row], "loop_us": loop["loop"]["median_us"]}
+
+
+def _training_step(context: Any, batch: int, device: str) -> Callable[[], Tensor]:
+    """Return one step: log-mel, views, networks, loss, Adam, EMA."""
+    wav = torch.randn(batch, 15200, device=device)
+    to_lms = byola_fast.LogMel().to(device)
+    aug = byola_fast.Augment("byola-v1", seed=0, shape=(64, 96), stats=(-8.0, 5.0)).to(device)
+    width = sizes(context, 2048, 16)
+    byol = byola_fast.BYOL(byola_fast.AudioNTT2020(d=width), proj_dim=sizes(context, 4096, 32)).to(device)
+    byol = byol.to(memory_format=torch.channels_last)
+    trained = [p for p in byol.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=3e-4, fused=not context.dry, capturable=not context.dry)
+    networks = byol if context.skip("torch.compile of the networks") else torch.compile(byol)
+
+    def step() -> Tensor:
+        view1, view2 = aug(to_lms(wav))
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss: Tensor = networks(view1, view2)[0]
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        byol.update_target()
+        return loss
+
+    return step
