@@ -318,9 +318,16 @@ def _make_views(
     if not post_norm:
         return views
     if pool is not None:
-        sums = sums.sum((0, 1))
-        torch.distributed.all_reduce(sums)
+        sums = _gather_sums(sums)
     return ops.normalize(views, sums, inplace=not differentiable)
+
+
+def _gather_sums(sums: Tensor) -> Tensor:
+    """Return all ranks' ``(2, B, 3)`` sums in the order of samples, so that adding them up rounds as in one process."""
+    world = torch.distributed.get_world_size()
+    gathered = sums.new_empty(world * 2, *sums.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, sums.contiguous())
+    return gathered.unflatten(0, (world, 2)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:

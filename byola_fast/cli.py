@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import byola_fast
+from byola_fast.distributed import RankError
 from byola_fast.ops import BackendError
-from byola_fast.pretrain import DEMO, PretrainConfig, pretrain
+from byola_fast.pack import PackConfig, run_pack
+from byola_fast.pretrain import pretrain
+from byola_fast.pretrain_config import DEMO, PretrainConfig, from_published
+from byola_fast.stats import StatsConfig, run_stats
 
 PROG = "byola-fast"
-USAGE_ERROR, INTERRUPTED = 2, 130  # exit codes
+RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
 
 
 @dataclass
@@ -40,17 +46,21 @@ class ShowConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 after an error of use or data, 130 after an interrupt."""
+    """Run a command and return its exit code.
+
+    0; 1 after the loss of another process; 2 after an error of use or data; 130 after an interrupt and 143 after
+    SIGTERM, with everything saved.
+    """
     from jsonargparse import ArgumentError
 
     argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     _log_to_stderr()
     try:
-        settings = _make_parser(demo="--demo" in argv).parse_args(argv)
+        settings = _make_parser(demo="--demo" in argv).parse_args(_published(argv))
         return _run(settings.command, settings[settings.command])
-    except (ArgumentError, BackendError, ImportError, OSError, ValueError) as error:
-        print(f"{PROG}: error: {' '.join(_message(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+    except (ArgumentError, BackendError, ImportError, OSError, RankError, ValueError) as error:
+        print(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", file=sys.stderr)
+        return RANK_LOST if isinstance(error, RankError) else USAGE_ERROR
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -64,6 +74,21 @@ def _with_underscores(argument: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
+def _published(argv: Sequence[str]) -> list[str]:
+    """Put, in place of the file after ``pretrain --config``, its content with published names turned into ours."""
+    import yaml
+
+    told: list[str] = []
+    for argument in argv:
+        flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
+        if argv[0] == "pretrain" and (flag or told[-1:] == ["--config"]) and Path(value).is_file():
+            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                value = yaml.safe_dump(from_published(content))
+        told.append(flag + value)
+    return told
+
+
 def _make_parser(demo: bool) -> Any:
     from jsonargparse import ArgumentParser
 
@@ -73,23 +98,44 @@ def _make_parser(demo: bool) -> Any:
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
     train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
-    train.add_argument(
-        "--demo", action="store_true", help="train for about a minute on a corpus made in OUT/demo_audio"
-    )
-    train.add_argument("--config", action="config", help="YAML file of settings, named as the flags are")
-    train.add_class_arguments(PretrainConfig, skip={"demo"}, as_group=False)
+    told = "YAML file of settings, named as the flags are or as in published config.yaml files"
+    train.add_argument("--config", action="config", help=told)
+    _add_settings(train, PretrainConfig)
     if demo:
         train.set_defaults(**DEMO)
     commands.add_subcommand("pretrain", train, help="pre-train an encoder on a folder of audio")
 
+    store = ArgumentParser(description="Decode a folder of audio once, into a store that is read fast.", **options)
+    store.add_argument("AUDIO_DIR", help="folder of audio files, or one file")
+    store.add_argument("OUT", help="folder of the store; what was packed there before stays until the new one is whole")
+    _add_settings(store, PackConfig, skip={"audio_dir", "out"})
+    commands.add_subcommand("pack", store, help="decode a folder of audio once, into a store that is read fast")
+
+    mean_std = ArgumentParser(description="Take mean and std of the log-mels of random segments.", **options)
+    mean_std.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
+    commands.add_subcommand("stats", mean_std, help="take mean and std of a corpus, for pretrain --stats")
+
     picture = ArgumentParser(description="Draw the original, partner, mix and both views of some segments.", **options)
     picture.add_argument("PATH", help="audio file, or a folder of them")
-    picture.add_class_arguments(ShowConfig, as_group=False)
+    _add_settings(picture, ShowConfig)
     commands.add_subcommand("show", picture, help="draw what the augmentation does to a recording")
 
     report = ArgumentParser(description="Report which backend runs each op here, and why.", **options)
     commands.add_subcommand("doctor", report, help="report which backend runs each op here, and why")
     return parser
+
+
+def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None:
+    """Add a flag for each setting, with the explanation that the dataclass gives it; ``--flag`` alone means yes."""
+    from docstring_parser import parse
+    from jsonargparse import ActionYesNo
+
+    switches = {field.name: field.default for field in fields(config) if field.type == "bool"}
+    explained = {param.arg_name: param.description for param in parse(config.__doc__ or "").params}
+    parser.add_class_arguments(config, skip={*switches, *skip}, as_group=False)
+    for name, default in switches.items():
+        parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=explained[name])
 
 
 def _run(command: str, settings: Any) -> int:
@@ -98,9 +144,21 @@ def _run(command: str, settings: Any) -> int:
         values["audio_dir"] = values.pop("AUDIO_DIR") or values["audio_dir"]
         values.pop("config")
         result = pretrain(PretrainConfig(**values))
-        told = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
-        print(f"{result.steps} steps: {told}; results in {result.out}")
-        return INTERRUPTED if result.interrupted else 0
+        if not _rank():
+            told = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
+            print(f"{result.steps} steps: {told}; results in {result.out}")
+        if result.stopped_by:
+            logging.getLogger("byola_fast").warning("stopped by a signal after step %d; all is saved", result.steps)
+        return SIGNALLED + result.stopped_by if result.stopped_by else 0
+    if command == "pack":
+        packed = run_pack(PackConfig(values.pop("AUDIO_DIR"), values.pop("OUT"), **values))
+        told = "unchanged since it was packed" if packed.unchanged else f"{len(packed.broken)} of them without audio"
+        print(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({told})")
+        return 0
+    if command == "stats":
+        stats = run_stats(StatsConfig(values.pop("AUDIO_DIR"), **values))
+        print(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)")
+        return 0
     if command == "show":
         from byola_fast.show import show
 
@@ -121,7 +179,13 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage().removeprefix("byola_fast: ")
-        print(f"{PROG}: {message}", file=sys.stderr, flush=True)
+        print(f"{PROG}: {_rank()}{message}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    """Name this process where it is one of several and not the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
 
 
 def _log_to_stderr() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +84,13 @@ def draw_views(path: str | Path, panels: Sequence[Panel], title: str = "") -> No
     _save(figure, path)
 
 
-def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]]) -> None:
+def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str = "loss") -> None:
     """Draw loss and collapse over the steps of a training log.
 
     Args:
         path: picture to write; its suffix is the format.
         log: lines of ``log.jsonl``: step, loss and collapse each, and refused (samples kept out of the bank so far).
+        loss: what the loss is.
 
     Raises:
         ImportError: matplotlib is missing; says how to install it. ValueError: an empty log.
@@ -105,7 +107,7 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    top.set_title("BYOL loss, both directions (0 to 8)", loc="left", fontsize=11)
+    top.set_title(loss, loc="left", fontsize=11)
     top.set_ylim(bottom=0)
     bottom.axhline(1, color=REFUSED_COLOUR, linewidth=1, linestyle="--")
     bottom.set_title("spread of the projections (1 is healthy, 0 collapsed)", loc="left", fontsize=11)
@@ -189,9 +191,9 @@ def _contrast(pictures: Sequence[Tensor]) -> tuple[float, float]:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Return a centred moving average over a twentieth of the values to each side; shorter at the ends."""
-    reach = len(values) // 20
-    windows = (values[max(0, k - reach) : k + reach + 1] for k in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    reach, sums = len(values) // 20, [0.0, *accumulate(values)]
+    ends = ((max(0, k - reach), min(len(values), k + reach + 1)) for k in range(len(values)))
+    return [(sums[last] - sums[first]) / (last - first) for first, last in ends]
 
 
 def _new_figure(width: float, height: float) -> Figure:

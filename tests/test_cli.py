@@ -10,14 +10,16 @@ import time
 from dataclasses import fields
 
 import pytest
+import yaml
 from test_pretrain import TINY, write_recordings
 
 import byola_fast
 from byola_fast import cli
+from byola_fast import pretrain as trainer
 from byola_fast.cli import main
-from byola_fast.pretrain import PretrainConfig
+from byola_fast.pretrain_config import PretrainConfig, from_published
 
-FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
+FLAGS = [f"--{name}={value}" if value is not False else f"--no-{name}" for name, value in TINY.items()]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,16 @@ def fails(capsys):
     return fails
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(trainer, "draw_training", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
+
+
 def test_pretrain_and_show(recordings, tmp_path, capsys):
-    assert main(["pretrain", str(recordings), f"--out={tmp_path / 'run'}", *FLAGS, "--steps=2"]) == 0
+    assert main(["pretrain", str(recordings), f"--out={tmp_path / 'run'}", *FLAGS, "--steps=3"]) == 0
     printed = capsys.readouterr()
-    assert "2 steps: loss " in printed.out
+    assert "3 steps: loss " in printed.out
     assert printed.err.count("text.wav") == 1
     assert (tmp_path / "run" / "encoder.pth").stat().st_size > 10_000
     for path in (recordings, recordings / "a.wav"):
@@ -86,7 +94,7 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     out = f"--out={tmp_path / 'run'}"
     assert "No such file" in fails("show", str(tmp_path / "nowhere")) or "no such file" in fails("show", "nowhere")
     assert "nowhere" in fails("pretrain", str(tmp_path / "nowhere"), out)
-    assert "cannot be read, nor can any other of 1 files" in fails("pretrain", str(broken), out, *FLAGS)
+    assert "a.wav: not audio that libsndfile can read" in fails("pretrain", str(broken), out, *FLAGS)
     assert "audio_dir: expected a folder" in fails("pretrain", out)
     assert "--bogus" in fails("pretrain", str(recordings), "--bogus=1")
     assert "--epoch" in fails("pretrain", str(recordings), "--epoch=1")
@@ -98,14 +106,79 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     assert "frobnicate" in fails("frobnicate")
 
 
+def test_pack_stats_and_a_run_on_what_they_wrote(recordings, tmp_path, capsys, no_pictures):
+    store, stats = str(tmp_path / "store"), str(tmp_path / "stats.json")
+    assert main(["pack", str(recordings), store, "--workers=0"]) == 0
+    assert f"{store}: 12 files" in capsys.readouterr().out
+    assert main(["pack", str(recordings), store, "--workers=0"]) == 0
+    assert "unchanged since it was packed" in capsys.readouterr().out
+    assert main(["stats", store, f"--out={stats}", "--segments=8", "--unit-sec=0.25", "--workers=0"]) == 0
+    assert "(of 8 segments)" in capsys.readouterr().out
+    out = f"--out={tmp_path / 'run'}"
+    assert main(["pretrain", store, out, *FLAGS, "--steps=1", f"--stats={stats}"]) == 0
+
+
+def test_settings_of_a_run_continue_it(recordings, tmp_path, fails, capsys, no_pictures):
+    out = tmp_path / "run"
+    assert main(["pretrain", str(recordings), f"--out={out}", *FLAGS, "--steps=1"]) == 0
+    assert main(["pretrain", f"--config={out / 'config.yaml'}", "--steps=2", "--resume"]) == 0
+    assert "going on at step 1 of 2" in capsys.readouterr().err
+    assert "other settings (seed: 0 there, 3 now)" in fails("pretrain", f"--config={out / 'config.yaml'}", "--seed=3")
+
+
+PUBLISHED = {
+    "shape": [64, 26],
+    "sample_rate": 16000,
+    "n_fft": 1024,
+    "win_length": 1024,
+    "hop_length": 160,
+    "n_mels": 64,
+}
+PUBLISHED |= {"f_min": 60, "f_max": 7800, "feature_d": 2048, "bs": 128, "epochs": 10, "ema_decay": 0.98, "lr": 0.0005}
+PUBLISHED |= {"seed": 42, "proj_size": 256, "proj_dim": 4096, "num_workers": 3, "resume": None}
+
+
+def test_published_keys_are_taken_and_printed(recordings, tmp_path, capsys, fails):
+    path = tmp_path / "published.yaml"
+    path.write_text(yaml.safe_dump(PUBLISHED))
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", str(recordings), "--config", str(path), "--steps=3", "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["batch_size"], printed["workers"], printed["unit_sec"]) == (128, 3, 0.25)
+    assert (printed["lr"], printed["ema_decay"], printed["seed"], printed["steps"]) == (0.0005, 0.98, 42, 3)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(printed))
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--config", str(again), "--print_config"])
+    place = {"AUDIO_DIR": None, "audio_dir": str(recordings)}
+    assert yaml.safe_load(capsys.readouterr().out) == printed | place
+
+    for key, value, words in (
+        ("tau", 0.99, "tau: not a setting; known are"),
+        ("shape", [64], "shape: expected [mels, frames], got [64]"),
+        ("batch_size", 64, "expected one value of batch_size"),
+        ("n_mels", 128, "shape: expected [n_mels, frames]"),
+        ("unit_sec", 0.95, "expected the 96 frames of unit_sec 0.95"),
+    ):
+        path.write_text(yaml.safe_dump(PUBLISHED | {key: value}))
+        assert words in fails("pretrain", str(recordings), f"--config={path}")
+
+
+def test_names_of_both_kinds_agree():
+    assert from_published({"bs": 8, "batch_size": 8}) == {"batch_size": 8}
+    assert from_published({"shape": [64, 96], "unit_sec": 0.95}) == {"unit_sec": 0.95, "n_mels": 64}
+    assert from_published({"resume": None}) == {"resume": False}
+
+
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", "--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(PretrainConfig):
-        flag = text[text.rindex(f"--{field.name}") :]
-        words = flag.split()[1:12]
+        flag = text[text.rindex(f"--{field.name}" + (", --no_" if field.type == "bool" else " ")) :]
+        words = [word for word in flag.split()[1:14] if not word.startswith(("--no_", "{"))]
         assert not words[0].startswith("(type"), f"--{field.name} has no explanation"
         assert len(words) > 3
     assert "length of a segment, in seconds" in text
@@ -128,7 +201,7 @@ def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
         _, errors = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "interrupted after" in errors
+    assert "stopped by a signal after step" in errors
     assert byola_fast.checkpoint.load_checkpoint(out / "checkpoint.pt")["step"] > 5
 
 
