@@ -287,11 +287,16 @@ def designs(context: Any) -> dict[str, Any]:
     finally:
         for name, value in chosen.items():
             setattr(kernel, name, value)
-    made, sums = ops.augment_views(x, lam, index, crop, fader, rng, bank=bank, bank_count=count)
-    torch.testing.assert_close(_held(held_normalize_, made), ops.normalize(made, sums), rtol=1e-4, atol=1e-4)
-    runs["normalise, a second kernel"] = every(graphed(context, partial(ops.normalize, made, sums, inplace=True)))
-    runs["normalise, held across a barrier"] = every(partial(held_normalize_, made))
-    return {"times": time_in_turns(context, runs)}
+    made = shipped()[0][:, : batch // 2].contiguous()  # as many as run at a time
+    sums = ops.sample_sums(made.flatten(0, 1))
+    runs["normalise half of them, a second kernel"] = every(graphed(context, partial(ops.normalize, made, sums)))
+    found: dict[str, Any] = {}
+    try:
+        torch.testing.assert_close(_held(held_normalize_, made), ops.normalize(made, sums), rtol=1e-4, atol=1e-4)
+        runs["normalise half of them, held across a barrier"] = every(partial(held_normalize_, made))
+    except Exception as error:  # never run before; the other designs are to be timed all the same
+        found["held"] = f"{type(error).__name__}: {error}"
+    return {**found, "times": time_in_turns(context, runs)}
 
 
 def _held(normalize_: Callable[[Tensor], None], x: Tensor) -> Tensor:

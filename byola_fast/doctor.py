@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,7 @@ def doctor() -> Report:
     notes = []
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()
+        notes.append(f"CUDA: {first_call(torch.device('cuda'))}")
     else:
         notes.append("CUDA: no GPU is available to torch")
     backends, reasons = {}, {}
@@ -79,6 +81,26 @@ def doctor() -> Report:
         info = kernels.build_info()
         devices["CPU"] += f"; C++ kernels for {info['simd']}, built by compiler {info['compiler']}"
     return Report(versions, devices, backends, reasons, strict(), notes)
+
+
+def first_call(device: torch.device) -> str:
+    """Say what the first call of ``augment`` takes in this process, and the second: the difference is compilation.
+
+    Triton keeps what it compiled (in ``TRITON_CACHE_DIR``, by default ``~/.triton``); another dtype or mode, or sizes
+    of another kind, compile once more.
+    """
+    from byola_fast.augment import augment
+
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        views = augment(torch.zeros(2, 64, 96, device=device), seed=0)
+        views[0].sum().item()  # waits
+        seconds.append(time.perf_counter() - started)
+    return (
+        f"the first call of augment took {seconds[0]:.2f} s, compilation included where it was needed, the second "
+        f"{1e3 * seconds[1]:.1f} ms"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -20,8 +20,9 @@ FLOORS = [
     ["learners", "embed", "batches"],
     ["byol", "contrastive", "weights", "demo"],
     ["heads", "checkpoint"],
+    ["doctor"],
     ["augment", "ema", "pictures", "store", "pack"],
-    ["memory_bank", "frontend", "params", "normalize", "doctor", "encoders", "objectives", "audio"],
+    ["memory_bank", "frontend", "params", "normalize", "encoders", "objectives", "audio"],
     ["gather", "parts", "workers", "progress"],
     ["ops"],
 ]

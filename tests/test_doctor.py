@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import byola_fast
+from byola_fast.doctor import first_call
 from byola_fast.ops import _library
 
 
@@ -21,3 +24,10 @@ def test_strict_is_reported(monkeypatch):
     assert byola_fast.doctor().strict
     monkeypatch.setenv("BYOLA_FAST_STRICT", "0")
     assert not byola_fast.doctor().strict
+
+
+def test_the_cost_of_the_first_call_is_told(device):
+    first, second = (float(number) for number in re.findall(r"([0-9.]+) (?:s|ms)", first_call(device)))
+    assert first >= 0
+    assert second > 0
+    assert ("the first call of augment took" in str(byola_fast.doctor())) == (device.type == "cuda")

@@ -41,7 +41,7 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
         To x and z, once differentiable.
 
     Backends:
-        C++ on the CPU, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
+        C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
 
     Source:
         The log-mixup-exp of BYOL-A, arXiv:2103.06695.
@@ -276,7 +276,9 @@ def augment_views(
         TypeError, ValueError: arguments that do not fit together. RuntimeError: ``out=`` where x requires a gradient.
 
     Numerics:
-        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Values of bank
+        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Parameters out of
+        range are moved inside (crop), taken as the last row (bank_index) or used as they are (lam), and never read out
+        of bounds; only replayed parameters on the CPU are checked, since a GPU's cannot be without a sync. Values of bank
         rows that no index names do not matter. Deterministic, and independent of the number of threads.
 
     Autograd:
