@@ -276,10 +276,10 @@ def augment_views(
         TypeError, ValueError: arguments that do not fit together. RuntimeError: ``out=`` where x requires a gradient.
 
     Numerics:
-        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Parameters out of
-        range are moved inside (crop), taken as the last row (bank_index) or used as they are (lam), and never read out
-        of bounds; only replayed parameters on the CPU are checked, since a GPU's cannot be without a sync. Values of bank
-        rows that no index names do not matter. Deterministic, and independent of the number of threads.
+        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Values of bank
+        rows that no index names do not matter. Deterministic, and independent of the number of threads. Parameters out
+        of range are moved inside (crop), taken as the last row (bank_index) or used as they are (lam), and nothing is
+        read out of bounds; ``augment`` checks replayed ones on the CPU, but not on a GPU, which would take a sync.
 
     Autograd:
         To x (through partners that are rows of x too) and stats; not to the bank.
