@@ -221,7 +221,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save's own message hides what the system said
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -14,17 +14,18 @@ class Progress:
     Args:
         what: is counted, in one word: "steps", "files".
         total: how many there are; None where only ``show`` will tell.
+        begun: how many were done before, at no time of this bar's.
     """
 
-    def __init__(self, what: str, total: int | None = None) -> None:
+    def __init__(self, what: str, total: int | None = None, begun: int = 0) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         columns = (what, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
-        self.task = self.bar.add_task("", total=total, told="") if self.bar is not None else None
-        self.what, self.total = what, total or 0
+        self.task = self.bar.add_task("", total=total, completed=begun, told="") if self.bar is not None else None
+        self.what, self.total, self.begun = what, total or 0, begun
         self.started = self.told = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -43,6 +44,6 @@ class Progress:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, total=self.total, told=told)
         elif now - self.told >= LINE_SEC or done == self.total:
-            remaining = (now - self.started) / max(done, 1) * (self.total - done)
+            remaining = (now - self.started) / max(done - self.begun, 1) * (self.total - done)
             print(f"{self.what} {done}/{self.total}  {told}  {remaining:.0f} s left", file=sys.stderr, flush=True)
             self.told = now

@@ -57,7 +57,7 @@ class Watch:
             self._stop = stack.enter_context(StopSignal())
             if self.world.first:
                 self.run.begin(self.begun, self.config)
-                self._progress = stack.enter_context(Progress("steps", max(0, self.total - self.begun)))
+                self._progress = stack.enter_context(Progress("steps", self.total, self.begun))
             self._stack = stack.pop_all()
         self._logged = time.perf_counter()
         return self
@@ -104,7 +104,7 @@ class Watch:
         if self._progress is not None:
             self.run.log(line)
             told = f"loss {line['loss']:.3f}  spread {line['collapse']:.2f}  {line['samples_per_s']:.0f} samples/s"
-            self._progress.show(step - self.begun, told)
+            self._progress.show(step, told)
             if warning := self._collapse(line):
                 logger.warning("%s", warning)
 

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import re
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(tmp_path, monkeypatch,
         save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_system_says_is_told(tmp_path):
+    """torch.save wraps a failing write in words of its own; the limit is a real one."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"a\.pt: cannot be written: File too large; .* unchanged"):
+            save_checkpoint(path, {"weights": torch.randn(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert load_checkpoint(path) == {"step": 1}
 
 
 def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path):
