@@ -35,6 +35,8 @@ def is_integer(name: str, x: object) -> None:
 
 def has_shape(name: str, x: Tensor, wanted: tuple[int | str, ...]) -> None:
     """Refuse a shape that differs from ``wanted``; letters stand for any size."""
+    if tuple(x.shape) == wanted:
+        return
     fits = x.dim() == len(wanted) and all(isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True))
     if not fits:
         shape = "(" + ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "") + ")"
