@@ -15,6 +15,7 @@ tile, resized along time alone. benchmarks/NOTES.md has the designs that were co
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -365,6 +366,6 @@ def augment_views_out(
             COLUMNS=COLUMNS,
             COLUMN_BLOCKS=column_blocks if column_blocks <= MOST_COLUMN_BLOCKS else 0,
             num_warps=WARPS,
-            maxnreg=REGISTERS,
+            maxnreg=None if x.dtype == torch.float64 else REGISTERS,
         )
     return sums
