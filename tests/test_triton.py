@@ -17,16 +17,17 @@ from byola_fast.ops import _triton
 TESTS = Path(__file__).parent
 
 # file: which of its tests; gradcheck and sweeps of all draws take too many launches of a Python kernel
+DTYPES = "not dtype0 and not dtype2"  # float32 and bfloat16
 FILES = {
     "test_triton_kernels.py": "",
-    "test_triton_ema_update.py": "",
+    "test_triton_ema_update.py": "not graph",
     "test_log_mixup_exp.py": "not gradcheck",
-    "test_resize_crop.py": "not gradcheck and not any_shape",
-    "test_augment_views.py": "not gradcheck and not any_shape and not float64",
-    "test_bank_push.py": "",
+    "test_resize_crop.py": f"not gradcheck and not any_shape and {DTYPES}",
+    "test_augment_views.py": f"not gradcheck and not any_shape and not standard_normal and {DTYPES}",
+    "test_bank_push.py": DTYPES,
     "test_normalize.py": "",
-    "test_philox.py": "drawn or draws or offset or partner",
-    "test_augment.py": "not ranks and not processes",
+    "test_philox.py": "follow_from_the_words",
+    "test_augment.py": "whole_method or replay or state_dict or out_is_reused or empty or clean_inputs",
 }
 
 pytestmark = pytest.mark.skipif(_triton.interpreted(), reason="already under the interpreter")
