@@ -6,10 +6,11 @@ soundfile (libsndfile) decodes and soxr resamples; both are imported where they 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,40 @@ def read_audio(
     return wav
 
 
+def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float = 60.0) -> Iterator[torch.Tensor]:
+    """Yield the waveform of ``read_audio`` in consecutive blocks, in memory that does not grow with its length.
+
+    Args:
+        path: as ``read_audio``.
+        sample_rate: rate of the result, in Hz, at least 1.
+        block_sec: length of what is decoded at a time, in seconds, above 0; the blocks are about as long.
+
+    Shape:
+        ``(samples,)`` float32 each, never empty; one after the other they equal ``read_audio(path, sample_rate)``.
+
+    Raises:
+        AudioError: as ``read_audio``; NaN or infinity when their block is reached.
+    """
+    import numpy as np
+    import soxr
+
+    with _open(path) as file:
+        rate, found = int(file.samplerate), False
+        most = max(1, round(block_sec * rate))
+        resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+        ends = [np.empty(0, np.float32)] if rate != sample_rate else []  # what the filter still holds at the end
+        blocks = filter(len, _mono_blocks(file, UNKNOWN_FRAMES, most))
+        for frames in itertools.chain(blocks, ends):
+            if not np.isfinite(frames).all():
+                raise AudioError(path, "NaN or infinite samples")
+            wav = frames if rate == sample_rate else resampler.resample_chunk(frames, last=not len(frames))
+            if len(wav):
+                found = True
+                yield torch.from_numpy(np.ascontiguousarray(wav))
+    if not found:
+        raise AudioError(path, "nothing can be decoded")
+
+
 def _open(path: str | Path) -> soundfile.SoundFile:
     """Open a file that has samples, or raise an AudioError that says what is wrong."""
     import soundfile
@@ -240,20 +275,26 @@ def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np
         except soundfile.SoundFileError:  # damaged, or cut short: decode from the beginning
             with _open(os.fsdecode(file.name)) as again:
                 return _decode(again, 0, start + count)[start:]
+    blocks = [np.empty(0, np.float32), *_mono_blocks(file, start + count - first, BLOCK_FRAMES)]
+    return np.concatenate(blocks)[start - first :]
+
+
+def _mono_blocks(file: soundfile.SoundFile, wanted: int, most: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
+    """The next ``wanted`` frames mixed to mono, at most ``most`` at a time, as far as they can be decoded."""
+    import numpy as np
+    import soundfile
+
     # soundfile seeks to where it is after every read of a seekable file, and an MP3 decoder loses its bit reservoir.
     file.seekable = lambda: False
-    blocks = [np.empty(0, np.float32)]
-    wanted = start + count - first
     while wanted > 0:
-        block = np.full((min(wanted, BLOCK_FRAMES), file.channels), np.nan, np.float32)
+        block = np.full((min(wanted, most), file.channels), np.nan, np.float32)
         try:
             got = len(file.read(out=block))
         except soundfile.SoundFileError:  # the file breaks off inside this block: what was decoded lies in it
             got = int(np.count_nonzero(~np.isnan(block[:, -1])))
             wanted = 0
-        blocks.append(block[:got].mean(axis=1))
+        yield block[:got].mean(axis=1)
         wanted = wanted - got if got == len(block) else 0
-    return np.concatenate(blocks)[start - first :]
 
 
 def _seek_point(file: soundfile.SoundFile, start: int) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import byola_fast
 from byola_fast.distributed import RankError
+from byola_fast.embed_files import EmbedConfig, run_embed
+from byola_fast.evaluate import EvalConfig, run_eval
 from byola_fast.ops import BackendError
 from byola_fast.pack import PackConfig, run_pack
 from byola_fast.pretrain import pretrain
@@ -116,6 +118,18 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
     commands.add_subcommand("stats", mean_std, help="take mean and std of a corpus, for pretrain --stats")
 
+    embed = ArgumentParser(description="Write embeddings of audio files of any length.", **options)
+    embed.add_argument("WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published")
+    embed.add_argument("PATHS", nargs="+", help="audio files, or folders of them")
+    _add_settings(embed, EmbedConfig, skip={"weights", "paths"})
+    commands.add_subcommand("embed", embed, help="write embeddings of audio files")
+
+    evaluation = ArgumentParser(description="Evaluate an encoder, or a baseline, with a linear probe.", **options)
+    evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; encoder random and melstats need none")
+    evaluation.add_argument("TASK", help="CSV file: file_name, label, and split or fold")
+    _add_settings(evaluation, EvalConfig, skip={"weights", "task"})
+    commands.add_subcommand("eval", evaluation, help="evaluate an encoder on a labelled task")
+
     picture = ArgumentParser(description="Draw the original, partner, mix and both views of some segments.", **options)
     picture.add_argument("PATH", help="audio file, or a folder of them")
     _add_settings(picture, ShowConfig)
@@ -158,6 +172,15 @@ def _run(command: str, settings: Any) -> int:
     if command == "stats":
         stats = run_stats(StatsConfig(values.pop("AUDIO_DIR"), **values))
         print(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)")
+        return 0
+    if command == "embed":
+        written = run_embed(EmbedConfig(weights=values.pop("WEIGHTS"), paths=values.pop("PATHS"), **values))
+        if written is not None:
+            told = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
+            print(f"{written.out}: {told}; {written.speed:.0f} x real time")
+        return 0
+    if command == "eval":
+        print(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report)
         return 0
     if command == "show":
         from byola_fast.show import show

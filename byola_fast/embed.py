@@ -62,7 +62,7 @@ class Embedder(nn.Module):
         Half-precision waveforms are computed in float32 up to the encoder, which computes in the dtype of its weights
         and returns it. NaN and infinity stay in their own waveform. In eval mode (where ``load_encoder`` leaves it) the
         result does not depend on the rest of the batch. Memory grows with the length: about 0.2 GB for each minute of
-        sound in a batch, in float32.
+        sound in a batch, in float32; ``byola_fast.clips.embed_blocks`` takes sound of any length piece by piece.
 
     Autograd:
         To the waveform; to the weights where they require it, which ``load_encoder`` turns off.
@@ -100,7 +100,7 @@ class Embedder(nn.Module):
         wide = wav.to(compute_dtype(wav.dtype))
         lms = self.to_lms(F.pad(wide, (0, short)) if short > 0 else wide)
         mean, std = self.stats
-        return ((lms - mean) / max(std, EPS)).to(next(self.encoder.parameters()).dtype)
+        return ((lms - mean) / max(std, EPS)).to(next(self.encoder.parameters(), lms).dtype)
 
     def timestamps(self, count: int) -> Tensor:
         """Return the middles of the first ``count`` frame-level embeddings, in ms, on the device of the module."""

@@ -18,6 +18,7 @@ VIEW_COLOURS = ("#ff4d5e", "#35c4ff")
 LOSS_COLOUR, COLLAPSE_COLOUR, REFUSED_COLOUR = "#1f5fa8", "#1b8a5a", "#b0b0b0"
 COLOUR_MAP = "magma"
 NAME_LENGTH = 28  # characters of a name that fit above a picture
+WRITTEN_CLASSES = 30  # of a confusion matrix whose shares are written as numbers too
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,43 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str 
     bottom.set_ylim(0, 1.1)
     refused = log[-1].get("refused", 0)
     bottom.set_xlabel("step" + (f"  ({refused} samples with NaN or inf kept out of the bank)" if refused else ""))
+    _save(figure, path)
+
+
+def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title: str = "") -> None:
+    """Draw a confusion matrix: for each class (row), which share of its clips was taken for which class (column).
+
+    Args:
+        path: picture to write; its suffix is the format.
+        matrix: ``(classes, classes)`` counts.
+        classes: their names.
+        title: one line above it.
+
+    Raises:
+        ImportError: matplotlib is missing; says how to install it.
+    """
+    import numpy as np
+
+    counts = np.asarray(matrix)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(2.5 + 0.42 * len(classes), 24.0)
+    figure = _new_figure(width=size + 1.0, height=size)
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(classes))
+    names = [_short(name) for name in classes]
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    if len(classes) <= WRITTEN_CLASSES:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            told = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, told, ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the class")
+    if title:
+        axes.set_title(title, fontsize=10, loc="left")
     _save(figure, path)
 
 

@@ -13,17 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "byola_fast"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["pretrain"],
-    ["watch"],
-    ["run_folder", "schedules"],
-    ["pretrain_config", "distributed", "step", "show", "stats"],
+    ["pretrain", "evaluate", "hear"],
+    ["watch", "embed_files", "probe"],
+    ["run_folder", "schedules", "clips"],
+    ["pretrain_config", "distributed", "step", "show", "stats", "recipes"],
     ["learners", "embed", "batches"],
     ["byol", "contrastive", "weights", "demo"],
     ["heads", "checkpoint"],
     ["doctor"],
     ["augment", "ema", "pictures", "store", "pack"],
     ["memory_bank", "frontend", "params", "normalize", "encoders", "objectives", "audio"],
-    ["gather", "parts", "workers", "progress"],
+    ["gather", "parts", "workers", "progress", "tables", "tasks", "results"],
     ["ops"],
 ]
 OPS_FLOORS = [

@@ -1,0 +1,108 @@
+"""Task files from tiny trees of the layouts that five data sets are published in."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from byola_fast.recipes import RECIPES, main, write_task
+from byola_fast.tasks import read_task
+
+
+def write(root, files: dict[str, str]):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+TREES = {
+    "speech_commands": {
+        **{f"{word}/{who}_nohash_0.wav": "" for word in ("yes", "no") for who in ("aa", "bb", "cc")},
+        "_background_noise_/pink_noise.wav": "",
+        "validation_list.txt": "yes/bb_nohash_0.wav\nno/bb_nohash_0.wav\n",
+        "testing_list.txt": "yes/cc_nohash_0.wav\n",
+        "README.md": "",
+    },
+    "urbansound8k": {
+        "metadata/UrbanSound8K.csv": "slice_file_name,fsID,start,end,salience,fold,classID,class\n"
+        "1-3-0-0.wav,1,0.0,0.3,1,5,3,dog_bark\n2-2-0-0.wav,2,0,4,1,10,2,children_playing\n",
+        "audio/fold5/1-3-0-0.wav": "",
+        "audio/fold10/2-2-0-0.wav": "",
+    },
+    "esc50": {
+        "meta/esc50.csv": "filename,fold,target,category,esc10,src_file,take\n"
+        "1-1-A-0.wav,1,0,dog,True,1,A\n5-2-A-40.wav,5,40,helicopter,True,2,A\n",
+        "audio/1-1-A-0.wav": "",
+        "audio/5-2-A-40.wav": "",
+    },
+    "nsynth": {
+        f"nsynth-{part}/examples.json": json.dumps(
+            {f"{family}_acoustic_00{n}-060-100": {"instrument_family_str": family} for family in ("bass", "reed")}
+        )
+        for n, part in enumerate(("train", "valid", "test"))
+    },
+    "fsd50k": {
+        "FSD50K.ground_truth/dev.csv": "fname,labels,mids,split\n"
+        '64760,"Electric_guitar,Guitar,Music","/m/1,/m/2,/m/3",train\n16399,Dog,/m/4,val\n',
+        "FSD50K.ground_truth/eval.csv": 'fname,labels,mids\n37199,"Guitar,Music","/m/2,/m/3"\n',
+    },
+}
+WANTED = {
+    "speech_commands": {
+        "yes/aa_nohash_0.wav": ("yes", "train"),
+        "no/aa_nohash_0.wav": ("no", "train"),
+        "yes/bb_nohash_0.wav": ("yes", "valid"),
+        "no/bb_nohash_0.wav": ("no", "valid"),
+        "yes/cc_nohash_0.wav": ("yes", "test"),
+        "no/cc_nohash_0.wav": ("no", "train"),
+    },
+    "urbansound8k": {
+        "audio/fold5/1-3-0-0.wav": ("dog_bark", "5"),
+        "audio/fold10/2-2-0-0.wav": ("children_playing", "10"),
+    },
+    "esc50": {"audio/1-1-A-0.wav": ("dog", "1"), "audio/5-2-A-40.wav": ("helicopter", "5")},
+    "nsynth": {
+        f"nsynth-{part}/audio/{family}_acoustic_00{n}-060-100.wav": (family, part)
+        for n, part in enumerate(("train", "valid", "test"))
+        for family in ("bass", "reed")
+    },
+    "fsd50k": {
+        "FSD50K.dev_audio/64760.wav": ("Electric_guitar,Guitar,Music", "train"),
+        "FSD50K.dev_audio/16399.wav": ("Dog", "valid"),
+        "FSD50K.eval_audio/37199.wav": ("Guitar,Music", "test"),
+    },
+}
+
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_layouts(tmp_path, dataset, capsys):
+    write(tmp_path / "data", TREES[dataset])
+    out = tmp_path / "tasks" / "task.csv"
+    assert main([dataset, str(tmp_path / "data"), str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: {len(WANTED[dataset])} clips\n"
+    kind = "fold" if dataset in ("urbansound8k", "esc50") else "split"
+    with open(out, newline="") as file:
+        found = {line["file_name"]: (line["label"], line[kind]) for line in csv.DictReader(file)}
+    assert found == WANTED[dataset]
+    listed = [name for name in TREES[dataset] if name.endswith(".wav") and not name.startswith("_")]
+    assert set(listed) <= set(found)
+    task, left_out = read_task(out)
+    assert (task.multi_label, left_out) == (dataset == "fsd50k", [])
+
+
+def test_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"dataset: expected one of speech_commands, .*, got 'mnist'"):
+        write_task("mnist", tmp_path, tmp_path / "t.csv")
+    assert main(["esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
+    assert "esc50.csv: missing" in capsys.readouterr().err
+    write(tmp_path, {"meta/esc50.csv": "file,fold\n"})
+    with pytest.raises(ValueError, match="no column filename, category"):
+        write_task("esc50", tmp_path, tmp_path / "t.csv")
+    write(tmp_path, {"validation_list.txt": "", "testing_list.txt": ""})
+    with pytest.raises(ValueError, match="no clip of speech_commands"):
+        write_task("speech_commands", tmp_path, tmp_path / "t.csv")
+    assert not (tmp_path / "t.csv").exists()
+    assert main(["esc50"]) == 2
+    assert "usage: python -m byola_fast.recipes DATASET FOLDER TASK.csv" in capsys.readouterr().err
