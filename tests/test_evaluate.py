@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import AudioNTT2020, LogMel
+from byola_fast import AudioNTT2020, LogMel, cli
 from byola_fast import evaluate as module
 from byola_fast.checkpoint import save_encoder
 from byola_fast.evaluate import EvalConfig, run_eval
@@ -309,3 +309,19 @@ def test_two_classes_and_one_alone():
     only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
     with pytest.raises(ValueError, match="one class alone"):
         fit_probe(features, task, only)
+
+
+def test_from_the_command_line(split_task, tmp_path, weights, capsys):
+    out = str(tmp_path / "eval")
+    assert cli.main(["eval", str(weights), str(split_task), "--out", out]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert cli.main(["eval", "--encoder", "melstats", str(split_task), "--keep-going", "--out", out]) == 0
+    assert len((tmp_path / "eval" / "results.csv").read_text().splitlines()) == 3
+    assert cli.main(["eval", str(tmp_path / "none.pth"), str(split_task), "--out", out]) == cli.USAGE_ERROR
+    assert "none.pth" in capsys.readouterr().err
+
+    clips = str(split_task.parent / "audio")
+    assert cli.main(["embed", str(weights), clips, "--frames", "--out", str(tmp_path / "frames.npz")]) == 0
+    assert "0 broken" in capsys.readouterr().out
+    with np.load(tmp_path / "frames.npz") as written:
+        assert len(written["timestamps_ms"]) == len(written["embeddings"]) > 30
