@@ -23,6 +23,7 @@ from byola_fast.clips import MelStats, embed_clips
 from byola_fast.embed import Embedder
 from byola_fast.embed_files import DTYPES, open_encoder
 from byola_fast.encoders import make_encoder
+from byola_fast.frontend import FRONT_END
 from byola_fast.parts import data_checksum
 from byola_fast.pictures import draw_confusion
 from byola_fast.probe import Scores, class_scores, fit_probe, headline, macro
@@ -30,7 +31,6 @@ from byola_fast.progress import Progress
 from byola_fast.results import append_result, check_results, percent, spread
 from byola_fast.stats import read_stats, take_stats
 from byola_fast.tasks import Task, TaskError, absent_classes, read_task, rounds
-from byola_fast.weights import FRONT_END
 
 if TYPE_CHECKING:
     import numpy as np

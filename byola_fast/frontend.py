@@ -6,17 +6,21 @@ from collections.abc import Callable
 
 import torch
 
-from byola_fast.ops._checks import is_float, is_one_of
+from byola_fast import ops
+from byola_fast.ops._checks import is_one_of, is_tensor
 
 EPS = torch.finfo(torch.float32).eps
-CPU_CHUNK_FRAMES = 384  # per thread: the spectra of a chunk (3 MB) stay in cache, which is 2 to 3 times as fast
+FRONT_END = (
+    "sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm", "center",
+)  # fmt: skip
 
 
 class LogMel(torch.nn.Module):
     """Turn waveforms into natural-log mel spectrograms: ``lms = log(mel(|STFT(wav)|^2) + eps)``.
 
     Hann window, frames centred on multiples of ``hop_length`` with reflect padding, ``eps = 2^-23`` (float32's).
-    The defaults are BYOL-A's: 0.95 s at 16 kHz (15200 samples) give 64 mels by 96 frames.
+    The defaults are BYOL-A's: 0.95 s at 16 kHz (15200 samples) give 64 mels by 96 frames. int16, as a packed store
+    holds it, is taken as it is: ``view1, view2 = aug(to_lms(wav))`` goes from either to two views.
 
     Args:
         sample_rate: rate of the waveforms, in Hz.
@@ -29,23 +33,26 @@ class LogMel(torch.nn.Module):
         mel_scale: ``"slaney"`` (librosa's default, which BYOL-A's published weights were trained with) or ``"htk"``.
         norm: ``"slaney"`` (every triangle has the same area) or ``None`` (every triangle peaks at 1).
             ``mel_scale="htk", norm=None`` are torchaudio's own defaults.
+        center: False starts the first frame at the first sample and pads nothing.
 
     Shape:
         ``(B, samples)`` to ``(B, 1, F, T)`` and ``(samples,)`` to ``(1, F, T)``, contiguous, on the device of ``wav``;
-        T = ``num_frames(samples)``. ``samples`` must exceed ``n_fft // 2``. An empty batch gives an empty output.
+        T = ``num_frames(samples)``. ``samples`` must exceed ``n_fft // 2``, or reach ``n_fft`` if not centred. An empty
+        batch gives an empty output.
 
     Raises:
-        TypeError: the waveform is no floating-point tensor.
+        TypeError: the waveform is neither a floating-point tensor nor int16.
         ValueError: the waveform has another rank or is too short for the padding, or a setting is out of range.
 
     Numerics:
-        float16 and bfloat16 waveforms are computed in float32 and returned in their own dtype; float64 is computed in
-        float64, with the filter bank rounded to float32. Autocast is off inside, and ``.half()`` on a model that
-        holds this module does not touch the window and the filter bank. Silence gives ``log(eps)`` = -15.94.
-        NaN and infinity stay in their own waveform. The CPU works on chunks of the batch, so that float32 results may
-        differ in the last bits with the batch size and the number of threads.
+        int16 counts as ``wav / 32768`` and gives float32. float16 and bfloat16 waveforms are computed in float32 and
+        returned in their own dtype; float64 is computed in float64, with the filter bank rounded to float32. Autocast
+        is off inside, and ``.half()`` on a model that holds this module does not touch the window and the filter bank.
+        Silence gives ``log(eps)`` = -15.94. NaN and infinity stay in their own waveform.
 
-    Autograd: differentiable with respect to ``wav``.
+    Autograd: once differentiable with respect to ``wav``, by plain PyTorch.
+
+    Backends: ``ops.log_mel``; ``torch.export`` takes plain PyTorch.
 
     Source: Niizumi et al., arXiv:2103.06695, section IV; the filter bank is ``torchaudio.functional.melscale_fbanks``.
 
@@ -56,6 +63,7 @@ class LogMel(torch.nn.Module):
 
     window: torch.Tensor  # (win_length,) float32
     filter_bank: torch.Tensor  # (F, n_fft // 2 + 1) float32
+    bands: torch.Tensor  # (F, 2) int32: where the filter bank is not zero
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class LogMel(torch.nn.Module):
         f_max: float = 7800.0,
         mel_scale: str = "slaney",
         norm: str | None = "slaney",
+        center: bool = True,
     ) -> None:
         super().__init__()
         sizes = {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels}
@@ -90,55 +99,48 @@ class LogMel(torch.nn.Module):
 
         self.sample_rate, self.n_fft, self.win_length, self.hop_length = sample_rate, n_fft, win_length, hop_length
         self.n_mels, self.f_min, self.f_max, self.mel_scale, self.norm = n_mels, f_min, f_max, mel_scale, norm
+        self.center = center
         bank = torchaudio.functional.melscale_fbanks(
             n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=norm, mel_scale=mel_scale
         )
         self.register_buffer("filter_bank", bank.T.contiguous().float(), persistent=False)
+        self.register_buffer("bands", ops.mel_bands(self.filter_bank), persistent=False)
         self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float32), persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Return the number of frames T of ``num_samples`` samples: ``1 + num_samples // hop_length``.
+        """Return the number of frames T of ``num_samples`` samples; for an even ``n_fft``, ``1 + num_samples // hop``.
 
         Raises:
-            ValueError: fewer samples than reflect padding needs, ``n_fft // 2 + 1``.
+            ValueError: fewer samples than reflect padding needs, ``n_fft // 2 + 1``, or, not centred, than ``n_fft``.
 
         >>> LogMel().num_frames(15200)
         96
         """
-        if num_samples <= self.n_fft // 2:
-            raise ValueError(
-                f"wav: expected more than n_fft // 2 = {self.n_fft // 2} samples (reflect padding), got {num_samples}"
-            )
-        return 1 + num_samples // self.hop_length
+        return ops.num_frames(num_samples, self.n_fft, self.hop_length, self.center)
 
-    def forward(self, wav: torch.Tensor) -> torch.Tensor:
-        """Return the log-mel spectrogram ``(B, 1, F, T)`` of ``wav`` ``(B, samples)``; see the class."""
-        is_float("wav", wav)
+    def forward(self, wav: torch.Tensor, *, stats: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the log-mel spectrogram ``(B, 1, F, T)`` of ``wav`` ``(B, samples)``; see the class.
+
+        With ``stats (2,)``, mean and std, it is pre-normalised on the way: ``(lms - mean) / max(std, eps)``.
+        """
+        is_tensor("wav", wav)
         if wav.ndim not in (1, 2):
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), got {tuple(wav.shape)}")
-        frames = self.num_frames(wav.shape[-1])
-        batch = wav if wav.ndim == 2 else wav[None]
-        if batch.shape[0] == 0:
-            return wav.new_empty((0, 1, self.n_mels, frames))
-
-        exact = batch.double() if wav.dtype == torch.float64 else batch.float()
-        chunk = batch.shape[0]
-        if wav.device.type == "cpu" and not torch.compiler.is_compiling():
-            chunk = max(1, CPU_CHUNK_FRAMES * torch.get_num_threads() // frames)
-        with torch.autocast(wav.device.type, enabled=False):
-            parts = [self._log_mel(part) for part in torch.split(exact, chunk)]
-        lms = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(wav.dtype)
-        return lms[:, None] if wav.ndim == 2 else lms
-
-    def _log_mel(self, wav: torch.Tensor) -> torch.Tensor:
-        """``(B, samples)`` float32 or float64 to ``(B, F, T)``."""
         window = self.window
         if wav.dtype == torch.float64:
             window = torch.hann_window(self.win_length, dtype=torch.float64, device=wav.device)
-        # Centred frames and reflect padding are stft's defaults.
-        spectrum = torch.stft(wav, self.n_fft, self.hop_length, self.win_length, window, return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square()  # abs() would go through hypot, which is slow
-        return (self.filter_bank.to(wav.dtype) @ power + EPS).log()
+        with torch.autocast(wav.device.type, enabled=False):
+            lms = ops.log_mel(
+                wav if wav.ndim == 2 else wav[None],
+                window,
+                self.filter_bank,
+                self.bands,
+                n_fft=self.n_fft,
+                hop_length=self.hop_length,
+                center=self.center,
+                stats=stats,
+            )
+        return lms[:, None] if wav.ndim == 2 else lms
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LogMel:
         """Follow ``fn`` to another device but keep the buffers float32, whatever dtype the rest of a model takes."""
@@ -155,5 +157,5 @@ class LogMel(torch.nn.Module):
         return (
             f"sample_rate={self.sample_rate}, n_fft={self.n_fft}, win_length={self.win_length}, "
             f"hop_length={self.hop_length}, n_mels={self.n_mels}, f_min={self.f_min:g}, f_max={self.f_max:g}, "
-            f"mel_scale={self.mel_scale!r}, norm={self.norm!r}"
+            f"mel_scale={self.mel_scale!r}, norm={self.norm!r}, center={self.center}"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from byola_fast.audio import SegmentFolder
 from byola_fast.batches import Batches, as_float, open_source
-from byola_fast.frontend import LogMel
+from byola_fast.frontend import FRONT_END, LogMel
 from byola_fast.normalize import compute_stats
 from byola_fast.progress import Progress
 from byola_fast.store import DeviceStore, SegmentStore
@@ -23,7 +23,6 @@ logger = logging.getLogger("byola_fast")
 
 FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
 BATCH = 64
-FRONT_END = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
 
 
 @dataclass
@@ -149,7 +148,7 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         stats = Stats(float(content["mean"]), float(content["std"]), int(content["segments"]))
-        front_end = dict(content["front_end"])
+        front_end = {"center": True} | dict(content["front_end"])  # what files that do not say so were taken with
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from byola_fast.checkpoint import CheckpointError, fit_weights, load_checkpoint, named_tensors
 from byola_fast.encoders import CHANNELS, ENCODERS, AudioNTT2020, AudioNTT2022
-from byola_fast.frontend import LogMel
+from byola_fast.frontend import FRONT_END, LogMel
 from byola_fast.normalize import RunningStats
 
-FRONT_END = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
 FIRST = "features.0.weight"
 
 

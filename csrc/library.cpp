@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
   m.impl("resize_crop_backward", TORCH_BOX(&byola::resize_crop_backward_cpu));
   m.impl("draw_params", TORCH_BOX(&byola::draw_params_cpu));
   m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu));
+  m.impl("log_mel", TORCH_BOX(&byola::log_mel_cpu));
   m.impl("sample_sums", TORCH_BOX(&byola::sample_sums_cpu));
   m.impl("normalize", TORCH_BOX(&byola::normalize_cpu));
   m.impl("normalize_", TORCH_BOX(&byola::normalize__cpu));

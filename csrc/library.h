@@ -39,6 +39,11 @@ Tensor augment_views_out_cpu(
     const Tensor& bank_index, const Tensor& crop, const Tensor& fader, const Tensor& rng, int64_t sample_offset,
     const Sizes& canvas, const std::string& interpolation, const std::string& mixup, Tensor out);
 
+// wav (B, samples) float or int16, window (n,), filter_bank (F, n_fft / 2 + 1), bands (F, 2), stats (2,) -> (B, F, T)
+Tensor log_mel_cpu(
+    const Tensor& wav, const Tensor& window, const Tensor& filter_bank, const Tensor& bands,
+    const std::optional<Tensor>& stats, int64_t n_fft, int64_t hop_length, bool center);
+
 // x (B, ...) -> (B, 3)
 Tensor sample_sums_cpu(const Tensor& x);
 

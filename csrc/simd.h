@@ -91,6 +91,18 @@ struct Lanes {
     for (int k = 0; k < Width; ++k) a.v[k] = a.v[k] * b.v[k] + c.v[k];
     return a;
   }
+  friend Lanes fnma(Lanes a, Lanes b, Lanes c) {  // c - a b
+    for (int k = 0; k < Width; ++k) a.v[k] = c.v[k] - a.v[k] * b.v[k];
+    return a;
+  }
+  // The first, or second, half of a[0], b[0], a[1], b[1], ...
+  friend Lanes zip_low(Lanes a, Lanes b) { return zip(a, b, 0); }
+  friend Lanes zip_high(Lanes a, Lanes b) { return zip(a, b, Width / 2); }
+  static Lanes zip(Lanes a, Lanes b, int start) {
+    Lanes r;
+    for (int k = 0; k < Width; ++k) r.v[k] = k % 2 ? b.v[start + k / 2] : a.v[start + k / 2];
+    return r;
+  }
   friend Lanes exp(Lanes a) {
     for (int k = 0; k < Width; ++k) a.v[k] = std::exp(a.v[k]);
     return a;
@@ -135,6 +147,15 @@ struct Floats {
   friend Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
+  friend Floats zip_low(Floats a, Floats b) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+  }
+  friend Floats zip_high(Floats a, Floats b) {
+    const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return {_mm512_permutex2var_ps(a.v, order, b.v)};
+  }
   // NaN of x comes through: min and max return their second operand then.
   static Floats clamp(Floats x, float low, float high) {
     return {_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), x.v))};
@@ -192,6 +213,13 @@ struct Floats {
   friend Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Floats fnma(Floats a, Floats b, Floats c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
+  friend Floats zip_low(Floats a, Floats b) {
+    return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
+  }
+  friend Floats zip_high(Floats a, Floats b) {
+    return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)};
+  }
   static Floats clamp(Floats x, float low, float high) {
     return {_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), x.v))};
   }
@@ -226,6 +254,19 @@ struct Floats : Lanes<float, 8> {
 #endif
 
 using Doubles = Lanes<double, 4>;
+
+// Columns of a square block of V::width rows, as rows: zipping the halves of the rows log2(width) times.
+template <typename V>
+inline void transpose(const typename V::Element* from, int64_t from_stride, typename V::Element* to, int64_t to_stride) {
+  constexpr int n = V::width;
+  V a[n], b[n];
+  for (int k = 0; k < n; ++k) a[k] = V::load(from + k * from_stride);
+  for (int stage = 1; stage < n; stage *= 2) {
+    for (int k = 0; k < n / 2; ++k) b[2 * k] = zip_low(a[k], a[k + n / 2]), b[2 * k + 1] = zip_high(a[k], a[k + n / 2]);
+    for (int k = 0; k < n; ++k) a[k] = b[k];
+  }
+  for (int k = 0; k < n; ++k) a[k].store(to + k * to_stride);
+}
 
 #if defined(BYOLA_AVX512) || defined(BYOLA_AVX2)
 

@@ -35,6 +35,7 @@ template <typename T>
 constexpr ScalarType dtype_of() {
   if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
   if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, int32_t>) return ScalarType::Int;
   if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
 }
 

@@ -28,7 +28,7 @@ FLOORS = [
 ]
 OPS_FLOORS = [
     ["__init__"],
-    ["_autograd", "functional"],
+    ["_autograd", "frontend", "functional"],
     ["_extension_cuda"],
     ["_extension", "_triton"],
     ["_backends"],

@@ -20,11 +20,17 @@ def samples(device):
     stats = torch.tensor([0.5, 2.0], device=device)
     cursor = torch.zeros(3, dtype=torch.int64, device=device)
     canvas = [5, 10]
+    spread = torch.tensor([[0, 5]] * 3, device=device)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
 
         def x(dtype=dtype, grad=False, shape=(3, 5, 7)):
             return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
 
+        mel = (torch.hann_window(6, device=device), torch.rand(3, 5, device=device), spread, stats, 8, 3, True)
+        yield "log_mel", (x(grad=True, shape=(2, 20)), *mel)
+        yield "log_mel", (x(shape=(20, 2)).T, *mel[:3], None, 8, 3, False)
+        yield "log_mel", ((1000 * torch.randn(2, 20, device=device)).short(), *mel)
+        yield "log_mel_backward", (x(shape=(2, 3, 7)), x(shape=(2, 20)), *mel)
         yield "log_mixup_exp", (x(grad=True), x(grad=True), lam[0])
         yield "log_mixup_exp", (x().transpose(1, 2), x(shape=(3, 7, 5)), lam[0])
         yield "log_mixup_exp_backward", (x(), x(), x(), lam[0])

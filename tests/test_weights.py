@@ -8,7 +8,8 @@ from torch import Tensor
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Augment, LogMel, make_learner
 from byola_fast.checkpoint import CheckpointError, save_checkpoint, save_encoder
-from byola_fast.weights import FRONT_END, describe_encoder, read_encoder
+from byola_fast.frontend import FRONT_END
+from byola_fast.weights import describe_encoder, read_encoder
 
 
 def layout(blocks: int, mels: int, widths: tuple[int, int]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from byola_fast.ops import _extension_cuda as _extension_cuda
 from byola_fast.ops import _library as _library
 from byola_fast.ops import _triton
 from byola_fast.ops._backends import BackendError
+from byola_fast.ops.frontend import log_mel, mel_bands, num_frames
 from byola_fast.ops.functional import (
     augment_views,
     bank_push_,
@@ -28,8 +29,11 @@ __all__ = [
     "canvas_size",
     "draw_params",
     "ema_update_",
+    "log_mel",
     "log_mixup_exp",
+    "mel_bands",
     "normalize",
+    "num_frames",
     "resize_crop",
     "sample_sums",
 ]

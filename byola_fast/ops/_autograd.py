@@ -19,6 +19,15 @@ def _register(name: str, backward: Any, setup_context: Any) -> None:
     )
 
 
+def _save_log_mel(ctx: Any, inputs: Any, output: Any) -> None:
+    wav, window, filter_bank, bands, stats, *ctx.settings = inputs
+    ctx.save_for_backward(wav, window, filter_bank, bands, stats)
+
+
+def _log_mel_backward(ctx: Any, grad: Tensor) -> Any:
+    return ops.log_mel_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
+
+
 def _save_log_mixup_exp(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -101,6 +110,7 @@ def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor
     return torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)
 
 
+_register("log_mel", _log_mel_backward, _save_log_mel)
 _register("log_mixup_exp", _log_mixup_exp_backward, _save_log_mixup_exp)
 _register("resize_crop", _resize_crop_backward, _save_resize_crop)
 _register("augment_views", _augment_views_backward, _save_augment_views)
@@ -118,5 +128,5 @@ def _register_once(name: str) -> None:
     _register(name, backward, lambda ctx, inputs, output: None)
 
 
-for _name in ("log_mixup_exp_backward", "resize_crop_backward", "augment_views_backward"):
+for _name in ("log_mel_backward", "log_mixup_exp_backward", "resize_crop_backward", "augment_views_backward"):
     _register_once(_name)

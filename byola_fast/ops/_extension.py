@@ -34,6 +34,7 @@ from byola_fast.ops._backends import Backend, BackendError
 logger = logging.getLogger("byola_fast")
 
 CPU_OPS = (
+    "log_mel",
     "log_mixup_exp",
     "log_mixup_exp_backward",
     "resize_crop",

@@ -16,8 +16,13 @@ from torch import Tensor
 from byola_fast.ops import _ema_checks, reference
 
 NAMESPACE = "byola_fast"
+CPU_CHUNK_FRAMES = 384  # per thread: the spectra of a chunk (3 MB) stay in cache, which is 2 to 3 times as fast
 
 SCHEMAS = """
+log_mel(Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, SymInt n_fft, SymInt hop_length, \
+bool center) -> Tensor
+log_mel_backward(Tensor grad, Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, \
+SymInt n_fft, SymInt hop_length, bool center) -> Tensor
 log_mixup_exp(Tensor x, Tensor z, Tensor lam) -> Tensor
 log_mixup_exp_backward(Tensor grad, Tensor x, Tensor z, Tensor lam) -> (Tensor, Tensor)
 resize_crop(Tensor x, Tensor crop, SymInt[2] size, SymInt[2] canvas, str interpolation) -> Tensor
@@ -59,6 +64,16 @@ def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, sums
 
 
+def log_mel_in_chunks(wav: Tensor, *args: Any) -> Tensor:
+    """Run the reference on chunks of the batch where it runs on the CPU."""
+    if wav.device.type != "cpu" or wav.shape[0] == 0:
+        return reference.log_mel_reference(wav, *args)
+    *_tensors, n_fft, hop_length, center = args
+    frames = reference.num_frames_reference(wav.shape[1], n_fft, hop_length, center)
+    chunks = wav.split(max(1, CPU_CHUNK_FRAMES * torch.get_num_threads() // frames))
+    return torch.cat([reference.log_mel_reference(chunk, *args) for chunk in chunks])
+
+
 def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
     """Make the gradients by the definition, with the backend's op for the resize."""
     definition: Callable[..., tuple[Tensor, Tensor]] = reference.augment_views_backward_reference
@@ -76,6 +91,7 @@ def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tenso
 _implementations: dict[str, Callable[..., Any]] = {
     name: getattr(reference, f"{name}_reference") for name in OPS if name not in ("augment_views", "ema_update_")
 }
+_implementations["log_mel"] = log_mel_in_chunks
 _implementations["augment_views"] = augment_views_allocate
 _implementations["augment_views_backward"] = augment_views_backward_composite
 _implementations["ema_update_"] = ema_update__checked
@@ -89,6 +105,27 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _contiguous_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_fake("log_mel")
+def _(
+    wav: Tensor,
+    window: Tensor,
+    filter_bank: Tensor,
+    bands: Tensor,
+    stats: Tensor | None,
+    n_fft: int,
+    hop_length: int,
+    center: bool,
+) -> Tensor:
+    frames = reference.num_frames_reference(wav.shape[1], n_fft, hop_length, center)
+    dtype = wav.dtype if wav.is_floating_point() else torch.float32
+    return wav.new_empty(wav.shape[0], filter_bank.shape[0], frames, dtype=dtype)
+
+
+@_fake("log_mel_backward")
+def _(grad: Tensor, wav: Tensor, *args: Any) -> Tensor:
+    return _contiguous_like(wav)
 
 
 @_fake("log_mixup_exp")

@@ -32,6 +32,79 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
+# the front end
+
+
+def num_frames_reference(samples: int, n_fft: int, hop_length: int, center: bool) -> int:
+    """Return the number of frames T: whole windows of ``n_fft``, after ``n_fft // 2`` on either side if centred."""
+    return 1 + (samples + (n_fft // 2 * 2 if center else 0) - n_fft) // hop_length
+
+
+def _spectra(wav: Tensor, window: Tensor, n_fft: int, hop_length: int, center: bool) -> Tensor:
+    """``(B, samples)`` float or int16 to ``(B, n_fft // 2 + 1, T)`` complex; reflect padding where centred."""
+    dtype = compute_dtype(wav.dtype)
+    wav = wav.to(dtype) if wav.is_floating_point() else wav.to(dtype) / 2**15
+    window = window.to(dtype)
+    return torch.stft(wav, n_fft, hop_length, len(window), window, center=center, return_complex=True)
+
+
+def log_mel_reference(
+    wav: Tensor,
+    window: Tensor,
+    filter_bank: Tensor,
+    bands: Tensor,
+    stats: Tensor | None,
+    n_fft: int,
+    hop_length: int,
+    center: bool,
+) -> Tensor:
+    """log(filter_bank |STFT(wav)|^2 + eps), pre-normalised with ``stats``; ``(B, samples)`` to ``(B, F, T)``."""
+    frames = num_frames_reference(wav.shape[1], n_fft, hop_length, center)
+    dtype = wav.dtype if wav.is_floating_point() else torch.float32
+    if wav.shape[0] == 0:
+        return wav.new_empty(0, filter_bank.shape[0], frames, dtype=dtype)
+    spectra = _spectra(wav, window, n_fft, hop_length, center)
+    power = spectra.real.square() + spectra.imag.square()  # abs() would go through hypot, which is slow
+    lms = (filter_bank.to(power.dtype) @ power + EPS).log()
+    return pre_norm_reference(lms, stats).to(dtype).contiguous()
+
+
+def log_mel_backward_reference(
+    grad: Tensor,
+    wav: Tensor,
+    window: Tensor,
+    filter_bank: Tensor,
+    bands: Tensor,
+    stats: Tensor | None,
+    n_fft: int,
+    hop_length: int,
+    center: bool,
+) -> Tensor:
+    """Return the gradient of ``wav``: the logarithm's and the power's, then the transpose of the transform."""
+    if wav.shape[0] == 0:
+        return torch.empty_like(wav)
+    spectra = _spectra(wav, window, n_fft, hop_length, center)
+    power = spectra.real.square() + spectra.imag.square()
+    bank = filter_bank.to(power.dtype)
+    grad = grad.to(power.dtype) / (bank @ power + EPS)
+    if stats is not None:
+        grad = grad / stats[1].to(grad.dtype).clamp_min(EPS)
+    to_spectra = 2 * (bank.T @ grad) * spectra
+    to_spectra[:, 1 : (n_fft + 1) // 2] /= 2  # the inverse transform counts these twice
+    of_window = torch.nn.functional.pad(window.to(power.dtype), _around(len(window), n_fft))
+    to_frames = torch.fft.irfft(to_spectra, n_fft, dim=1, norm="forward").transpose(1, 2) * of_window
+    pad = n_fft // 2 if center else 0
+    padded = [wav.shape[0], wav.shape[1] + 2 * pad]
+    to_padded = torch.ops.aten.unfold_backward(to_frames, padded, 1, n_fft, hop_length)
+    if pad:
+        to_padded = torch.ops.aten.reflection_pad1d_backward(to_padded, wav.to(power.dtype), [pad, pad])
+    return to_padded.to(wav.dtype).contiguous()
+
+
+def _around(length: int, n_fft: int) -> list[int]:
+    return [(n_fft - length) // 2, n_fft - length - (n_fft - length) // 2]
+
+
 # log-mixup-exp
 
 

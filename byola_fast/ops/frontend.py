@@ -1,0 +1,141 @@
+"""The public op of the front end: contract and checks here, arithmetic in the backends that the dispatcher picks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from byola_fast.ops import _checks as check
+from byola_fast.ops._library import log_mel_in_chunks
+from byola_fast.ops.reference import log_mel_reference, num_frames_reference
+
+LARGEST_FACTOR = 64  # of n_fft; torch's transform has algorithms for larger primes, the kernels have not
+
+
+def log_mel(
+    wav: Tensor,
+    window: Tensor,
+    filter_bank: Tensor,
+    bands: Tensor | None = None,
+    *,
+    n_fft: int,
+    hop_length: int,
+    center: bool = True,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """Turn waveforms into natural-log mel spectrograms: ``lms = log(filter_bank |STFT(wav)|^2 + eps)``.
+
+    eps = 1.19e-7 (float32's, whatever the dtype); with ``stats``, ``(lms - mean) / max(std, eps)``. ``LogMel`` makes
+    window and filter bank from settings in Hz.
+
+    Args:
+        wav: waveforms in [-1, 1], or int16, which counts as ``wav / 32768``.
+        window: shorter ones than ``n_fft`` are centred in it.
+        filter_bank: weight of each frequency in each mel bin, not negative.
+        bands: first and one past the last frequency with a weight, from ``mel_bands``, which is called where None.
+            Weights outside are not read by kernels.
+        n_fft: length of the Fourier transform, in samples.
+        hop_length: step between frames, in samples.
+        center: frames are centred on multiples of ``hop_length``, with reflect padding; else the first starts at 0.
+        stats: mean and std of the pre-normalisation.
+
+    Shape:
+        wav ``(B, samples)``, window ``(n,)`` with 1 <= n <= n_fft, filter_bank ``(F, n_fft // 2 + 1)``, bands
+        ``(F, 2)`` int32 or int64, stats ``(2,)``; a new contiguous ``(B, F, T)`` tensor in the dtype of wav, float32
+        for int16, with T = ``num_frames(samples, n_fft, hop_length, center)``.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: shapes, devices or sizes that do not fit, too few samples for a frame.
+        RuntimeError: an argument other than wav requires a gradient, which it does not get.
+
+    Numerics:
+        float16 and bfloat16 are computed in float32 and rounded once, float64 in float64. In float32 the transform's
+        error is 1e-7 of a frame's largest magnitude, so that bands 80 dB below it are right to 1e-4, and all others
+        to 1e-3 where they matter beside eps. NaN and inf stay in their own waveform. On the CPU each frame is the same
+        for any batch and number of threads.
+
+    Autograd:
+        To wav, once differentiable, by the reference's formula.
+
+    Backends:
+        C++ on the CPU, fastest where n_fft has no prime factor but 2, 3 and 5; plain PyTorch elsewhere, where n_fft
+        has a prime factor above 64, and under ``torch.export``.
+
+    Source:
+        Niizumi et al., arXiv:2103.06695, section IV.
+
+    >>> bank = torch.ones(1, 5)
+    >>> log_mel(torch.zeros(2, 16), torch.hann_window(8), bank, n_fft=8, hop_length=4).shape
+    torch.Size([2, 1, 5])
+    """
+    check.is_tensor("wav", wav)
+    if wav.dtype not in (*check.FLOATS, torch.int16):
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*check.FLOATS, torch.int16))
+        raise TypeError(f"wav: expected one of {wanted}, got {wav.dtype}")
+    check.has_shape("wav", wav, ("B", "samples"))
+    check.is_float("window", window)
+    check.has_shape("window", window, ("n",))
+    if not 1 <= window.shape[0] <= n_fft:
+        raise ValueError(f"window: expected 1 to n_fft = {n_fft} values, got {window.shape[0]}")
+    check.is_float("filter_bank", filter_bank)
+    check.has_shape("filter_bank", filter_bank, ("F", n_fft // 2 + 1))
+    bands = mel_bands(filter_bank) if bands is None else bands
+    check.is_integer("bands", bands)
+    check.has_shape("bands", bands, (filter_bank.shape[0], 2))
+    if stats is not None:
+        check.is_float("stats", stats)
+        check.has_shape("stats", stats, (2,))
+        check.same_device("stats", stats, "wav", wav)
+    for name, tensor in (("window", window), ("filter_bank", filter_bank), ("bands", bands)):
+        check.same_device(name, tensor, "wav", wav)
+    check.no_grad_to("log_mel", window=window, filter_bank=filter_bank, stats=stats)
+    num_frames(wav.shape[1], n_fft, hop_length, center)
+    arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
+    # What is exported must run where this package is not installed. The flag itself: torch 2.11 compiles a call of
+    # is_exporting() to True.
+    if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
+        return log_mel_reference(*arguments)
+    if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR:
+        return log_mel_in_chunks(*arguments)
+    return torch.ops.byola_fast.log_mel(*arguments)
+
+
+def _largest_factor(n: int) -> int:
+    """Return the largest prime factor of n; 1 for 1."""
+    factor = 2
+    while factor * factor <= n:
+        if n % factor:
+            factor += 1
+        else:
+            n //= factor
+    return n
+
+
+def num_frames(samples: int, n_fft: int, hop_length: int, center: bool = True) -> int:
+    """Return the number of frames T: whole windows of ``n_fft``, ``hop_length`` apart, in the padded waveform.
+
+    Raises:
+        ValueError: fewer samples than one frame, or than reflect padding, needs; ``hop_length`` below 1.
+
+    >>> num_frames(15200, 1024, 160)
+    96
+    """
+    if hop_length < 1:
+        raise ValueError(f"hop_length: expected at least 1, got {hop_length}")
+    if center and samples <= n_fft // 2:
+        raise ValueError(f"wav: expected more than n_fft // 2 = {n_fft // 2} samples (reflect padding), got {samples}")
+    if not center and samples < n_fft:
+        raise ValueError(f"wav: expected at least n_fft = {n_fft} samples (no padding), got {samples}")
+    return num_frames_reference(samples, n_fft, hop_length, center)
+
+
+def mel_bands(filter_bank: Tensor) -> Tensor:
+    """Return the first and one past the last frequency with a weight in each mel bin, ``(F, 2)`` int32; 0, 0 for none.
+
+    >>> mel_bands(torch.tensor([[0.0, 0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    tensor([[1, 3],
+            [0, 0]], dtype=torch.int32)
+    """
+    weighted = (filter_bank != 0).int()
+    first, last = weighted.argmax(1), filter_bank.shape[1] - weighted.flip(1).argmax(1)
+    return (torch.stack([first, last], 1) * weighted.amax(1, keepdim=True)).int()
