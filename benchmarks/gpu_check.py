@@ -28,6 +28,7 @@ from benchmarks import gpu_stages
 from benchmarks.measure import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_CUDA = "cuda or triton_kernels or triton_ema_update"
 PACKAGES_OF_TESTS = ("hypothesis", "soundfile", "jsonargparse", "sklearn")  # files that need a missing one are left out
 SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # files of tests
 
@@ -73,18 +74,28 @@ def environment(context: Context) -> dict[str, Any]:
 
 
 def tests(context: Context) -> dict[str, Any]:
-    """The whole test suite, on CUDA where tests take a device; opcheck is part of it."""
+    """All tests that run on CUDA: those that take a device, opcheck among them, and those of the Triton kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    if context.skip("running the test suite on CUDA: only collected"):
-        command.append("--collect-only")
+    command += ["--collect-only"] if context.skip("running the tests on CUDA: all only collected") else ["-k", ON_CUDA]
     missing = [name for name in PACKAGES_OF_TESTS if importlib.util.find_spec(name) is None]
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        if any(re.search(rf"^(import|from) {name}\b", path.read_text(), re.M) for name in missing):
-            command.append(f"--ignore={path.relative_to(ROOT)}")
+    command += [f"--ignore={path.relative_to(ROOT)}" for path in files_that_import(missing)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420)
     (context.out / "tests.log").write_text(done.stdout + done.stderr)
     summary = [line for line in done.stdout.splitlines() if line.strip()][-1:]
     return {"returncode": done.returncode, "summary": summary[0] if summary else "", "missing_packages": missing}
+
+
+def files_that_import(names: Sequence[str]) -> list[Path]:
+    """Return the files of tests that import any of these, or import one that does."""
+    found: dict[str, Path] = {}
+    while True:
+        wanted = "|".join([*names, *found])
+        imports = re.compile(rf"^(?:import|from) (?:{wanted})\b", re.M)
+        files = sorted((ROOT / "tests").glob("*.py")) if wanted else []
+        more = {path.stem: path for path in files if path.stem not in found and imports.search(path.read_text())}
+        if not more:
+            return list(found.values())
+        found |= more
 
 
 def sanitizers(context: Context) -> dict[str, Any]:

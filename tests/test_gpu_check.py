@@ -53,3 +53,10 @@ def test_readme_tells_of_a_gpu_only_what_was_measured(tmp_path):
     row = {"work": "two views", "measured": "12.0 us", "goal": "< 11 us"}
     (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": {"views": {"rows": [row]}}}))
     assert "| two views | 12.0 us | < 11 us |" in readme_table.regenerate(text, tmp_path)
+
+
+def test_files_whose_packages_are_missing_are_left_out_with_those_that_import_them():
+    names = {path.name for path in gpu_check.files_that_import(["soundfile"])}
+    assert {"test_pretrain.py", "test_cli.py"} <= names  # the second imports the first
+    assert "test_resize_crop.py" not in names
+    assert gpu_check.files_that_import([]) == []
