@@ -20,10 +20,10 @@ from torch import Tensor
 
 from byola_fast.ops._triton_device import (
     approximate,
+    box_side,
     division_magic,
     mix_log,
     on_device,
-    start_in_canvas,
     tap_base,
     tap_fraction,
     tap_row,
@@ -69,10 +69,8 @@ def design_kernel(
     source = x + (row % batch) * mels * frames
     partner = bank + tl.load(bank_index + row) * mels * frames
     weight = tl.load(lam + row)
-    h = tl.load(crop + 4 * row + 2)
-    w = tl.load(crop + 4 * row + 3)
-    top = start_in_canvas(tl.load(crop + 4 * row), h, canvas_mels) - (canvas_mels - mels) // 2
-    left = start_in_canvas(tl.load(crop + 4 * row + 1), w, canvas_frames) - (canvas_frames - frames) // 2
+    h, top = box_side(crop + 4 * row, 0, mels, canvas_mels)
+    w, left = box_side(crop + 4 * row, 1, frames, canvas_frames)
     f = tl.arange(0, F)
     t = tl.arange(0, T)
     y = tl.zeros((F, T), tl.float32)

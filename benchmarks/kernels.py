@@ -71,7 +71,7 @@ def _variants() -> dict[str, Variant]:
         _names("bank stats lam fader scratch", "fp32") | _names("bank_count bank_index rng", "i64") | {"crop": "i32"}
     )
     views_constants = f32 | {
-        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "COLUMNS": 32, "COLUMN_BLOCKS": 3,
+        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "COLUMNS": 32,
         "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "x_t": 1, "pool_t": 1,
     }  # fmt: skip
     magic = ("mel_magic", "frame_magic")
@@ -80,7 +80,7 @@ def _variants() -> dict[str, Variant]:
         return Variant(
             "augment_views.augment_views_kernel",
             views_pointers | _names("x pool out", element) | {"sums": "fp64"},
-            views_constants | {"TAPS": taps, "DIRECT": taps == 2, "MIXUP": mixup},
+            views_constants | {"TAPS": taps, "COLUMN_BLOCKS": 3 if taps == 2 else 0, "MIXUP": mixup},
             magic,
             ("sample_offset", "mel_shift", "frame_shift"),
             views_module.WARPS,

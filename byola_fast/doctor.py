@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from byola_fast.augment import augment
 from byola_fast.ops import _extension, _library
 from byola_fast.ops._backends import backend_in_use, strict
 
@@ -89,8 +90,6 @@ def first_call(device: torch.device) -> str:
     Triton keeps what it compiled (in ``TRITON_CACHE_DIR``, by default ``~/.triton``); another dtype or mode, or sizes
     of another kind, compile once more.
     """
-    from byola_fast.augment import augment
-
     seconds = []
     for _ in range(2):
         started = time.perf_counter()

@@ -68,7 +68,9 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
-        """Merge a batch, and return ``stats()`` with it."""
+        """Merge a batch, and return ``stats()`` with it. An empty one does not count."""
+        if x.numel() == 0:
+            return self.stats()
         state = (self.mean, self.variance, self.count, self.updates)
         limit = -1 if self.max_updates is None else self.max_updates
         stats = torch.ops.byola_fast.running_stats_(*state, ops.sample_sums(x), limit)

@@ -28,6 +28,13 @@ def test_running_statistics_equal_those_of_everything_at_once(sizes, mean, std):
     assert compute_stats(batches) == tuple(running.stats().tolist())
 
 
+def test_empty_batches_do_not_count():
+    running = RunningStats(max_updates=1)
+    assert running.update(torch.empty(0, 3, 4)).tolist() == [0, 1]
+    x = torch.randn(5, 3, 4)
+    assert_close(running.update(x), torch.stack([x.double().mean(), x.double().std()]))
+
+
 def test_samples_that_are_not_finite_are_left_out():
     x = torch.randn(5, 3, 4)
     broken = x.clone()

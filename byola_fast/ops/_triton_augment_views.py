@@ -26,6 +26,7 @@ from byola_fast.ops._triton_device import (
     EPS,
     INTERPRETED,
     approximate,
+    box_side,
     compute_type,
     cosine,
     division_magic,
@@ -37,7 +38,6 @@ from byola_fast.ops._triton_device import (
     on_device,
     resident_programs,
     round_up,
-    start_in_canvas,
     tap_base,
     tap_fraction,
     tap_row,
@@ -53,8 +53,8 @@ WARPS, PROGRAMS_PER_SM = 8, 4
 REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # of a thread, so that an SM holds as many programs
 STAGED_ROWS = 64 if INTERPRETED else 32
 ROWS = 64 if INTERPRETED else WARPS  # at the taps: one for each warp
-DIRECT = ("bilinear",)  # modes whose outputs read all their taps from the mixed tile
-MOST_COLUMN_BLOCKS = 8  # up to so many blocks of columns keep their taps in registers
+DIRECT = ("bilinear",)  # modes whose outputs read all their taps from the mixed tile, unless they are wide
+MOST_COLUMN_BLOCKS = 8  # whose taps are kept in registers; wider outputs go through the second tile
 
 
 @triton.jit
@@ -148,11 +148,10 @@ def augment_views_kernel(
     COMPUTE: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     WIDE: tl.constexpr,
-    DIRECT: tl.constexpr,
     STAGED_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,  # of an output; 0 where outputs go through the second tile
 ):
     mean = tl.full((), 0, COMPUTE)
     scale = tl.full((), 1, COMPUTE)
@@ -178,12 +177,8 @@ def augment_views_kernel(
         sample = unit // 2
         row = view.to(tl.int64) * batch + sample
         weight = tl.load(lam + row).to(COMPUTE)
-        h = tl.minimum(tl.maximum(tl.load(crop + 4 * row + 2).to(tl.int32), 1), canvas_mels)
-        w = tl.minimum(tl.maximum(tl.load(crop + 4 * row + 3).to(tl.int32), 1), canvas_frames)
-        i = start_in_canvas(tl.load(crop + 4 * row).to(tl.int32), h, canvas_mels)
-        j = start_in_canvas(tl.load(crop + 4 * row + 1).to(tl.int32), w, canvas_frames)
-        top = i - (canvas_mels - mels) // 2
-        left = j - (canvas_frames - frames) // 2
+        h, top = box_side(crop + 4 * row, 0, mels, canvas_mels)
+        w, left = box_side(crop + 4 * row, 1, frames, canvas_frames)
 
         partner = tl.load(bank_index + row).to(tl.int64)
         alone = partner < 0
@@ -227,37 +222,24 @@ def augment_views_kernel(
         head = tl.load(fader + 2 * row).to(COMPUTE)
         rise = tl.load(fader + 2 * row + 1).to(COMPUTE) - head
         target = out + row * out_mels * out_frames
-        if DIRECT:
+        if COLUMN_BLOCKS:
             total = tl.zeros((ROWS, COLUMNS), COMPUTE)
             squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
             for start in range(0, out_mels, ROWS):
                 o = start + tl.arange(0, ROWS)
                 base, rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
                 fraction = tap_fraction(rest, out_mels, COMPUTE)
-                if COLUMN_BLOCKS:
-                    for block in tl.static_range(COLUMN_BLOCKS):
-                        y = tl.zeros((ROWS, COLUMNS), COMPUTE)
-                        for k in tl.static_range(TAPS):
-                            places = row_place(base, k, top, h, mels, stride, TAPS)
-                            y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
-                                tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
-                                TAPS, COMPUTE, WIDE, COLUMNS,
-                            )  # fmt: skip
-                        y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
-                        total += y
-                        squares += y * y
-                else:
-                    for block in range(0, tl.cdiv(out_frames, COLUMNS)):
-                        y = tl.zeros((ROWS, COLUMNS), COMPUTE)
-                        for k in tl.static_range(TAPS):
-                            places = row_place(base, k, top, h, mels, stride, TAPS)
-                            y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
-                                tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
-                                TAPS, COMPUTE, WIDE, COLUMNS,
-                            )  # fmt: skip
-                        y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
-                        total += y
-                        squares += y * y
+                for block in tl.static_range(COLUMN_BLOCKS):
+                    y = tl.zeros((ROWS, COLUMNS), COMPUTE)
+                    for k in tl.static_range(TAPS):
+                        places = row_place(base, k, top, h, mels, stride, TAPS)
+                        y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
+                            tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
+                            TAPS, COMPUTE, WIDE, COLUMNS,
+                        )  # fmt: skip
+                    y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                    total += y
+                    squares += y * y
         else:
             for block in range(0, tl.cdiv(out_frames, COLUMNS)):
                 t = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -319,10 +301,11 @@ def augment_views_out(
         bank = bank_count = None
     programs = min(2 * batch, resident_programs(x, PROGRAMS_PER_SM))
     stride = round_up(frames + 1, 16)
-    direct = interpolation in DIRECT
-    resized_stride = 0 if direct else round_up(out_frames, COLUMNS)
-    scratch = x.new_empty(programs, mels + 1, stride + resized_stride, dtype=compute_dtype(x.dtype))
     column_blocks = triton.cdiv(out_frames, COLUMNS)
+    if interpolation not in DIRECT or column_blocks > MOST_COLUMN_BLOCKS:
+        column_blocks = 0
+    resized_stride = 0 if column_blocks else round_up(out_frames, COLUMNS)
+    scratch = x.new_empty(programs, mels + 1, stride + resized_stride, dtype=compute_dtype(x.dtype))
     with on_device(x):
         augment_views_kernel[(programs,)](
             x,
@@ -360,11 +343,10 @@ def augment_views_out(
             COMPUTE=compute_type(x.dtype),
             APPROXIMATE=approximate(x),
             WIDE=is_wide(out_mels * canvas[0], out_frames * canvas[1]),
-            DIRECT=direct,
             STAGED_ROWS=STAGED_ROWS,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            COLUMN_BLOCKS=column_blocks if column_blocks <= MOST_COLUMN_BLOCKS else 0,
+            COLUMN_BLOCKS=column_blocks,
             num_warps=WARPS,
             maxnreg=None if x.dtype == torch.float64 else REGISTERS,
         )

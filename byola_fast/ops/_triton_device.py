@@ -23,9 +23,14 @@ PROGRAMS_INTERPRETED = 4  # one after the other: few enough to take several turn
 
 
 @triton.jit
-def start_in_canvas(start, extent, canvas):
-    """The first row of a box of ``extent`` rows, moved inside the canvas if the box does not lie there."""
-    return tl.minimum(tl.maximum(start, 0), canvas - extent)
+def box_side(box, AXIS: tl.constexpr, length, canvas):
+    """Extent of a box (i, j, h, w) along an axis, and where in the input of that length it starts.
+
+    The box is moved inside the canvas if it does not lie there, so that nothing is read out of bounds.
+    """
+    extent = tl.minimum(tl.maximum(tl.load(box + 2 + AXIS).to(tl.int32), 1), canvas)
+    start = tl.minimum(tl.maximum(tl.load(box + AXIS).to(tl.int32), 0), canvas - extent)
+    return extent, start - (canvas - length) // 2
 
 
 @triton.jit

@@ -19,12 +19,12 @@ from torch import Tensor
 from byola_fast.ops._triton_device import (
     COLUMNS,
     INTERPRETED,
+    box_side,
     compute_type,
     division_magic,
     indexable,
     is_wide,
     on_device,
-    start_in_canvas,
     tap_base,
     tap_fraction,
     tap_row,
@@ -60,12 +60,8 @@ def resize_crop_kernel(
     COLUMNS: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
-    h = tl.minimum(tl.maximum(tl.load(crop + 4 * sample + 2).to(tl.int32), 1), canvas_mels)
-    w = tl.minimum(tl.maximum(tl.load(crop + 4 * sample + 3).to(tl.int32), 1), canvas_frames)
-    top = start_in_canvas(tl.load(crop + 4 * sample).to(tl.int32), h, canvas_mels) - (canvas_mels - mels) // 2
-    left = (
-        start_in_canvas(tl.load(crop + 4 * sample + 1).to(tl.int32), w, canvas_frames) - (canvas_frames - frames) // 2
-    )
+    h, top = box_side(crop + 4 * sample, 0, mels, canvas_mels)
+    w, left = box_side(crop + 4 * sample, 1, frames, canvas_frames)
 
     o = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_base, row_rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
@@ -129,8 +125,7 @@ def resize_axis_backward_kernel(
     LINES: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
-    extent = tl.minimum(tl.maximum(tl.load(crop + 4 * sample + 2 + AXIS).to(tl.int32), 1), canvas)
-    start = start_in_canvas(tl.load(crop + 4 * sample + AXIS).to(tl.int32), extent, canvas) - (canvas - inputs) // 2
+    extent, start = box_side(crop + 4 * sample, AXIS, inputs, canvas)
     p = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     n = tl.program_id(2) * LINES + tl.arange(0, LINES)
     within = p - start  # row of the crop
