@@ -13,6 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from byola_fast.files import sync_folder
+
 WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
 SHOWN = 5  # names in a message
 SAFETENSORS = ".safetensors"
@@ -188,7 +190,7 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -225,17 +227,3 @@ def _one_line(error: BaseException) -> str:
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save's own message hides what the system said
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names, where the system allows it."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ import torch
 from byola_fast.audio import list_audio_files
 from byola_fast.clips import BATCH_SEC, embed_clips
 from byola_fast.embed import Embedder, load_encoder
+from byola_fast.files import fingerprint
 from byola_fast.parts import data_checksum
 from byola_fast.progress import Progress
 from byola_fast.stats import read_stats
@@ -234,7 +235,7 @@ class _Parts:
         self._rows += len(rows)
         self._content["width"] = rows.shape[1]
         if last:
-            self._content["clips"][name] = [self._begin, self._rows - self._begin, *_source(path)]
+            self._content["clips"][name] = [self._begin, self._rows - self._begin, *fingerprint(path)]
             self._begin = self._rows
             if time.monotonic() - self._since > KEEP_SEC:
                 self._keep()
@@ -257,7 +258,7 @@ class _Parts:
         found = {}
         for path, content in self._lists():
             for name, (begin, rows, *source) in content["clips"].items():
-                if name in files and tuple(source) == _source(files[name]):
+                if name in files and tuple(source) == fingerprint(files[name]):
                     found[name] = Clip(path.with_suffix(".f32"), begin, rows, content["width"])
         return found
 
@@ -276,15 +277,6 @@ def _write_whole(path: Path, content: dict[str, Any], rank: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _source(path: Path) -> tuple[int, int]:
-    """Bytes and time of the last change, by which a changed file is known."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 class _Ranks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from byola_fast.audio import AudioError, list_audio_files, listing_checksum, read_audio
+from byola_fast.files import fingerprint
 from byola_fast.parts import PartHeader, PartWriter, StoreError, old_data, part_name, read_header
 from byola_fast.progress import Progress
 from byola_fast.workers import default_workers, read_in_processes
@@ -181,16 +181,7 @@ def _unchanged(path: Path, sample_rate: int, listing_sha256: str, files: list[Pa
         logger.warning("packing again: %s", error)
         return None
     same = (header.sample_rate, header.listing_sha256) == (sample_rate, listing_sha256)
-    return header if same and _sources(header) == [_source(file) for file in files] else None
-
-
-def _source(path: Path) -> tuple[int, int]:
-    """Bytes and time of the last change, by which a changed file is known."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return header if same and _sources(header) == [fingerprint(file) for file in files] else None
 
 
 def _sources(header: PartHeader) -> list[tuple[int, int]]:
@@ -209,7 +200,7 @@ class _Decoder:
     def __getitem__(self, number: int) -> Decoded:
         import numpy as np
 
-        source = _source(self.files[number])
+        source = fingerprint(self.files[number])
         try:
             wav = read_audio(self.files[number], self.sample_rate).numpy()
         except AudioError as error:

@@ -22,6 +22,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from byola_fast.files import sync_folder
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -280,7 +282,7 @@ class PartWriter:
             os.replace(self._temporary[0], self.folder / data)
             os.replace(self._temporary[1], self.folder / f"{self.name}.json")
             self._finished = True
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         self.remove_old(header)
         return header
 
@@ -324,12 +326,3 @@ def _open_locked(path: Path) -> BinaryIO:
                 file.truncate(0)
                 return file
         file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # where the system does not allow it
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -129,7 +130,7 @@ class RunFolder:
             written = os.write(self._log, self._unwritten)
             if written < len(self._unwritten):  # no half line stays
                 os.ftruncate(self._log, self._size)
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
             if not self._failed:
                 logger.warning("%s: cannot be written: %s; going on", self.path / LOG, error.strerror or error)
@@ -202,7 +203,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(16, "another run is writing there") from None
+            raise OSError(errno.EBUSY, "another run is writing there") from None
         except OSError:
             pass  # a file system without locks
 

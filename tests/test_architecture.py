@@ -24,6 +24,7 @@ FLOORS = [
     ["augment", "ema", "pictures", "store", "pack"],
     ["memory_bank", "frontend", "params", "normalize", "encoders", "objectives", "audio"],
     ["gather", "parts", "workers", "progress", "tables", "tasks", "results"],
+    ["files"],
     ["ops"],
 ]
 OPS_FLOORS = [
