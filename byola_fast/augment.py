@@ -100,7 +100,7 @@ class Augment(nn.Module):
 
     Args:
         preset: "byola-v1" or "byola-v2".
-        n_memory: rows of the memory bank.
+        n_memory: rows of the memory bank; with 0, partners always come from the same batch.
         shape: (mels, frames) of the inputs; the first batch fixes it where None.
         bank_dtype: float32, or float16 for half the memory.
         seed: in [0, 2^63); drawn from torch's default generator where None.
@@ -202,7 +202,7 @@ class Augment(nn.Module):
             stats=stats,
             post_norm=self.post_norm,
             out=flat_out,
-            bank=rows,
+            bank=rows if len(rows) else None,
             pool=pool,
         )
         self.bank.push(everyone, stats)

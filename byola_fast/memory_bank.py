@@ -19,7 +19,7 @@ class MemoryBank(nn.Module):
     and a CUDA graph can hold it. Samples that are not finite are kept out and counted.
 
     Args:
-        n_memory: rows, 1 to 2^24.
+        n_memory: rows, up to 2^24; 0 keeps nothing, and refuses and counts nothing.
         shape: (mels, frames) of a row; the first batch fixes it where None.
         dtype: of the rows: float32, or float16 for half the memory.
 
@@ -39,8 +39,8 @@ class MemoryBank(nn.Module):
         self, n_memory: int = 2048, shape: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        if not 1 <= n_memory <= 2**24:
-            raise ValueError(f"n_memory: expected 1 to 2^24 rows, got {n_memory}")
+        if not 0 <= n_memory <= 2**24:
+            raise ValueError(f"n_memory: expected 0 to 2^24 rows, got {n_memory}")
         if dtype not in check.FLOATS:
             raise TypeError(f"bank_dtype: expected a floating-point dtype, got {dtype}")
         self.n_memory = n_memory
@@ -92,7 +92,9 @@ class MemoryBank(nn.Module):
 
     def push(self, x: Tensor, stats: Tensor | None = None) -> None:
         """Append a batch ``(B, F, T)``, pre-normalised with ``stats (2,)`` if given; see ``ops.bank_push_``."""
-        ops.bank_push_(self.prepare(x), self.cursor, x, stats)
+        rows = self.prepare(x)
+        if self.n_memory:
+            ops.bank_push_(rows, self.cursor, x, stats)
 
     def extra_repr(self) -> str:
         return f"n_memory={self.n_memory}, shape={None if self.rows is None else tuple(self.rows.shape[1:])}"

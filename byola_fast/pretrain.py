@@ -174,13 +174,16 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             learner.update_target()
         return loss.detach(), projection
 
+    def described() -> dict[str, Any]:
+        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
+        return {"config": config_now, "stats": _stats_now(aug, stats)}
+
     def save(last: bool) -> None:
         state.check_finite(step, run.told())
         told = {"step": step, "epoch": epoch, "clips": clips, "stats": stats, "config": asdict(config)}
         content = state.collect(told)
         if world.first:
-            described = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
-            run.save(content, encoder, config=described, stats=_stats_now(aug, stats), last=last)
+            run.save(content, encoder, **described(), last=last)
             if not last and run.curves_due():
                 _draw(config, run, None, stats)
 
@@ -195,6 +198,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             lr = set_learning_rate(optimizer, config, step, total)
             loss, projection = do_step(batch.wav)
             step, epoch = step + 1, batch.epoch
+            if world.first and config.keep_every and step % config.keep_every == 0:
+                run.keep(step, encoder, **described())
             if watch.due(step):
                 watch.tell(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
                 if watch.saving:

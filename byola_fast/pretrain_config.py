@@ -71,7 +71,7 @@ class PretrainConfig:
         stats: JSON file of mean and std that ``byola-fast stats`` wrote, in place of stats_segments.
         mixup: "log" (log-mixup-exp), or the paper's ablations "linear", "gaussian" and "none".
         mixup_ratio: upper bound of the share that is mixed in, in [0, 1]; by default the preset's.
-        n_memory: past inputs kept to be mixed in, in samples; 24 KB each.
+        n_memory: past inputs kept to be mixed in, in samples; 24 KB each. 0 mixes in others of the same batch.
         interpolation: of the resized crops: "bilinear", or "bicubic" as published weights were trained with.
         freq_scale: least and greatest height of a crop, times the mel bins.
         time_scale: least and greatest width of a crop, times the frames.
@@ -97,6 +97,8 @@ class PretrainConfig:
         log_every: steps between two lines of log.jsonl, each of which waits for the GPU; by default 1 on a CPU and 20
             on a GPU.
         save_every: steps between two checkpoints; by default only save_minutes counts.
+        keep_every: steps between two copies of the encoder that stay, as OUT/encoder-STEP.pth, to see how it gets
+            better; by default none.
         save_minutes: minutes between two checkpoints. At the end, at Ctrl-C and at SIGTERM one is written anyway.
         tensorboard: write OUT/tensorboard too, where tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
@@ -158,6 +160,7 @@ class PretrainConfig:
     timeout_min: float = 15.0
     log_every: int | None = None
     save_every: int | None = None
+    keep_every: int | None = None
     save_minutes: float = 10.0
     tensorboard: bool = True
     profile: bool = False
@@ -177,8 +180,9 @@ class PretrainConfig:
         for name, known in choices.items():
             if getattr(self, name) is not None:
                 check.is_one_of(name, getattr(self, name), known)
-        least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=1)
-        least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, warmup_steps=0)
+        least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
+        least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
+        least.update(warmup_steps=0)
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -237,8 +241,8 @@ DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memo
 # A run may go on with other values of these: how long it is, where things lie, and what changes no more than rounding.
 MAY_CHANGE = {
     *("epochs", "steps", "audio_dir", "out", "resume", "restart", "device", "compile", "cuda_graph", "channels_last"),
-    *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "save_minutes"),
-    *("tensorboard", "profile"),
+    *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "keep_every"),
+    *("save_minutes", "tensorboard", "profile"),
 }
 
 

@@ -161,6 +161,13 @@ class RunFolder:
             logger.warning("%s; going on, and trying again in a while", error)
         self._saved_at = time.monotonic()
 
+    def keep(self, step: int, encoder: nn.Module, **described: Any) -> None:
+        """Write a copy of the encoder that stays, as ``encoder-STEP.pth``; where that fails, say so and go on."""
+        try:
+            save_encoder(self.path / f"encoder-{step}.pth", encoder, **described)
+        except CheckpointError as error:
+            logger.warning("%s; going on", error)
+
     def told(self) -> str:
         """Say what is safe on disk and how to go on."""
         checkpoint = self.path / CHECKPOINT

@@ -210,6 +210,22 @@ def test_non_finite_inputs_never_enter_the_bank(device):
     assert torch.stack(aug(torch.randn(4, 8, 12, device=device))).isfinite().all()
 
 
+def test_without_a_memory_partners_come_from_the_batch(device):
+    x = torch.randn(6, 20, 24, device=device)
+    aug = Augment(n_memory=0, seed=3, stats=(0.0, 1.0)).to(device)
+    for step in range(2):
+        view1, view2, params = aug(x, return_params=True)
+        same1, same2 = augment(x, seed=3, step=step, stats=(0.0, 1.0))
+        assert torch.equal(view1, same1)
+        assert torch.equal(view2, same2)
+        assert torch.equal(aug(x, params=params)[0], view1)
+        aug.rng[1] -= 1  # the replay counted as a step
+    assert len(aug.bank) == 0
+    again = Augment(n_memory=0, stats=(0.0, 1.0)).to(device)
+    again.load_state_dict(aug.state_dict())
+    assert torch.equal(again(x)[0], aug(x)[0])
+
+
 def test_running_statistics_follow_everything_seen(device):
     aug = Augment(seed=1, stats=RunningStats(max_updates=3)).to(device)
     batches = 3 * torch.randn(5, 4, 8, 12, device=device) - 7

@@ -306,3 +306,13 @@ def test_tensorboard_gets_the_log(run):
     assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [
         (line["step"], line["loss"]) for line in read_log(out)
     ]
+
+
+def test_copies_of_the_encoder_are_kept(recordings, tmp_path):
+    pretrain(PretrainConfig(**TINY | {"audio_dir": str(recordings), "out": str(tmp_path), "keep_every": 2, "steps": 5}))
+    kept = [load_checkpoint(tmp_path / f"encoder-{step}.pth")["state_dict"] for step in (2, 4)]
+    assert sorted(path.name for path in tmp_path.glob("encoder*")) == ["encoder-2.pth", "encoder-4.pth", "encoder.pth"]
+    last = load_checkpoint(tmp_path / "encoder.pth")["state_dict"]
+    name = "features.0.weight"
+    assert not torch.equal(kept[0][name], kept[1][name])
+    assert not torch.equal(kept[1][name], last[name])
