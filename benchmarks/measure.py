@@ -71,6 +71,7 @@ class Contender:
         backend: of our own contenders, what ``byola_fast.doctor()`` says; "torch" of all others.
         prepare: puts in-place work back to its start before it is checked (once).
         optional: may be missing on this machine (no compiler for ``torch.compile``).
+        tolerance: of each element, relative to 1 + its size.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Contender:
     backend: str = "torch"
     prepare: Callable[[], None] | None = None
     optional: bool = False
+    tolerance: float = TOLERANCE
 
     @property
     def key(self) -> tuple[str, int]:
@@ -199,17 +201,18 @@ def gate(group: Group) -> dict[tuple[str, int], str]:
                     )
                     continue
             with cpu_threads(1):  # quicker than two that wait for each other on a busy machine
-                _compare(f"{group.title}: {contender.label}", found, contender.expected(number))
+                who = f"{group.title}: {contender.label}"
+                _compare(who, found, contender.expected(number), contender.tolerance)
     return missing
 
 
-def _compare(who: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _compare(who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     if [tuple(f.shape) for f in found] != [tuple(e.shape) for e in expected]:
         raise WrongAnswerError(f"{who}: wrong shapes {[tuple(f.shape) for f in found]}")
     for f, e in zip(found, expected, strict=True):
         for found_part, part in zip(_chunks(f), _chunks(e), strict=True):
             error = (found_part.double() - part).abs() / (1 + part.double().abs())
-            if not bool((error <= TOLERANCE).all()):  # not: NaN must fail too
+            if not bool((error <= tolerance).all()):  # not: NaN must fail too
                 raise WrongAnswerError(f"{who}: error {error.max().item():.3g} against the float64 reference")
 
 

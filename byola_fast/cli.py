@@ -14,6 +14,7 @@ import byola_fast
 from byola_fast.distributed import RankError
 from byola_fast.embed_files import EmbedConfig, run_embed
 from byola_fast.evaluate import EvalConfig, run_eval
+from byola_fast.export import ExportConfig, run_export
 from byola_fast.ops import BackendError
 from byola_fast.pack import PackConfig, run_pack
 from byola_fast.pretrain import pretrain
@@ -124,6 +125,13 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(embed, EmbedConfig, skip={"weights", "paths"})
     commands.add_subcommand("embed", embed, help="write embeddings of audio files")
 
+    export = ArgumentParser(description="Write wav to embedding as a file for other runtimes.", **options)
+    export.add_argument(
+        "WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published"
+    )
+    _add_settings(export, ExportConfig, skip={"weights"})
+    commands.add_subcommand("export", export, help="write wav to embedding as ONNX or torch.export")
+
     evaluation = ArgumentParser(description="Evaluate an encoder, or a baseline, with a linear probe.", **options)
     evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; encoder random and melstats need none")
     evaluation.add_argument("TASK", help="CSV file: file_name, label, and split or fold")
@@ -178,6 +186,9 @@ def _run(command: str, settings: Any) -> int:
         if written is not None:
             told = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
             print(f"{written.out}: {told}; {written.speed:.0f} x real time")
+        return 0
+    if command == "export":
+        print(run_export(ExportConfig(weights=values.pop("WEIGHTS"), **values)))
         return 0
     if command == "eval":
         print(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report)

@@ -20,6 +20,7 @@ from byola_fast.audio import list_audio_files
 from byola_fast.clips import BATCH_SEC, embed_clips
 from byola_fast.embed import Embedder, load_encoder
 from byola_fast.files import fingerprint
+from byola_fast.host import keep_freed_memory
 from byola_fast.parts import data_checksum
 from byola_fast.progress import Progress
 from byola_fast.stats import read_stats
@@ -109,6 +110,8 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
     embedder = open_encoder(config.weights, config.stats, config.device).to(DTYPES[config.dtype])
+    if embedder.to_lms.window.device.type == "cpu":
+        keep_freed_memory()
     files = _name_files(config.paths)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     settings = {

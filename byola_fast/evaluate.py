@@ -24,6 +24,7 @@ from byola_fast.embed import Embedder
 from byola_fast.embed_files import DTYPES, open_encoder
 from byola_fast.encoders import make_encoder
 from byola_fast.frontend import FRONT_END
+from byola_fast.host import keep_freed_memory
 from byola_fast.parts import data_checksum
 from byola_fast.pictures import draw_confusion
 from byola_fast.probe import Scores, class_scores, fit_probe, headline, macro
@@ -124,6 +125,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
             matplotlib is missing. ValueError: settings out of range, or a results.csv of other columns.
     """
     _check(config)
+    keep_freed_memory()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
     audio = _audio_folder(config)
     task, told = _without_missing(task, audio, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import sys
@@ -22,6 +21,7 @@ from byola_fast.demo import write_demo_corpus
 from byola_fast.distributed import World, explain_loss, join, pick_device
 from byola_fast.encoders import make_encoder
 from byola_fast.frontend import LogMel
+from byola_fast.host import keep_freed_memory
 from byola_fast.learners import make_learner
 from byola_fast.normalize import compute_stats
 from byola_fast.pictures import draw_training, draw_views
@@ -39,7 +39,6 @@ from byola_fast.weights import describe_encoder
 logger = logging.getLogger("byola_fast")
 
 PICTURED_FROM = 16  # segments of the last batch that views.png takes its samples and partners from
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 LOSSES = {"byol": "BYOL loss, both directions (0 to 8)", "simclr": "NT-Xent", "moco": "InfoNCE", "cola": "COLA loss"}
 
@@ -94,7 +93,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     config.check()
     device = pick_device(config.device)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with (
@@ -292,15 +291,3 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
             draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
     except (ImportError, OSError) as error:
         logger.warning("no training.png and views.png: %s", error)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory it is given back.
-
-    It returns blocks of more than 32 MB to the kernel, which maps and clears them anew in every step: activations of
-    a batch of 64 cost 800,000 page faults, two fifths of the time of a step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)

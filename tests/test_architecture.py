@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "byola_fast"
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["pretrain", "evaluate", "hear"],
+    ["pretrain", "evaluate", "hear", "export"],
     ["watch", "embed_files", "probe"],
     ["run_folder", "schedules", "clips"],
     ["pretrain_config", "distributed", "step", "show", "stats", "recipes"],
@@ -24,7 +24,7 @@ FLOORS = [
     ["augment", "ema", "pictures", "store", "pack"],
     ["memory_bank", "frontend", "params", "normalize", "encoders", "objectives", "audio"],
     ["gather", "parts", "workers", "progress", "tables", "tasks", "results"],
-    ["files"],
+    ["files", "host"],
     ["ops"],
 ]
 OPS_FLOORS = [

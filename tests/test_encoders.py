@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,3 +176,22 @@ def test_refused_sizes(make, words):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_empty_batch(encoder):
     assert small(encoder).eval()(torch.zeros(0, 1, 16, 16)).shape == (0, 300)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("make", ENCODERS)
+def test_training_equals_the_layers_in_their_order_bit_for_bit(make, channels_last):
+    torch.manual_seed(0)
+    encoder = make(n_mels=16, d=520)
+    if channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    x = torch.randn(3, 1, 16, 19).round(decimals=1)  # ties within the maximum's window
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    twin = copy.deepcopy(encoder)
+    weight = torch.randn(3, 19 // encoder.frame_stride, encoder.local_d)
+    (encoder._local(x) * weight).sum().backward()
+    in_order = twin.features(x).permute(0, 3, 2, 1).flatten(2)
+    (in_order * weight).sum().backward()
+    assert torch.equal(encoder._local(x), in_order)
+    for (name, ours), other in zip(encoder.features.named_parameters(), twin.features.parameters(), strict=True):
+        assert torch.equal(ours.grad, other.grad), name

@@ -1,0 +1,213 @@
+"""Are the representations good? Pre-train on real audio, evaluate on labelled tasks: ``python -m benchmarks.quality``.
+
+    python -m benchmarks.quality CORPUS TASKS [--work FOLDER] [--only NAME ...] [--seeds N ...] [--threads 1]
+
+CORPUS is a folder of unlabelled audio, or a packed store. TASKS holds a folder for each task, ``NAME/NAME.csv`` with
+its audio in ``NAME/audio``. Each run of ``quality_runs.py`` leaves one JSON file in ``benchmarks/results/quality``,
+renewed at every score. Stopped at any moment, the same command goes on; several may run side by side, on other cores or
+other machines, as each takes runs that no other is at. ``python -m benchmarks.readme_table`` makes the tables.
+
+Protocol, for baselines and trained encoders alike: log-mels normalised with the statistics of the task's training part,
+clips of less than 0.95 s padded to it, logistic regression on standardised embeddings, C chosen on the validation part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+
+from benchmarks.measure import machine, versions
+from benchmarks.quality_runs import AUDIOSET, COMMON, STUDIES, Study
+from byola_fast.audio import read_audio
+from byola_fast.checkpoint import CheckpointError
+from byola_fast.evaluate import EvalConfig, run_eval
+from byola_fast.pack import pack
+from byola_fast.pretrain import pretrain
+from byola_fast.pretrain_config import PretrainConfig
+from byola_fast.tasks import read_task
+
+TASKS = tuple(AUDIOSET)
+BASELINES = ("random", "melstats")
+RANDOM_SEEDS = 3
+SAMPLE_RATE = 16000
+RESULTS = Path(__file__).parent / "results" / "quality"
+
+logger = logging.getLogger("benchmarks")
+
+
+def prepare_corpus(corpus: Path, work: Path) -> Path:
+    """Return a packed store of a corpus, which is packed where it is none."""
+    if next(corpus.glob("part-*.json"), None):
+        return corpus
+    pack(corpus, work / "corpus")
+    return work / "corpus"
+
+
+def prepare_task(tasks: Path, name: str, work: Path) -> Path:
+    """Return the CSV of a task whose audio is decoded once, to 16-bit wav of 16 kHz, for many evaluations."""
+    made = work / "tasks" / name / f"{name}.csv"
+    if made.exists():
+        return made
+    with open(tasks / name / f"{name}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        source = tasks / name / "audio" / row["file_name"]
+        row["file_name"] = str(Path(row["file_name"]).with_suffix(".wav"))
+        decoded = made.parent / "audio" / row["file_name"]
+        decoded.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(decoded, read_audio(source, SAMPLE_RATE).numpy(), SAMPLE_RATE, subtype="PCM_16")
+    temporary = made.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, made)
+    return made
+
+
+def score(csvs: dict[str, Path], **how: Any) -> dict[str, Any]:
+    """Evaluate an encoder on all tasks: accuracy, macro accuracy and, where a seed draws something, the seeds'."""
+    scores: dict[str, Any] = {}
+    for name, path in csvs.items():
+        with tempfile.TemporaryDirectory() as out:
+            result = run_eval(EvalConfig(task=str(path), out=out, stats="task", workers=0, **how))
+        scores[name] = {"accuracy": 100 * result.score, "macro": 100 * result.macro}
+        if len(result.by_seed) > 1:
+            scores[name]["by_seed"] = [100 * value for value in result.by_seed]
+    return scores
+
+
+def mean(scores: dict[str, Any]) -> float:
+    """Return the mean over tasks of the accuracy."""
+    return statistics.fmean(one["accuracy"] for one in scores.values())
+
+
+def run_baseline(name: str, csvs: dict[str, Path], results: Path) -> None:
+    """Score a baseline, once."""
+    path = results / f"{name}.json"
+    if path.exists():
+        return
+    clips = {task: len(read_task(file)[0].file_names) for task, file in csvs.items()}
+    seeds = RANDOM_SEEDS if name == "random" else 1
+    scores = score(csvs, encoder=name, feature_d=COMMON["feature_d"], seeds=seeds)
+    content = {"name": name, "seeds": seeds, "clips": clips, "scores": scores, "mean": mean(scores)}
+    _write(path, content | {"versions": versions(), "machine": machine()})
+    print(f"{name}: mean {content['mean']:.1f} %", flush=True)
+
+
+def run_study(
+    study: Study, seed: int, config: dict[str, Any], csvs: dict[str, Path], work: Path, results: Path
+) -> bool:
+    """Train what is left of a run, score the encoders it kept, and write its JSON file after each.
+
+    Returns:
+        Whether the run is complete; False where it was stopped, or another process is at it.
+    """
+    path = results / f"{study.name}-{seed}.json"
+    curve = json.loads(path.read_text())["curve"] if path.exists() else []
+    marks = [*range(study.scored, study.steps + 1, study.scored)]
+    if [point["step"] for point in curve] == marks:
+        return True
+    out = work / "runs" / f"{study.name}-{seed}"
+    settings = COMMON | dict(study.settings) | config
+    try:
+        ended = pretrain(
+            PretrainConfig(
+                out=str(out), epochs=10**6, steps=study.steps, seed=seed, keep_every=100, tensorboard=False, **settings
+            )
+        )
+    except CheckpointError as error:
+        if "another run" not in str(error):
+            raise
+        logger.warning("%s", error)
+        return False
+    if ended.stopped_by:
+        raise KeyboardInterrupt
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for step in marks:
+        if step in [point["step"] for point in curve]:
+            continue
+        scores = score(csvs, weights=str(out / f"encoder-{step}.pth"), seeds=1)
+        curve.append(_point(step, lines, settings["batch_size"]) | {"scores": scores, "mean": mean(scores)})
+        content = {"name": study.name, "seed": seed, "steps": study.steps, "settings": _plain(settings), "curve": curve}
+        _write(path, content | {"versions": versions(), "machine": machine()})
+        print(f"{study.name}-{seed}, step {step}: mean {curve[-1]['mean']:.1f} %", flush=True)
+    return True
+
+
+def _point(step: int, lines: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+    """Return what the log says of a step: loss and spread there, and how long it took to come there."""
+    done = [line for line in lines if line["step"] <= step]
+    seconds = sum(batch_size / line["samples_per_s"] for line in done)
+    last = done[-20:]
+    return {
+        "step": step,
+        "samples": step * batch_size,
+        "seconds": round(seconds, 1),
+        "loss": statistics.fmean(line["loss"] for line in last),
+        "spread": statistics.fmean(line["collapse"] for line in last),
+    }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in asdict(PretrainConfig(**settings)).items() if name in settings} | {
+        "audio_dir": Path(settings["audio_dir"]).name
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _chosen(only: list[str], seeds: list[int] | None) -> Iterator[tuple[Study, int]]:
+    """Yield the first seed of every row, then the others."""
+    chosen = [study for study in STUDIES.values() if not only or any(fnmatch(study.name, o) for o in only)]
+    for seed in range(max((study.seeds for study in chosen), default=0)) if seeds is None else seeds:
+        yield from ((study, seed) for study in chosen if seeds is not None or seed < study.seeds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study, or what is left of it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split(":")[0])
+    parser.add_argument("corpus", type=Path, help="folder of unlabelled audio, or a packed store")
+    parser.add_argument("tasks", type=Path, help="folder of tasks: NAME/NAME.csv and NAME/audio")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="runs, decoded tasks (some GB)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON file for each run")
+    parser.add_argument("--only", nargs="*", default=[], help="rows (patterns); baselines are random and melstats")
+    parser.add_argument("--seeds", nargs="*", type=int, help="these alone")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for this process")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="bf16", choices=["float32", "bf16"])
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    csvs = {name: prepare_task(options.tasks, name, options.work) for name in TASKS}
+    for name in BASELINES:
+        if not options.only or any(fnmatch(name, pattern) for pattern in options.only):
+            run_baseline(name, csvs, options.results)
+    config = {"audio_dir": str(prepare_corpus(options.corpus, options.work))}
+    config |= {"threads": options.threads, "device": options.device, "precision": options.precision}
+    ended = [
+        run_study(study, seed, config, csvs, options.work, options.results)
+        for study, seed in _chosen(options.only, options.seeds)
+    ]
+    return 0 if all(ended) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

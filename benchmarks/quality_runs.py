@@ -1,0 +1,62 @@
+"""What the study of representations trains: one ``Study`` for each row of its tables.
+
+All runs share ``COMMON``. A row's name is what its results are stored under, with the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+COMMON: dict[str, Any] = {"preset": "byola-v1", "encoder": "AudioNTT2020", "feature_d": 512, "batch_size": 256}
+SHORT, LONG = 300, 1000  # steps
+WHOLE: dict[str, Any] = {"freq_scale": (1.0, 1.0), "time_scale": (1.0, 1.0), "virtual_crop_scale": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A way to train, to be compared with others.
+
+    Attributes:
+        name: of the row.
+        told: the row in words.
+        steps: of each run.
+        seeds: as many runs.
+        scored: steps between two evaluations.
+        settings: of ``PretrainConfig``, above ``COMMON``.
+        paper: its score in Table II of BYOL-A (arXiv:2103.06695), a mean over other tasks, where it has one.
+    """
+
+    name: str
+    told: str
+    steps: int = SHORT
+    seeds: int = 1
+    scored: int = SHORT
+    settings: tuple[tuple[str, Any], ...] = ()
+    paper: float | None = None
+
+
+def _study(name: str, told: str, *, paper: float | None = None, **settings: Any) -> Study:
+    return Study(name, told, settings=tuple(settings.items()), paper=paper)
+
+
+BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", steps=LONG, seeds=3, scored=100, paper=72.3)
+ABLATIONS = [
+    _study("no-mixup", "resize crop alone", mixup="none", paper=68.4),
+    _study("no-crop", "log-mixup-exp alone", **WHOLE, paper=63.9),
+    _study("neither", "neither: both views equal", mixup="none", **WHOLE),
+    _study("gaussian", "Gaussian noise for log-mixup-exp", mixup="gaussian"),
+    _study("gaussian-alone", "Gaussian noise alone", mixup="gaussian", **WHOLE, paper=23.2),
+    _study("linear", "linear in place of log mixing", mixup="linear"),
+    _study("no-post-norm", "no post-normalisation", post_norm=False),
+    _study("bicubic", "bicubic in place of bilinear", interpolation="bicubic"),
+    _study("in-batch", "partners of the same batch, no memory", n_memory=0),
+]
+OBJECTIVES = [
+    _study("simclr", "SimCLR's loss on the same views", objective="simclr"),
+    _study("cola", "COLA: two segments, bilinear similarity", objective="cola"),
+]
+STUDIES = {study.name: study for study in [BYOL, *ABLATIONS, *OBJECTIVES]}
+
+# The same kind of network trained with BYOL-A on AudioSet (5,000 hours), under the same protocol: the mark to pass.
+AUDIOSET = {"fsdd": 65.4, "drum6": 71.1, "env10": 47.6, "gm_family": 68.8}
