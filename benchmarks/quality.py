@@ -42,6 +42,7 @@ from byola_fast.tasks import read_task
 TASKS = tuple(AUDIOSET)
 BASELINES = ("random", "melstats")
 RANDOM_SEEDS = 3
+KEPT = 100  # steps between two encoders that stay
 SAMPLE_RATE = 16000
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -118,7 +119,7 @@ def run_study(
     """
     path = results / f"{study.name}-{seed}.json"
     curve = json.loads(path.read_text())["curve"] if path.exists() else []
-    marks = [*range(study.scored, study.steps + 1, study.scored)]
+    marks = list(study.scored)
     if [point["step"] for point in curve] == marks:
         return True
     out = work / "runs" / f"{study.name}-{seed}"
@@ -126,7 +127,7 @@ def run_study(
     try:
         ended = pretrain(
             PretrainConfig(
-                out=str(out), epochs=10**6, steps=study.steps, seed=seed, keep_every=100, tensorboard=False, **settings
+                out=str(out), epochs=10**6, steps=study.steps, seed=seed, keep_every=KEPT, tensorboard=False, **settings
             )
         )
     except CheckpointError as error:

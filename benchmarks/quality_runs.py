@@ -20,27 +20,29 @@ class Study:
     Attributes:
         name: of the row.
         told: the row in words.
-        steps: of each run.
         seeds: as many runs.
-        scored: steps between two evaluations.
+        scored: steps after which the encoder is evaluated, hundreds; the last ends the run.
         settings: of ``PretrainConfig``, above ``COMMON``.
         paper: its score in Table II of BYOL-A (arXiv:2103.06695), a mean over other tasks, where it has one.
     """
 
     name: str
     told: str
-    steps: int = SHORT
     seeds: int = 1
-    scored: int = SHORT
+    scored: tuple[int, ...] = (SHORT,)
     settings: tuple[tuple[str, Any], ...] = ()
     paper: float | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.scored[-1]
 
 
 def _study(name: str, told: str, *, paper: float | None = None, **settings: Any) -> Study:
     return Study(name, told, settings=tuple(settings.items()), paper=paper)
 
 
-BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", steps=LONG, seeds=3, scored=100, paper=72.3)
+BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", seeds=3, scored=(100, SHORT, 600, LONG), paper=72.3)
 ABLATIONS = [
     _study("no-mixup", "resize crop alone", mixup="none", paper=68.4),
     _study("no-crop", "log-mixup-exp alone", **WHOLE, paper=63.9),

@@ -1,8 +1,8 @@
-"""Regenerate the tables of README.md from stored results: ``python -m benchmarks.readme_table [--check]``.
+"""Regenerate the tables of README.md and docs from stored results: ``python -m benchmarks.readme_table [--check]``.
 
 ``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
 ``benchmarks/results/FILE.json``, for example ``cpu/two_views``. ``gpu/goals`` is the table of ``gpu_check``, or, while
-there is no ``gpu.json``, the sentence that says so.
+there is no ``gpu.json``, the sentence that says so; ``quality/study`` and ``quality/ablations`` are of the study.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, quality_table
 from benchmarks.measure import read_results
 from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
 NOT_MEASURED = "**GPU figures have not been measured yet.**"
+QUALITY = {"study": quality_table.study_table, "ablations": quality_table.ablation_table}
 MARKER = re.compile(r"<!-- benchmarks:")
 
 
@@ -35,11 +36,13 @@ def regenerate(text: str, results: Path) -> str:
         stem, _, op = name.partition("/")
         if stem == "gpu":
             return f"{begin}{_gpu_table(results / 'gpu.json')}\n{end}"
+        if stem == "quality":
+            return f"{begin}{QUALITY[op](results / 'quality')}\n{end}"
         return f"{begin}{markdown_table(read_results(results / f'{stem}.json'), op)}\n{end}"
 
     made, count = BLOCK.subn(table, text)
     if len(MARKER.findall(text)) != 2 * count:
-        raise ValueError("README: a benchmarks marker without its partner; expected pairs of begin and end")
+        raise ValueError("a benchmarks marker without its partner; expected pairs of begin and end")
     return made
 
 
@@ -50,21 +53,24 @@ def _gpu_table(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite README, or with ``--check`` return 1 if it differs from what the results give."""
-    parser = argparse.ArgumentParser(description="Regenerate README's benchmark tables from stored results.")
+    """Rewrite the pages, or with ``--check`` return 1 if one differs from what the results give."""
+    parser = argparse.ArgumentParser(description="Regenerate the tables of README and docs from stored results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, nargs="*", default=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text(encoding="utf-8")
-    new = regenerate(old, options.results)
-    if old == new:
-        return 0
-    if options.check:
-        print(f"{options.readme.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
-        return 1
-    options.readme.write_text(new, encoding="utf-8")
-    return 0
+    outdated = 0
+    for page in options.readme:
+        old = page.read_text(encoding="utf-8")
+        new = regenerate(old, options.results)
+        if old == new:
+            continue
+        if options.check:
+            print(f"{page.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
+            outdated = 1
+        else:
+            page.write_text(new, encoding="utf-8")
+    return outdated
 
 
 if __name__ == "__main__":
