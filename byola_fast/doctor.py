@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from byola_fast.ops import _extension, _library
 from byola_fast.ops._backends import backend_in_use, strict
 
 PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
+VARIABLES = ("BYOLA_FAST_", "CXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TRITON_", "OMP_NUM_THREADS", "TORCH_")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Report:
         backends: backend in use, by (key, op).
         reasons: why it is not a better one, by (key, op).
         strict: whether ``BYOLA_FAST_STRICT`` turns fallbacks into errors.
+        notes: what else a bug report needs: the system, where kernels are kept, environment variables that matter.
     """
 
     versions: dict[str, str | None]
@@ -67,7 +70,10 @@ def doctor() -> Report:
     devices = {
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
-    notes = []
+    notes = [f"system: {platform.platform()}"]
+    notes.append(f"compiled kernels: {_extension.cache_folder() / _extension.build_name()}")
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    notes.append(f"environment: {', '.join(told) or 'nothing set that matters here'}")
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()
         notes.append(f"CUDA: {first_call(torch.device('cuda'))}")

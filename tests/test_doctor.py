@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 
 import byola_fast
@@ -9,7 +10,7 @@ from byola_fast.doctor import first_call
 from byola_fast.ops import _library
 
 
-def test_every_op_on_every_device_is_named_and_readable():
+def test_every_op_on_every_device_is_named_and_readable(monkeypatch):
     report = byola_fast.doctor()
     assert {op for key, op in report.backends if key == "CPU"} == set(_library.OPS)
     text = str(report)
@@ -17,6 +18,13 @@ def test_every_op_on_every_device_is_named_and_readable():
         assert op in text
     assert f"byola_fast {byola_fast.__version__}" in text
     assert ("CUDA" in report.devices) or "no GPU" in text
+    monkeypatch.setenv("BYOLA_FAST_CACHE", "/some where/else")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    told = str(byola_fast.doctor())
+    assert platform.platform() in told
+    assert "compiled kernels: /some where/else/cpu-torch" in told
+    assert "BYOLA_FAST_CACHE=/some where/else, " in told
+    assert "OMP_NUM_THREADS=3" in told
 
 
 def test_strict_is_reported(monkeypatch):
