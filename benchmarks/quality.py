@@ -1,6 +1,6 @@
 """Are the representations good? Pre-train on real audio, evaluate on labelled tasks: ``python -m benchmarks.quality``.
 
-    python -m benchmarks.quality CORPUS TASKS [--work FOLDER] [--only NAME ...] [--seeds N ...] [--threads 1]
+    python -m benchmarks.quality CORPUS [TASKS] [--work FOLDER] [--only NAME ...] [--seeds N ...] [--threads 1]
 
 CORPUS is a folder of unlabelled audio, or a packed store. TASKS holds a folder for each task, ``NAME/NAME.csv`` with
 its audio in ``NAME/audio``. Each run of ``quality_runs.py`` leaves one JSON file in ``benchmarks/results/quality``,
@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import logging
+import math
 import os
 import statistics
 import tempfile
@@ -42,7 +43,6 @@ from byola_fast.tasks import read_task
 TASKS = tuple(AUDIOSET)
 BASELINES = ("random", "melstats")
 RANDOM_SEEDS = 3
-KEPT = 100  # steps between two encoders that stay
 SAMPLE_RATE = 16000
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -114,8 +114,11 @@ def run_study(
 ) -> bool:
     """Train what is left of a run, score the encoders it kept, and write its JSON file after each.
 
+    Without tasks it trains alone: on a machine that has a GPU and no tasks, say. The folder of the run, its log and the
+    encoders that it kept, is all that scoring needs elsewhere.
+
     Returns:
-        Whether the run is complete; False where it was stopped, or another process is at it.
+        Whether the run is complete; False where another process is at it.
     """
     path = results / f"{study.name}-{seed}.json"
     curve = json.loads(path.read_text())["curve"] if path.exists() else []
@@ -124,19 +127,10 @@ def run_study(
         return True
     out = work / "runs" / f"{study.name}-{seed}"
     settings = COMMON | dict(study.settings) | config
-    try:
-        ended = pretrain(
-            PretrainConfig(
-                out=str(out), epochs=10**6, steps=study.steps, seed=seed, keep_every=KEPT, tensorboard=False, **settings
-            )
-        )
-    except CheckpointError as error:
-        if "another run" not in str(error):
-            raise
-        logger.warning("%s", error)
+    if not _train(study, seed, settings, out):
         return False
-    if ended.stopped_by:
-        raise KeyboardInterrupt
+    if not csvs:
+        return True
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for step in marks:
         if step in [point["step"] for point in curve]:
@@ -149,10 +143,29 @@ def run_study(
     return True
 
 
+def _train(study: Study, seed: int, settings: dict[str, Any], out: Path) -> bool:
+    """Train a run to its end, unless it has been; return False where another process is at it."""
+    if all((out / f"encoder-{step}.pth").exists() for step in study.scored):
+        return True
+    more: dict[str, Any] = {"epochs": 10**6, "keep_every": math.gcd(*study.scored), "tensorboard": False}
+    try:
+        ended = pretrain(PretrainConfig(out=str(out), steps=study.steps, seed=seed, **more, **settings))
+    except CheckpointError as error:
+        if "another run" not in str(error):
+            raise
+        logger.warning("%s", error)
+        return False
+    if ended.stopped_by:
+        raise KeyboardInterrupt
+    return True
+
+
 def _point(step: int, lines: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     """Return what the log says of a step: loss and spread there, and how long it took to come there."""
     done = [line for line in lines if line["step"] <= step]
-    seconds = sum(batch_size / line["samples_per_s"] for line in done)
+    steps = [line["step"] for line in done]
+    new = [now - before for before, now in zip([0, *steps], steps, strict=False)]
+    seconds = sum(batch_size * n / line["samples_per_s"] for n, line in zip(new, done, strict=True))
     last = done[-20:]
     return {
         "step": step,
@@ -176,18 +189,24 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _chosen(only: list[str], seeds: list[int] | None) -> Iterator[tuple[Study, int]]:
+def _chosen(only: list[str], seeds: list[int] | None, gpu: bool) -> Iterator[tuple[Study, int]]:
     """Yield the first seed of every row, then the others."""
-    chosen = [study for study in STUDIES.values() if not only or any(fnmatch(study.name, o) for o in only)]
+    chosen = [study for study in STUDIES.values() if _is_chosen(study, only, gpu)]
     for seed in range(max((study.seeds for study in chosen), default=0)) if seeds is None else seeds:
         yield from ((study, seed) for study in chosen if seeds is not None or seed < study.seeds)
+
+
+def _is_chosen(study: Study, only: list[str], gpu: bool) -> bool:
+    return any(fnmatch(study.name, pattern) for pattern in only) if only else gpu or not study.gpu
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the study, or what is left of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split(":")[0])
     parser.add_argument("corpus", type=Path, help="folder of unlabelled audio, or a packed store")
-    parser.add_argument("tasks", type=Path, help="folder of tasks: NAME/NAME.csv and NAME/audio")
+    parser.add_argument(
+        "tasks", type=Path, nargs="?", help="folder of tasks: NAME/NAME.csv and NAME/audio; none: train only"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="runs, decoded tasks (some GB)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON file for each run")
     parser.add_argument("--only", nargs="*", default=[], help="rows (patterns); baselines are random and melstats")
@@ -197,17 +216,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="bf16", choices=["float32", "bf16"])
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    csvs = {name: prepare_task(options.tasks, name, options.work) for name in TASKS}
-    for name in BASELINES:
+    gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    csvs = {name: prepare_task(options.tasks, name, options.work) for name in TASKS if options.tasks}
+    for name in BASELINES if csvs else ():
         if not options.only or any(fnmatch(name, pattern) for pattern in options.only):
             run_baseline(name, csvs, options.results)
     config = {"audio_dir": str(prepare_corpus(options.corpus, options.work))}
     config |= {"threads": options.threads, "device": options.device, "precision": options.precision}
-    ended = [
-        run_study(study, seed, config, csvs, options.work, options.results)
-        for study, seed in _chosen(options.only, options.seeds)
-    ]
-    return 0 if all(ended) else 1
+    whole = True
+    try:
+        for study, seed in _chosen(options.only, options.seeds, gpu):
+            whole &= run_study(study, seed, config, csvs, options.work, options.results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", flush=True)
+        return 130
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Study:
         seeds: as many runs.
         scored: steps after which the encoder is evaluated, hundreds; the last ends the run.
         settings: of ``PretrainConfig``, above ``COMMON``.
+        gpu: too long for a CPU; chosen where the device is one, or by name.
         paper: its score in Table II of BYOL-A (arXiv:2103.06695), a mean over other tasks, where it has one.
     """
 
@@ -31,6 +32,7 @@ class Study:
     seeds: int = 1
     scored: tuple[int, ...] = (SHORT,)
     settings: tuple[tuple[str, Any], ...] = ()
+    gpu: bool = False
     paper: float | None = None
 
     @property
@@ -58,7 +60,15 @@ OBJECTIVES = [
     _study("simclr", "SimCLR's loss on the same views", objective="simclr"),
     _study("cola", "COLA: two segments, bilinear similarity", objective="cola"),
 ]
-STUDIES = {study.name: study for study in [BYOL, *ABLATIONS, *OBJECTIVES]}
+WIDE = Study(
+    "byol-v1-2048",
+    "BYOL-A, 2048-d, on a GPU",
+    seeds=3,
+    scored=(LONG, 3000, 10000, 30000),
+    settings=(("feature_d", 2048),),
+    gpu=True,
+)
+STUDIES = {study.name: study for study in [BYOL, *ABLATIONS, *OBJECTIVES, WIDE]}
 
 # The same kind of network trained with BYOL-A on AudioSet (5,000 hours), under the same protocol: the mark to pass.
 AUDIOSET = {"fsdd": 65.4, "drum6": 71.1, "env10": 47.6, "gm_family": 68.8}

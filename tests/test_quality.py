@@ -24,7 +24,6 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "STUDIES", {row.name: row for row in rows})
     monkeypatch.setattr(quality, "COMMON", quality.COMMON | TINY)
     monkeypatch.setattr(quality, "TASKS", tuple(KNOWN))
-    monkeypatch.setattr(quality, "KEPT", 1)
     for name, value in {
         "AUDIOSET": KNOWN,
         "SHORT": 1,
@@ -76,6 +75,25 @@ def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, mon
     assert "| SimCLR | 1 |" in page.read_text()
 
 
+def test_training_here_and_scoring_there(study, tmp_path, monkeypatch):
+    corpus = str(tmp_path / "tasks" / "tones" / "audio")
+    alone = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "quality"), "--only", "simclr"]
+    assert quality.main([corpus, *alone]) == 0
+    assert not (tmp_path / "quality").exists()
+    (tmp_path / "work" / "runs" / "simclr-0" / "checkpoint.pt").unlink()  # stays where it was trained
+    monkeypatch.setattr(quality, "pretrain", None)
+    assert study("--only", "simclr") == 0
+    assert (tmp_path / "quality" / "simclr-0.json").exists()
+
+
+def test_what_needs_a_gpu_is_left_out_without_one():
+    names = [row.name for row, _seed in quality._chosen([], None, gpu=False)]
+    assert "byol-v1-2048" not in names
+    assert names.count("byol-v1") == 3
+    assert ("byol-v1-2048", 0) in [(row.name, seed) for row, seed in quality._chosen([], None, gpu=True)]
+    assert [row.name for row, _seed in quality._chosen(["*2048"], [1], gpu=False)] == ["byol-v1-2048"]
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeypatch):
     def busy(config):
         raise quality.CheckpointError(f"{config.out}: cannot be written: another run is writing there")
@@ -88,7 +106,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeyp
 def test_every_row_is_a_run_that_can_be():
     for row in STUDIES.values():
         PretrainConfig(audio_dir="x", **quality.COMMON | dict(row.settings)).resolved("cpu").check()
-        assert all(step % quality.KEPT == 0 for step in row.scored)
+        assert list(row.scored) == sorted(set(row.scored))
 
 
 def test_before_any_run_the_tables_say_so(tmp_path):
