@@ -351,30 +351,80 @@ def contenders_model(feature_d: int, device: str) -> torch.nn.Module:
 
 
 def front_end(context: Any) -> dict[str, Any]:
-    """Waveforms to two views, against torchaudio's log-mel and ``compiled``."""
+    """Waveforms, float32 and int16, to two views, against torchaudio's log-mel and ``compiled``; memory, host time."""
     import torchaudio
 
     device, batch = context.device, sizes(context, BATCH, 2)
-    wav = torch.randn(batch, 15200, device=device)
+    count = sizes(context, 4, 1)  # sets of 16 MB to rotate among; torchaudio's intermediates clear the cache besides
+    whole = [(8192 * torch.randn(batch, 15200, device=device)).clamp(-32768, 32767).short() for _ in range(count)]
+    wavs = [one.float() / 32768 for one in whole]
     to_lms = byola_fast.LogMel().to(device)
     theirs = torchaudio.transforms.MelSpectrogram(
         16000, 1024, 1024, 160, f_min=60.0, f_max=7800.0, n_mels=64, power=2.0, norm="slaney", mel_scale="slaney"
     ).to(device)
-    torch.testing.assert_close(to_lms(wav)[:, 0], (theirs(wav) + contenders.EPS).log(), rtol=0, atol=1e-3)
-    given = contenders.draw(to_lms(wav)[:, 0], 0)
+
+    def common(wav: Tensor) -> Tensor:
+        return (theirs(wav) + contenders.EPS).log()
+
+    exact = reference.log_mel_reference(
+        wavs[0].double(), to_lms.window, to_lms.filter_bank, to_lms.bands, None, 1024, 160, True
+    )
+    for lms in (to_lms(wavs[0])[:, 0], to_lms(whole[0])[:, 0], common(wavs[0])):
+        torch.testing.assert_close(lms.double(), exact, rtol=0, atol=1e-4)
+    given = contenders.draw(to_lms(wavs[0])[:, 0], 0)
     compiled = contenders.views_reference if context.dry else torch.compile(contenders.views_reference)
     aug = byola_fast.Augment(seed=0, shape=(64, 96), stats=(-8.0, 5.0)).to(device)
-    runs = {
-        "byola_fast": graphed(context, lambda: aug(to_lms(wav))),
-        "byola_fast, log-mel": graphed(context, lambda: to_lms(wav)),
-        "torchaudio and compiled": graphed(
-            context, lambda: compiled((theirs(wav) + contenders.EPS).log(), given, "bilinear")
-        ),
+    calls: dict[str, tuple[Callable[[Tensor], Any], list[Tensor]]] = {
+        "byola_fast": (lambda wav: aug(to_lms(wav)), wavs),
+        "byola_fast, int16": (lambda wav: aug(to_lms(wav)), whole),
+        "torchaudio and compiled": (lambda wav: compiled(common(wav), given, "bilinear"), wavs),
+        "byola_fast, log-mel": (to_lms, wavs),
+        "byola_fast, int16, log-mel": (to_lms, whole),
+        "torchaudio, log-mel": (common, wavs),
     }
-    times = time_in_turns(context, {name: every(run) for name, run in runs.items()})
-    ours, other = times["byola_fast"]["median_us"], times["torchaudio and compiled"]["median_us"]
-    told = f"{ours:.0f} us; {other / ours:.1f} x torchaudio + `compiled`"
-    return {"times": times, "rows": [{"work": f"wav to two views, B = {batch}", "measured": told, "goal": ">= 4 x"}]}
+    runs = {
+        name: _rotate([graphed(context, partial(call, wav)) for wav in inputs])
+        for name, (call, inputs) in calls.items()
+    }
+    times = time_in_turns(context, runs)
+    medians = {name: one["median_us"] for name, one in times.items()}
+    extra = {name: extra_bytes(context, partial(call, inputs[0])) for name, (call, inputs) in calls.items()}
+    host, theirs_us = host_time_us(context, lambda: to_lms(wavs[0])), medians["torchaudio and compiled"]
+    rows = [
+        {
+            "work": f"wav to two views{label}, B = {batch}, in a graph",
+            "measured": f"{medians[name]:.0f} us; {theirs_us / medians[name]:.1f} x torchaudio + `compiled`",
+            "goal": ">= 4 x",
+        }
+        for label, name in (("", "byola_fast"), (", int16", "byola_fast, int16"))
+    ]
+    ours, other = "byola_fast, log-mel", "torchaudio, log-mel"
+    told = f"{medians[ours]:.0f} us, int16 {medians['byola_fast, int16, log-mel']:.0f} us; "
+    told += f"{medians[other] / medians[ours]:.1f} x torchaudio"
+    if (mine := extra[ours]) is not None and (memory := extra[other]) is not None:
+        told += f"; {mine / 2**20:.0f} MiB beside input and output, torchaudio's {memory / 2**20:.0f}"
+    row = {
+        "work": f"wav to log-mel, B = {batch}",
+        "measured": f"{told}; host {host:.0f} us",
+        "goal": "< 10 % of its memory",
+    }
+    return {"times": times, "extra_bytes": extra, "host_us": host, "rows": [*rows, row]}
+
+
+def extra_bytes(context: Any, call: Callable[[], Any]) -> int | None:
+    """Return the most device memory that a call takes at a time beside its inputs and what it returns."""
+    if context.skip("peak memory of a call: the allocator of CUDA counts it"):
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    held = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    returned = torch.cuda.memory_allocated() - before
+    del held
+    return peak - returned
 
 
 def training(context: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Variant:
         wide: integers of 64 bits.
         odd: integers that are not multiples of 16.
         warps: of a program.
-        most_registers: of a thread; None for the compiler's choice.
+        most_registers: of a thread, or by architecture; None for the compiler's choice.
         fused: whether products and sums may be fused.
     """
 
@@ -42,7 +42,7 @@ class Variant:
     wide: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
     warps: int = 4
-    most_registers: int | None = None
+    most_registers: int | dict[int, int] | None = None
     fused: bool = True
 
 
@@ -65,6 +65,7 @@ def _variants() -> dict[str, Variant]:
     import triton.language as tl
 
     from byola_fast.ops import _triton_augment_views as views_module
+    from byola_fast.ops import _triton_log_mel as mel_module
 
     f32 = {"COMPUTE": tl.float32}
     views_pointers = (
@@ -94,6 +95,19 @@ def _variants() -> dict[str, Variant]:
             {"TARGET": tl.float32, "ONLINE": online, "ALIGNED": True, "CHUNK": 4096},
             warps=8,
             fused=False,
+        )
+
+    def log_mel(n_fft: int, element: str) -> Variant:
+        r1, r2 = mel_module.RADICES[n_fft]
+        sizes = {"R1": r1, "R2": r2, "FRAMES": 2 * mel_module.LANES // r1, "MELS": 64}
+        return Variant(
+            "log_mel.log_mel_kernel",
+            _names("window table filter_bank stats lms powers", "fp32")
+            | _names("wav pieces", element)
+            | {"bands": "i32"},
+            sizes | {"HAS_STATS": True, "SCALE": 2.0**-15 if element == "i16" else 1.0},
+            odd=("units", "tiles"),
+            most_registers={80: 168, 90: 128, 100: 168},
         )
 
     crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
@@ -132,6 +146,8 @@ def _variants() -> dict[str, Variant]:
         "bank_push, rows": Variant(
             "bank_push.bank_push_kernel", push_pointers | {"cursor": "i64"}, push | {"FLAGS": 1024}
         ),
+        "log_mel": log_mel(1024, "fp32"),
+        "log_mel, int16, 256": log_mel(256, "i16"),
         "log_mixup_exp": Variant(
             "log_mixup_exp.log_mixup_exp_kernel",
             _names("x z lam y", "fp32"),
@@ -181,7 +197,9 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
         if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *floats):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers, "enable_fp_fusion": variant.fused}
+    limit = variant.most_registers
+    limit = limit[architecture] if isinstance(limit, dict) else limit
+    options = {"num_warps": variant.warps, "maxnreg": limit, "enable_fp_fusion": variant.fused}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -20,7 +20,7 @@ def test_a_dry_run_exercises_every_stage_and_says_what_it_left_out(tmp_path, cap
         assert alone == whole["stages"][name]
         assert "error" not in alone
     goals = [row["goal"] for found in whole["stages"].values() for row in found.get("rows", [])]
-    assert len(goals) == 11
+    assert len(goals) == 13
     told = capsys.readouterr().out
     assert "left out: capturing a CUDA graph" in told
     assert "dry run: nothing was measured" in told

@@ -30,6 +30,16 @@ def samples(device):
         yield "log_mel", (x(grad=True, shape=(2, 20)), *mel)
         yield "log_mel", (x(shape=(20, 2)).T, *mel[:3], None, 8, 3, False)
         yield "log_mel", ((1000 * torch.randn(2, 20, device=device)).short(), *mel)
+        longer = (
+            torch.hann_window(64, device=device),
+            torch.rand(3, 33, device=device),
+            6 * spread,
+            None,
+            64,
+            30,
+            True,
+        )
+        yield "log_mel", (x(shape=(2, 100)), *longer)
         yield "log_mel_backward", (x(shape=(2, 3, 7)), x(shape=(2, 20)), *mel)
         yield "log_mixup_exp", (x(grad=True), x(grad=True), lam[0])
         yield "log_mixup_exp", (x().transpose(1, 2), x(shape=(3, 7, 5)), lam[0])

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import AugmentParams, ops
-from byola_fast.ops import _triton_augment_views, _triton_device, _triton_resize_crop
+from byola_fast.ops import _triton_augment_views, _triton_device, _triton_log_mel, _triton_resize_crop
 from byola_fast.ops._backends import backend_in_use
+from byola_fast.ops.reference import log_mel_reference
 
 MODES = ["bilinear", "bicubic"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +44,9 @@ def run(x, params, **kwargs):
 
 def test_the_kernels_are_in_use():
     key = "CUDA" if DEVICE.type == "cuda" else "CPU"
-    assert {backend_in_use(key, op)[0] for op in ("augment_views_out", "draw_params", "bank_push_")} == {"triton"}
+    assert {backend_in_use(key, op)[0] for op in ("augment_views_out", "draw_params", "bank_push_", "log_mel")} == {
+        "triton"
+    }
 
 
 @pytest.mark.parametrize("most_column_blocks", [0, 8])
@@ -167,3 +170,88 @@ def test_gradients_are_the_same_every_time():
         (grad,) = torch.autograd.grad(ops.normalize(views, sums).square().sum(), x)
         grads.append(grad)
     assert torch.equal(*grads)
+
+
+def log_mel_case(n_fft, hop_length, samples, dtype=torch.float32, batch=2, window=None, n_mels=21, stats=None):
+    """Arguments of ``ops.log_mel`` with bands of all widths, none and all frequencies among them."""
+    bins = n_fft // 2 + 1
+    bands = torch.randint(bins + 1, (n_mels, 2)).sort(1).values
+    bands[:2] = torch.tensor([[0, bins], [bins, bins]])
+    place = torch.arange(bins)
+    bank = (torch.rand(n_mels, bins) + 0.1) * ((place >= bands[:, :1]) & (place < bands[:, 1:]))
+    wav = 0.1 * torch.randn(batch, samples)
+    wav = (32768 * wav).short() if dtype == torch.int16 else wav.to(dtype)
+    window = torch.rand(window or n_fft, dtype=torch.float64) + 0.1
+    return wav.to(DEVICE), window.to(DEVICE), bank.to(DEVICE), bands.to(DEVICE), stats, n_fft, hop_length
+
+
+def log_mel_exact(wav, window, bank, bands, stats, n_fft, hop_length, center):
+    plain = wav.double() / 32768 if wav.dtype == torch.int16 else wav.double()
+    return log_mel_reference(plain, window, bank, bands, stats, n_fft, hop_length, center)
+
+
+@pytest.mark.parametrize(
+    ("n_fft", "hop_length", "samples", "dtype", "window", "center"),
+    [
+        (64, 17, 1201, torch.float32, None, True),
+        (128, 256, 2001, torch.int16, 100, False),
+        (256, 100, 2311, torch.bfloat16, 255, False),
+        (512, 160, 1999, torch.float16, 400, True),
+        (1024, 160, 2803, torch.float32, 1023, True),
+        (2048, 441, 4100, torch.int16, None, False),
+    ],
+)
+def test_log_mel_of_every_length(n_fft, hop_length, samples, dtype, window, center):
+    assert _triton_log_mel.takes(dtype, samples, n_fft, hop_length)
+    stats = torch.tensor([-3.0, 2.0], device=DEVICE)
+    arguments = (*log_mel_case(n_fft, hop_length, samples, dtype, 2, window, stats=stats), center)
+    lms = torch.ops.byola_fast.log_mel(*arguments)
+    assert lms.dtype == (torch.float32 if dtype == torch.int16 else dtype)
+    assert lms.is_contiguous()
+    assert_close(lms, log_mel_exact(*arguments))
+
+
+def test_what_the_log_mel_kernel_does_not_take_is_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(_triton_log_mel, "log_mel_kernel", None)
+    for n_fft, hop_length, dtype in ((100, 30, torch.float32), (64, 129, torch.float32), (64, 30, torch.float64)):
+        assert not _triton_log_mel.takes(dtype, 500, n_fft, hop_length)
+        arguments = (*log_mel_case(n_fft, hop_length, 500, dtype), True)
+        assert torch.equal(_triton_log_mel.log_mel(*arguments), log_mel_reference(*arguments))
+    assert not _triton_log_mel.takes(torch.int16, 2**31 - 1, 64, 30)
+    empty = _triton_log_mel.log_mel(*log_mel_case(64, 30, 500, batch=0), True)
+    assert empty.shape == (0, 21, 17)
+
+
+def test_log_mel_of_hard_waveforms_strides_and_neighbours():
+    """NaN and inf stay in the frames that hold them, silence and denormals are eps, and strides change nothing."""
+    *_, window, bank, bands, stats, n_fft, hop_length = log_mel_case(64, 20, 900)
+    settings = (window, bank, bands, stats, n_fft, hop_length, True)
+    wav = 0.1 * torch.randn(6, 900, device=DEVICE)
+    clean = torch.ops.byola_fast.log_mel(wav, *settings)
+    assert_close(clean, log_mel_exact(wav, *settings))
+    assert torch.equal(torch.ops.byola_fast.log_mel(wav.T.contiguous().T, *settings), clean)
+    assert torch.equal(torch.ops.byola_fast.log_mel(wav.repeat_interleave(2, 0)[::2], *settings), clean)
+    wav[0, 450], wav[1, 450], wav[2], wav[3] = math.nan, math.inf, 0, 1e-40 * wav[3]
+    wav[4] = 1e15 * wav[4]
+    lms = torch.ops.byola_fast.log_mel(wav, *settings)
+    touched = torch.tensor([abs(450 - 20 * t) < 32 for t in range(lms.shape[2])], device=DEVICE)
+    assert not lms[:2, 0, touched].isfinite().any()
+    assert torch.equal(lms[:2, :, ~touched], clean[:2, :, ~touched])
+    assert_close(lms[2:], log_mel_exact(wav[2:], *settings))
+    assert torch.equal(lms[5], clean[5])
+
+
+def test_bands_outside_the_spectrum_read_nothing_out_of_bounds():
+    wav, window, *_bank, stats, n_fft, hop_length = log_mel_case(64, 20, 300, n_mels=3)
+    wild = torch.tensor([[-5, 99], [40, 3], [30, 2**30]], device=DEVICE)
+    tame = torch.tensor([[0, 33], [0, 0], [30, 33]], device=DEVICE)
+    bank = torch.rand(3, 33, device=DEVICE)
+    lms = torch.ops.byola_fast.log_mel(wav, window, bank, wild, stats, n_fft, hop_length, True)
+    assert torch.equal(lms, torch.ops.byola_fast.log_mel(wav, window, bank, tame, stats, n_fft, hop_length, True))
+
+
+def test_log_mel_tables_are_made_once():
+    table = _triton_log_mel.turns(256, DEVICE)
+    assert _triton_log_mel.turns(256, DEVICE) is table
+    angle = -2 * math.pi / 256 * torch.arange(8)[:, None].double() * torch.arange(16)
+    torch.testing.assert_close(table.cpu().double(), torch.stack([angle.cos(), angle.sin()], 1), rtol=0, atol=6e-8)

@@ -21,6 +21,7 @@ from byola_fast.ops._backends import Backend, BackendError
 OLDEST_CAPABILITY = (7, 5)
 
 LAUNCHERS = {  # op: the file it lives in
+    "log_mel": "_triton_log_mel",
     "log_mixup_exp": "_triton_log_mixup_exp",
     "log_mixup_exp_backward": "_triton_log_mixup_exp",
     "resize_crop": "_triton_resize_crop",

@@ -58,8 +58,9 @@ def log_mel(
         To wav, once differentiable, by the reference's formula.
 
     Backends:
-        C++ on the CPU, fastest where n_fft has no prime factor but 2, 3 and 5; plain PyTorch elsewhere, where n_fft
-        has a prime factor above 64, and under ``torch.export``.
+        C++ on the CPU, fastest where n_fft has no prime factor but 2, 3 and 5; Triton on CUDA where n_fft is a power
+        of two from 64 to 2048, hop_length at most 2 n_fft, and wav not float64; plain PyTorch elsewhere, where n_fft
+        has a prime factor above 64 on the CPU, and under ``torch.export``.
 
     Source:
         Niizumi et al., arXiv:2103.06695, section IV.
