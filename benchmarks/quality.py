@@ -112,7 +112,7 @@ def run_baseline(name: str, csvs: dict[str, Path], results: Path) -> None:
 def run_study(
     study: Study, seed: int, config: dict[str, Any], csvs: dict[str, Path], work: Path, results: Path
 ) -> bool:
-    """Train what is left of a run, score the encoders it kept, and write its JSON file after each.
+    """Score what a run has kept, train what is left of it, score the rest; its JSON file is written after each.
 
     Without tasks it trains alone: on a machine that has a GPU and no tasks, say. The folder of the run, its log and the
     encoders that it kept, is all that scoring needs elsewhere.
@@ -120,27 +120,31 @@ def run_study(
     Returns:
         Whether the run is complete; False where another process is at it.
     """
+    out, settings = work / "runs" / f"{study.name}-{seed}", COMMON | dict(study.settings) | config
     path = results / f"{study.name}-{seed}.json"
+    if _score_kept(study, seed, settings, csvs, out, path):
+        return True
+    ended = _train(study, seed, settings, out)
+    return ended and (not csvs or _score_kept(study, seed, settings, csvs, out, path))
+
+
+def _score_kept(
+    study: Study, seed: int, settings: dict[str, Any], csvs: dict[str, Path], out: Path, path: Path
+) -> bool:
+    """Score what a run has kept so far and has no score yet; return whether all of it has one."""
     curve = json.loads(path.read_text())["curve"] if path.exists() else []
-    marks = list(study.scored)
-    if [point["step"] for point in curve] == marks:
-        return True
-    out = work / "runs" / f"{study.name}-{seed}"
-    settings = COMMON | dict(study.settings) | config
-    if not _train(study, seed, settings, out):
-        return False
-    if not csvs:
-        return True
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    for step in marks:
-        if step in [point["step"] for point in curve]:
+    scored = {point["step"] for point in curve}
+    for step in study.scored if csvs else ():
+        weights = out / f"encoder-{step}.pth"
+        if step in scored or not weights.exists():
             continue
-        scores = score(csvs, weights=str(out / f"encoder-{step}.pth"), seeds=1)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        scores = score(csvs, weights=str(weights), seeds=1)
         curve.append(_point(step, lines, settings["batch_size"]) | {"scores": scores, "mean": mean(scores)})
         content = {"name": study.name, "seed": seed, "steps": study.steps, "settings": _plain(settings), "curve": curve}
         _write(path, content | {"versions": versions(), "machine": machine()})
         print(f"{study.name}-{seed}, step {step}: mean {curve[-1]['mean']:.1f} %", flush=True)
-    return True
+    return {point["step"] for point in curve} == set(study.scored)
 
 
 def _train(study: Study, seed: int, settings: dict[str, Any], out: Path) -> bool:
