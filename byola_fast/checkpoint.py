@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +18,8 @@ from byola_fast.files import sync_folder
 
 WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
 SHOWN = 5  # names in a message
+ZIP = b"PK\x03\x04"  # what an archive begins with
+BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
 METADATA = "byola_fast"  # the key of a safetensors file's metadata that holds configuration and statistics, as JSON
 
@@ -49,12 +52,14 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         map_location: device that tensors go to.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, no checkpoint, or holds pickled code.
+        CheckpointError: the file is missing, empty, truncated, damaged (a checksum in it is wrong; safetensors have
+        none), no checkpoint, or holds pickled code.
     """
     path = Path(path)
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path, map_location)
     try:
+        _check_archive(path)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
@@ -175,6 +180,19 @@ def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
     return content | {name: described[name] for name in ("config", "stats") if name in described}
 
 
+def _check_archive(path: Path) -> None:
+    """Compare what a file of ``torch.save`` holds with its checksums, which ``torch.load`` does not look at."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return  # of torch before 1.6
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # 0: written without
+                with archive.open(record) as content:
+                    while content.read(BLOCK_BYTES):
+                        pass  # the end compares
+
+
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Give a file its name only when all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
@@ -211,7 +229,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         return f"holds pickled code ({code[1]}), which is refused"
     with open(path, "rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
+        is_archive = file.read(len(ZIP)) == ZIP
     if is_archive or "EOF" in str(error):
         return f"truncated or damaged ({size} bytes)"
     if isinstance(error, UnpicklingError) and re.search("operand|instruction", str(error)):

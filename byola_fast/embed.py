@@ -176,7 +176,9 @@ def load_encoder(
             settings["f_max"] = min(7800.0, rate / 2)
         try:
             to_lms = LogMel(**settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:  # the last two: of any size
             raise CheckpointError(f"{path}: config: {error}") from error
+        if not to_lms.center:
+            raise CheckpointError(f"{path}: config: expected center True, as embeddings have times, got False")
     embedder = Embedder(encoder.requires_grad_(False), stats=stats, to_lms=to_lms)
     return embedder.eval().to(torch.device("cpu" if device is None else device))

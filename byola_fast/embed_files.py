@@ -204,7 +204,10 @@ class _Parts:
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / "settings.json"
         if about.exists() and any(folder.glob("*-*.json")):
-            found = json.loads(about.read_text(encoding="utf-8"))
+            try:
+                found = dict(json.loads(about.read_bytes()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{about}: damaged: {error}; remove its folder") from error
             if other := [name for name, value in settings.items() if found.get(name) != value]:
                 raise ValueError(
                     f"{folder}: holds the work of a run that was stopped, with other {', '.join(other)}; "
@@ -263,6 +266,8 @@ class _Parts:
             for name, (begin, rows, *source) in content["clips"].items():
                 if name in files and tuple(source) == fingerprint(files[name]):
                     found[name] = Clip(path.with_suffix(".f32"), begin, rows, content["width"])
+        if len({clip.width for clip in found.values()}) > 1:
+            raise ValueError(f"{self.folder}: damaged: rows of several widths; remove it")
         return found
 
     def broken(self) -> dict[str, str]:
@@ -270,7 +275,26 @@ class _Parts:
 
     def _lists(self) -> list[tuple[Path, dict[str, Any]]]:
         paths = sorted(self.folder.glob("*-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        return [(path, content) for path in paths if (content := _read_list(path)) is not None]
+
+
+def _read_list(path: Path) -> dict[str, Any] | None:
+    """Read a list that ``_Parts`` wrote; None where it is damaged or its rows are gone, as after half a removal."""
+    try:
+        content = json.loads(path.read_bytes())
+        clips, width = content["clips"].values(), content["width"]
+        numbers = [width, *(number for clip in clips for number in clip)]
+        whole = all(type(number) is int for number in numbers) and all(len(clip) == 4 for clip in clips)
+        held = path.with_suffix(".f32").stat().st_size
+        whole = whole and all(begin >= 0 <= rows and 4 * width * (begin + rows) <= held for begin, rows, *_ in clips)
+        whole = whole and (width > 0 or not clips) and all(isinstance(x, str) for x in content["broken"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        logger.warning("%s: damaged, or its rows are gone; embedding its clips again", path)
+        path.unlink()
+        return None
+    return content
 
 
 def _write_whole(path: Path, content: dict[str, Any], rank: int) -> None:

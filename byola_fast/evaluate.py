@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -243,9 +244,12 @@ def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _
     files = [audio / name for name in task.file_names]
     path = Path(config.out) / "embeddings" / f"{_key(embedder, config, files)}.npz"
     if path.exists():
-        with np.load(path) as kept:
-            broken = dict(zip(kept["broken"].tolist(), kept["reasons"].tolist(), strict=True))
-            return _Features(kept["rows"], broken, float(kept["clips_per_sec"]))
+        try:
+            with np.load(path) as kept:
+                broken = dict(zip(kept["broken"].tolist(), kept["reasons"].tolist(), strict=True))
+                return _Features(kept["rows"], broken, float(kept["clips_per_sec"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("embedding again: %s: damaged: %s", path, error)
     rows = np.full((len(files), embedder.feature_d), np.nan, np.float32)
     broken, ended, started = {}, 0, time.monotonic()
     pieces = embed_clips(embedder, files, pad_sec=config.pad_sec, workers=config.workers)

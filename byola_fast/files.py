@@ -17,6 +17,19 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Give a file its name only when all of it is on the disk: whenever writing stops, the old one is whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def fingerprint(path: Path) -> tuple[int, int]:
     """Return the bytes and the time of the last change in ns, by which a changed file is known; zeros for none."""
     try:

@@ -21,11 +21,14 @@ def check_results(path: Path) -> None:
     """Refuse a file that lines cannot be appended to.
 
     Raises:
-        ValueError: it has other columns.
+        ValueError: it has other columns, or is no text.
     """
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file), COLUMNS)
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                columns = next(csv.reader(file), COLUMNS)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a CSV file in UTF-8: {error}; move it away or give another out") from error
         if columns != COLUMNS:
             raise ValueError(f"{path}: has other columns than this version writes; move it away or give another out")
 

@@ -73,6 +73,8 @@ class RunFolder:
             raise CheckpointError(f"{error}; give another out, or restart to replace it") from error
         if not {"model", "optimizer", "augment", "rng", "config", "step"} <= saved.keys():
             raise CheckpointError(f"{checkpoint}: nothing to go on from; give another out, or restart to replace it")
+        if not isinstance(saved["config"], Mapping) or type(saved["step"]) is not int:
+            raise CheckpointError(f"{checkpoint}: damaged; give another out, or restart to replace it")
         if told := differing_settings(saved["config"], config):
             raise ValueError(
                 f"{checkpoint}: a run with other settings ({'; '.join(told)}); give another out, the settings of that "
@@ -91,13 +93,13 @@ class RunFolder:
         path = self.path / LOG
         kept = []
         if step and path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_bytes().splitlines():
                 try:
                     line = json.loads(text)
                     if line["step"] <= step:
                         kept.append(line)
-                except (ValueError, TypeError, KeyError):
-                    continue  # cut short by a kill
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # cut short by a kill, or damaged
         self.lines = kept
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
         temporary = path.with_name(LOG + ".tmp")
@@ -247,14 +249,14 @@ class RunState(NamedTuple):
             CheckpointError: the state does not fit.
         """
         here = [{name: group[name] for name in COMPUTED} for group in self.optimizer.param_groups]
-        optimizer = dict(saved["optimizer"])
-        groups = zip(optimizer["param_groups"], here, strict=True)
-        optimizer["param_groups"] = [dict(group) | own for group, own in groups]
         try:
+            optimizer = dict(saved["optimizer"])
+            groups = zip(optimizer["param_groups"], here, strict=True)
+            optimizer["param_groups"] = [dict(group) | own for group, own in groups]
             self.learner.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(optimizer)
             self.augment.load_state_dict(saved["augment"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{CHECKPOINT}: does not fit this run: {' '.join(str(error).split())}") from error
         for group, own in zip(self.optimizer.param_groups, here, strict=True):
             group["lr"] = own["lr"]  # a CUDA graph holds this very tensor

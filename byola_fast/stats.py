@@ -14,6 +14,7 @@ from torch import Tensor
 
 from byola_fast.audio import SegmentFolder
 from byola_fast.batches import Batches, as_float, open_source
+from byola_fast.files import write_whole
 from byola_fast.frontend import FRONT_END, LogMel
 from byola_fast.normalize import compute_stats
 from byola_fast.progress import Progress
@@ -129,7 +130,7 @@ def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float)
     front_end = {name: getattr(to_lms, name) for name in FRONT_END}
     content = json.dumps(stats._asdict() | {"unit_sec": unit_sec, "front_end": front_end}, indent=1) + "\n"
     try:
-        Path(path).write_text(content, encoding="utf-8")
+        write_whole(Path(path), content.encode())
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -151,7 +152,7 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
         front_end = {"center": True} | dict(content["front_end"])  # what files that do not say so were taken with
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not a file of statistics that byola-fast stats wrote ({error})") from error
     if not math.isfinite(stats.mean) or not 0 < stats.std < math.inf:
         raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")

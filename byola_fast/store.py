@@ -102,6 +102,7 @@ class SegmentStore(_Clips):
         self._sizes = [header.samples for header in headers]
         self._checksums = [header.samples_sha256 for header in headers]
         self._descriptors = [os.open(data, os.O_RDONLY) for data in self._data]
+        self._opened = [_state(descriptor) for descriptor in self._descriptors]
         weakref.finalize(self, _close, self._descriptors)
 
     def __len__(self) -> int:
@@ -126,7 +127,8 @@ class SegmentStore(_Clips):
 
         Raises:
             IndexError: a number out of range.
-            StoreError: a broken file's number (names it), or a data file that was cut short or cannot be read.
+            StoreError: a broken file's number (names it), or a data file that was cut short, written to or cannot be
+                read.
             ValueError: ``out`` of another shape or type.
         """
         clips = torch.as_tensor(indices, dtype=torch.int64)
@@ -161,11 +163,19 @@ class SegmentStore(_Clips):
             range(0, len(content), whole),
             strict=True,
         )
+        self._check_unchanged()
         for part, begin, count, front, row in plan:
             if count < whole:
                 content[row : row + whole] = bytes(whole)
             self._read(part, content[row + front : row + front + count], begin)
         return out
+
+    def _check_unchanged(self) -> None:
+        """Refuse data files that were written to since; one that was put in a file's place does no harm."""
+        for path, descriptor, opened in zip(self._data, self._descriptors, self._opened, strict=True):
+            if (now := _state(descriptor)) != opened:
+                what = "cut short" if now < opened else "written to"
+                raise StoreError(path, f"{what} since the store was opened; verify it, or pack it again")
 
     def _read(self, part: int, content: memoryview, begin: int) -> None:
         """Fill ``content`` from a byte of a part's samples on."""
@@ -197,7 +207,7 @@ class SegmentStore(_Clips):
         """Return the whole corpus in the memory of a device: 2 bytes a sample, 115 MB an hour at 16 kHz.
 
         Raises:
-            StoreError: not enough memory there; a data file that was cut short or cannot be read.
+            StoreError: not enough memory there; a data file that was cut short, written to or cannot be read.
         """
         return DeviceStore(self, torch.device(device))
 
@@ -230,6 +240,7 @@ class DeviceStore(_Clips):
                 chunk = buffer[: size - first]
                 store._read(number, chunk.numpy().data.cast("B"), 2 * first)
                 self.samples[bases[number] + first :][: len(chunk)].copy_(chunk)
+        store._check_unchanged()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -256,6 +267,11 @@ class DeviceStore(_Clips):
 
 def _reopened(path: Path, unit_sec: float, seed: int) -> SegmentStore:
     return SegmentStore(path, unit_sec=unit_sec, seed=seed)
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def _close(descriptors: list[int]) -> None:

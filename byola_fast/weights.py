@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,8 @@ def _read_stats(content: Mapping[str, Any], path: str | Path) -> tuple[float, fl
         mean, std = (float(value) for value in given)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: stats: expected (mean, std), got {given!r}") from error
+    if not math.isfinite(mean) or not 0 <= std < math.inf:
+        raise CheckpointError(f"{path}: stats: expected (mean, std), finite, std at least 0, got {(mean, std)}")
     return mean, std
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Generator, Sequence
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +21,11 @@ from torch.utils.data import DataLoader
 MOST_WORKERS = 8
 GRACE_SEC = 30  # that a process lives on after SIGTERM, for the main process to end its step and save
 
+_END = object()
+
 _running: weakref.WeakSet[Any] = weakref.WeakSet()
+_waiting: weakref.WeakSet[Any] = weakref.WeakSet()  # for their data, at this moment
+_deaths: weakref.WeakKeyDictionary[Any, RuntimeError] = weakref.WeakKeyDictionary()  # that nobody waited for yet
 
 
 def default_workers() -> int:
@@ -47,13 +56,15 @@ def read_in_processes(dataset: Any, numbers: Sequence[int], workers: int, *, pin
         num_workers=workers,
         collate_fn=_same,
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=partial(_begin, os.getpid()),
         generator=torch.Generator(),  # seeds workers: no draw that matters may share it
     )
     iterator = iter(loader)
     _running.add(iterator)
+    _leave_deaths_to_reading()
     try:
-        yield from iterator
+        while (item := _next(iterator)) is not _END:
+            yield item
     except RuntimeError as error:
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
@@ -75,12 +86,62 @@ def _end_all() -> None:
         _end(iterator)
 
 
+def _next(iterator: Any) -> Any:
+    """Return the next item, or ``_END``; raise what is known of a killed process."""
+    if iterator in _deaths:
+        raise _deaths.pop(iterator)
+    _waiting.add(iterator)
+    try:
+        return next(iterator, _END)
+    finally:
+        _waiting.discard(iterator)
+
+
+def _leave_deaths_to_reading() -> None:
+    """Have a killed process raise where its data are waited for, and not wherever the main thread is.
+
+    That is what torch's handler of SIGCHLD does, also in the middle of a step or a save, which would be taken for a
+    failure of that.
+    """
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(torchs) or hasattr(torchs, "ours"):
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            killed = re.search(r"worker \(pid (\d+)\)", str(error))
+            pid = int(killed[1]) if killed else None
+            for iterator in list(_running):
+                own = [process.pid for process in getattr(iterator, "_workers", ())]
+                if pid in own and iterator not in _waiting:
+                    _deaths[iterator] = error
+                    return
+            raise
+
+    handler.ours = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handler)
+
+
 def _same(item: Any) -> Any:
     return item
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process: terminals and job schedulers send them to every process."""
+def _begin(main: int, _worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which they reach too, and end with it, whatever ends it.
+
+    torch's workers look for their parent as well, but then wait for it to take what they have read.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SEC))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    forked = multiprocessing.get_start_method() == "fork"
+    parent = main if forked else os.getppid()  # or a server of forks, which ends with the main process
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

@@ -94,6 +94,7 @@ Tensor augment_views_out_cpu(
   BYOLA_CHECK(lam.numel() == 2 * batch && bank_index.numel() == 2 * batch && crop.numel() == 8 * batch &&
                   fader.numel() == 4 * batch && rng.numel() == 2, "parameters: expected two views of B samples");
   const Sizes size{out.size(2), out.size(3)};
+  BYOLA_CHECK(fits(size, canvas, mels, frames), kFits);
   const int64_t elements = size[0] * size[1];
   const Mixup mixup = parse_mixup(mixup_name);
   const PreNorm norm = pre_norm(stats);

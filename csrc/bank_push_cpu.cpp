@@ -35,10 +35,12 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
   const Spectrograms source(x, "x");
   BYOLA_CHECK(rows.dim() == 3 && rows.is_contiguous(), "rows: expected a contiguous (N, F, T) tensor");
   BYOLA_CHECK(rows.size(1) == source.mels && rows.size(2) == source.frames, "x: expected the rows' (F, T)");
-  BYOLA_CHECK(cursor.scalar_type() == ScalarType::Long && cursor.numel() == 3, "cursor: expected three int64");
+  BYOLA_CHECK(cursor.scalar_type() == ScalarType::Long && cursor.numel() == 3 && cursor.is_contiguous(),
+              "cursor: expected three int64, contiguous");
   const PreNorm norm = pre_norm(stats);
   const int64_t n_memory = rows.size(0), batch = source.count, elements = source.mels * source.frames;
   int64_t* state = mutable_data<int64_t>(cursor);
+  const int64_t next = (state[0] % n_memory + n_memory) % n_memory;  // of whatever a damaged checkpoint held
   with_float_type(x.scalar_type(), "x", [&](auto source_kind) {
     with_float_type(rows.scalar_type(), "rows", [&](auto row_kind) {
       using S = decltype(source_kind);
@@ -48,11 +50,11 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
       int64_t written = 0;
       for (int64_t b = 0; b < batch; ++b) {
         if (!write_row<S>(source, b, norm, staged.data())) continue;
-        R* target = mutable_data<R>(rows) + (state[0] + written) % n_memory * elements;
+        R* target = mutable_data<R>(rows) + (next + written) % n_memory * elements;
         std::memcpy(static_cast<void*>(target), staged.data(), elements * sizeof(R));
         ++written;
       }
-      state[0] = (state[0] + written) % n_memory;
+      state[0] = (next + written) % n_memory;
       state[1] = std::min(state[1] + written, n_memory);
       state[2] += batch - written;
     });

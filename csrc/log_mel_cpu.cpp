@@ -185,8 +185,9 @@ Tensor log_mel_cpu(
     LogMel<Vector<S>> call;
     const Tensor bank = as_contiguous<Real>(filter_bank), shape = as_contiguous<Real>(window);
     call.plan = Plan<Vector<S>>::of(n_fft);
-    call.samples = samples, call.frames = frames, call.hop = hop_length, call.pad = pad;
-    call.rows = std::min(hop_length, n_fft), call.mels = mels, call.bins = bins, call.low = low, call.high = high;
+    call.samples = samples, call.frames = frames, call.pad = pad;
+    call.hop = std::min(hop_length, samples + 2 * pad);  // a longer one gives a single frame, as this does
+    call.rows = std::min(call.hop, n_fft), call.mels = mels, call.bins = bins, call.low = low, call.high = high;
     call.window.assign(2 * call.plan->fft.length, Real(0));
     const Real scale = Real(call.plan->halved ? 0.5 : 1.0) * Real(whole ? 0x1p-15 : 1.0);
     for (int64_t k = 0, start = (n_fft - shape.numel()) / 2; k < shape.numel(); ++k)

@@ -9,6 +9,13 @@
 namespace byola {
 
 constexpr int kMaxTaps = 4;
+constexpr const char* kFits = "size, canvas: expected at least 1 and the input's (F, T), and fewer than 2^31";
+
+// Along an axis all is counted in int32; a canvas holds the input.
+inline bool fits(const std::vector<int64_t>& size, const std::vector<int64_t>& canvas, int64_t mels, int64_t frames) {
+  const auto within = [](int64_t n, int64_t least) { return n >= std::max<int64_t>(least, 1) && n < int64_t(1) << 31; };
+  return within(size[0], 1) && within(size[1], 1) && within(canvas[0], mels) && within(canvas[1], frames);
+}
 
 struct Box {
   int64_t start, extent;  // of a crop, along one axis of the canvas

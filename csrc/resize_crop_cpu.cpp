@@ -21,6 +21,7 @@ Tensor resize_crop_cpu(
   const bool bicubic = is_bicubic(interpolation);
   const Tensor boxes = as_contiguous<int64_t>(crop);
   BYOLA_CHECK(boxes.numel() == 4 * source.count, "crop: expected shape (B, 4)");
+  BYOLA_CHECK(fits(size, canvas, source.mels, source.frames), kFits);
   Tensor y = torch::stable::new_empty(x, {source.count, size[0], size[1]});
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
@@ -51,6 +52,7 @@ Tensor resize_crop_backward_cpu(
   const bool bicubic = is_bicubic(interpolation);
   const Tensor boxes = as_contiguous<int64_t>(crop);
   BYOLA_CHECK(boxes.numel() == 4 * source.count, "crop: expected shape (B, 4)");
+  BYOLA_CHECK(fits({source.mels, source.frames}, canvas, input_size[0], input_size[1]), kFits);
   const int64_t mels = input_size[0], frames = input_size[1];
   Tensor to_x = torch::stable::new_empty(grad, {source.count, mels, frames});
   with_float_type(grad.scalar_type(), "grad", [&](auto kind) {

@@ -83,6 +83,11 @@ CALLS = {
         RuntimeError,
         "log_mixup_exp: gives no gradient to lam",
     ),
+    "a cursor with gaps": (
+        lambda: ops.bank_push_(X.clone(), torch.zeros(6, dtype=torch.int64)[::2], X),
+        ValueError,
+        "cursor: expected a contiguous tensor",
+    ),
     "float crop": (lambda: ops.resize_crop(X, CROP.float()), TypeError, "crop: expected int32 or int64"),
     "crop of three": (lambda: ops.resize_crop(X, CROP[:, :3]), ValueError, "crop: expected shape (3, 4), got (3, 3)"),
     "crop too wide": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,10 @@ def test_folds_seeds_and_baselines(fold_task, tmp_path, weights, monkeypatch):
     assert kept.by_seed == random.by_seed
     with pytest.raises(pytest.fail.Exception):
         evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights, pad_sec=2.0)
+    for path in (tmp_path / "out" / "embeddings").glob("*.npz"):
+        os.truncate(path, 300)
+    with pytest.raises(pytest.fail.Exception):  # damaged ones are made anew
+        evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
 
 
 def test_multi_label(tmp_path):

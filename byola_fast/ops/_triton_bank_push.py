@@ -60,7 +60,7 @@ def bank_push_kernel(
         before += tl.where(n < sample, flag, 0)
     place = tl.sum(before)
     total = tl.sum(count)
-    next_row = tl.load(cursor)
+    next_row = (tl.load(cursor) % n_memory + n_memory) % n_memory  # of whatever a damaged checkpoint held
     filled = tl.load(cursor + 1)
     refused = tl.load(cursor + 2)
     tl.debug_barrier()  # every warp has read the cursor

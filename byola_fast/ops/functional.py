@@ -14,6 +14,7 @@ from byola_fast.ops.reference import SIZE_SHIFT
 
 VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
 MAX_ROWS = 2**24  # partners are chosen with 24-bit draws
+MAX_SIDE = 2**31 - 1  # of a canvas or an output: kernels count along an axis in int32
 
 
 def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
@@ -73,7 +74,10 @@ def canvas_size(mels: int, frames: int, scale: Sequence[float] = VIRTUAL_CROP_SC
     """
     if len(scale) != 2 or not all(1 <= s < math.inf for s in scale):
         raise ValueError(f"virtual_crop_scale: expected two finite factors (mels, frames) of at least 1, got {scale}")
-    return int(mels * scale[0]), int(frames * scale[1])
+    canvas = int(mels * scale[0]), int(frames * scale[1])
+    if max(canvas) > MAX_SIDE:
+        raise ValueError(f"virtual_crop_scale: expected a canvas of fewer than 2^31 mels and frames, got {canvas}")
+    return canvas
 
 
 def resize_crop(
@@ -148,6 +152,8 @@ def pair(name: str, value: Sequence[int], least: tuple[int, int]) -> tuple[int, 
     """Return two integers (mels, frames), each at least what is asked."""
     if not isinstance(value, Sequence) or len(value) != 2 or not all(v >= n for v, n in zip(value, least, strict=True)):
         raise ValueError(f"{name}: expected (mels, frames) of at least {least}, got {value!r}")
+    if not all(v <= MAX_SIDE for v in value):
+        raise ValueError(f"{name}: expected fewer than 2^31 mels and frames, got {value!r}")
     return value[0], value[1]
 
 
@@ -411,7 +417,7 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
         stats: mean and std of the pre-normalisation; None for none.
 
     Shape:
-        rows ``(N, F, T)`` contiguous, cursor ``(3,)``, x ``(B, F, T)`` with any strides, stats ``(2,)``.
+        rows ``(N, F, T)`` and cursor ``(3,)`` contiguous, x ``(B, F, T)`` with any strides, stats ``(2,)``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.
@@ -428,6 +434,8 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
         raise ValueError(f"rows: expected 1 to 2^24 rows, contiguous, got {tuple(rows.shape)}, {rows.stride()}")
     check.is_integer("cursor", cursor)
     check.has_shape("cursor", cursor, (3,))
+    if not cursor.is_contiguous():  # kernels write to it
+        raise ValueError(f"cursor: expected a contiguous tensor, got strides {cursor.stride()}")
     check.is_float("x", x)
     check.has_shape("x", x, ("B", *rows.shape[1:]))
     for name, tensor in (("cursor", cursor), ("x", x), ("stats", stats)):

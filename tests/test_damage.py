@@ -1,0 +1,232 @@
+"""Files that were damaged, and processes that were killed: what fuzzing and fault injection once found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from byola_fast import AudioNTT2020, LogMel, embed_files, load_encoder
+from byola_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
+from byola_fast.embed_files import EmbedConfig, run_embed
+from byola_fast.pack import pack
+from byola_fast.parts import StoreError
+from byola_fast.pretrain_config import PretrainConfig
+from byola_fast.results import check_results
+from byola_fast.run_folder import RunFolder
+from byola_fast.stats import Stats, read_stats, write_stats
+from byola_fast.store import SegmentStore
+from byola_fast.weights import describe_encoder
+from byola_fast.workers import read_in_processes
+
+RATE = 16000
+
+
+def write_encoder(path, **changes):
+    encoder = AudioNTT2020(n_mels=16, d=4)
+    config = describe_encoder(encoder, LogMel(n_mels=16)) | changes.pop("config", {})
+    save_encoder(path, encoder, config=config, **{"stats": (-7.1, 4.2)} | changes)
+    return path
+
+
+def test_a_flipped_bit_of_a_weight_is_found(tmp_path):
+    """``torch.load`` gives wrong weights without a word."""
+    path = tmp_path / "a.pt"
+    weight = torch.arange(1000.0)
+    save_checkpoint(path, {"weight": weight})
+    content = bytearray(path.read_bytes())
+    content[content.find(weight.numpy().tobytes()) + 2001] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pt: truncated or damaged"):
+        load_checkpoint(path)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"weight": torch.ones(3)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(tmp_path / "a.pt")["weight"].sum() == 3
+
+
+@pytest.mark.parametrize("stats", [(math.nan, 1.0), (0.0, math.inf), (0.0, -1.0)])
+def test_statistics_out_of_range_name_their_file(tmp_path, stats):
+    with pytest.raises(CheckpointError, match=r"a\.pth: stats: expected \(mean, std\), finite"):
+        load_encoder(write_encoder(tmp_path / "a.pth", stats=stats))
+
+
+@pytest.mark.parametrize("changed", [{"center": False}, {"n_fft": 2**60}, {"hop_length": "x"}])
+def test_a_front_end_that_cannot_be_names_its_file(tmp_path, changed):
+    with pytest.raises(CheckpointError, match=r"a\.pth: config: "):
+        load_encoder(write_encoder(tmp_path / "a.pth", config=changed))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "[" * 100_000])
+def test_statistics_that_are_no_numbers(tmp_path, value):
+    (tmp_path / "s.json").write_text(f'{{"mean": 1, "std": 2, "front_end": {{}}, "segments": {value}}}')
+    with pytest.raises(ValueError, match=r"s\.json: not a file of statistics"):
+        read_stats(tmp_path / "s.json")
+
+
+def test_statistics_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    write_stats(path, Stats(1.0, 2.0, 3), LogMel(), 0.95)
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"s\.json: cannot be written: No space left"):
+        write_stats(path, Stats(4.0, 5.0, 6), LogMel(), 0.95)
+    assert read_stats(path) == Stats(1.0, 2.0, 3)
+    assert os.listdir(tmp_path) == ["s.json"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'"' + b"x" * 200_000])
+def test_results_that_are_no_text_are_named(tmp_path, content):
+    (tmp_path / "results.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"results\.csv: not a CSV file in UTF-8"):
+        check_results(tmp_path / "results.csv")
+
+
+def test_a_damaged_line_of_a_log_is_left_out(tmp_path):
+    good = [json.dumps({"step": step}).encode() for step in (1, 2)]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([good[0], b'{"step\xff": 1}', b"[" * 100_000, b"7", good[1], b""]))
+    run = RunFolder(tmp_path)
+    run.begin(5, PretrainConfig(tensorboard=False))
+    run.close()
+    assert [line["step"] for line in run.lines] == [1, 2]
+
+
+@pytest.mark.parametrize("changed", [{"config": 3}, {"step": "x"}, {"optimizer": 3}])
+def test_a_checkpoint_of_other_types_is_refused(tmp_path, changed):
+    content = {"model": {}, "optimizer": {}, "augment": {}, "rng": [], "config": {}, "step": 1}
+    save_checkpoint(tmp_path / "checkpoint.pt", content | changed)
+    run = RunFolder(tmp_path)
+    if "optimizer" in changed:
+        from byola_fast.run_folder import RunState
+
+        one = torch.nn.Linear(1, 1)
+        state = RunState(None, one, torch.optim.Adam(one.parameters()), one)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="does not fit this run"):
+            state.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
+        return
+    with pytest.raises(CheckpointError, match="damaged; give another out"):
+        run.open(PretrainConfig())
+    run.close()
+
+
+# embeddings
+
+
+@pytest.mark.parametrize("damage", ["rows gone", "rows cut short", "no JSON", "a list", "numbers", "deep"])
+def test_a_damaged_list_is_done_again(tmp_path, damage):
+    """As after a kill while the folder of a finished run was being removed: it stopped every run after it."""
+    (tmp_path / "audio").mkdir()
+    for number in range(3):
+        soundfile.write(
+            tmp_path / "audio" / f"{number}.wav", 0.1 * np.random.default_rng(number).standard_normal(4000), RATE
+        )
+    config = EmbedConfig(
+        str(write_encoder(tmp_path / "a.pth")), [str(tmp_path / "audio")], str(tmp_path / "e.npy"), workers=0
+    )
+    run_embed(config)
+    wanted = np.load(tmp_path / "e.npy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed_files.shutil, "rmtree", lambda _folder: None)
+        run_embed(config)
+    path = tmp_path / "e.npy.parts" / "0-0.json"
+    rows, content = path.with_suffix(".f32"), json.loads(path.read_text())
+    if damage == "rows gone":
+        rows.unlink()
+    elif damage == "rows cut short":
+        os.truncate(rows, 20)
+    else:
+        content["clips"]["1.wav"][1] = 1 << 70
+        texts = {"no JSON": "\0", "a list": "[1]", "numbers": json.dumps(content), "deep": "[" * 100_000}
+        path.write_text(texts[damage])
+    (tmp_path / "e.npy").unlink()
+    assert run_embed(config).resumed == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "e.npy"), wanted)
+    assert not path.parent.exists()
+
+
+# a store
+
+
+@pytest.mark.parametrize("change", ["cut short", "written to"])
+def test_a_store_that_changes_under_a_run_is_an_error(tmp_path, change):
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", np.full(RATE, 0.1), RATE)
+    pack(tmp_path / "audio", tmp_path / "store", workers=0)
+    store = SegmentStore(tmp_path / "store", unit_sec=0.1)
+    store.gather([0], 0)
+    data = next((tmp_path / "store").glob("*.int16"))
+    if change == "cut short":
+        os.truncate(data, 1000)
+    else:
+        with open(data, "r+b") as file:
+            file.write(b"x")
+        os.utime(data)
+    for read in (lambda: store.gather([0], 0), lambda: store.to_device("cpu")):
+        with pytest.raises(StoreError, match=rf"{change} since the store was opened"):
+            read()
+
+
+# processes
+
+
+class Slow:
+    def __getitem__(self, number):
+        return os.getpid()
+
+
+@pytest.mark.parametrize("number", [3, 100])
+def test_a_killed_process_raises_where_its_data_are_waited_for(number):
+    """And not in the middle of whatever the caller is doing: torch's handler of SIGCHLD did."""
+    reading = read_in_processes(Slow(), range(number), 1)
+    os.kill(next(reading), signal.SIGKILL)
+    deadline, saved = time.monotonic() + 0.5, 0
+    while time.monotonic() < deadline:
+        saved += 1  # a save that must not be torn
+    with pytest.raises(ChildProcessError, match="a process that reads audio was killed"):
+        list(reading)
+    assert saved
+
+
+class Large:
+    """More than a pipe holds, so that whoever sends it waits to be heard."""
+
+    def __getitem__(self, number):
+        return np.zeros(1 << 20)
+
+
+def test_processes_end_with_a_parent_that_was_killed():
+    """They waited for ever for somebody to take what they had read, with its locks in their hands."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        next(read_in_processes(Large(), range(100), 2))  # they go on reading ahead
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    os.waitpid(child, 0)
+    os.set_blocking(reader, False)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            assert os.read(reader, 1) == b""  # the last process that held the other end is gone
+            break
+        except BlockingIOError:
+            time.sleep(0.05)
+    else:
+        pytest.fail("processes outlived their parent by 30 s")
+    os.close(reader)
