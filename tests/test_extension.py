@@ -66,6 +66,17 @@ def test_a_build_is_announced_timed_and_cached(tiny, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_folders_with_a_space_and_beyond_ascii(tiny, tmp_path, monkeypatch):
+    environment = tmp_path / "an environment ü"
+    environment.symlink_to(sys.prefix)
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "a cache é"))
+    python = environment / Path(sys.executable).relative_to(sys.prefix)
+    code = "import torch; assert 'ment ü' in torch.__file__, torch.__file__" + PREPARE
+    done = subprocess.run([python, "-c", code, str(tiny)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).exists()
+
+
 def test_two_processes_that_start_together_build_once(tiny):
     command = [sys.executable, "-c", PREPARE, str(tiny)]
     together = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -185,7 +185,10 @@ def _build(folder: Path, language: str, arguments: dict[str, Any], environment: 
     """Build in a process of its own: loading is part of ``load``, and here the stubs must make room first."""
     (folder / "lock").unlink(missing_ok=True)  # torch's own, which some versions wait for although its owner is dead
     arguments = arguments | {"build_directory": str(folder)}
-    code = "import json, sys; from torch.utils.cpp_extension import load; load(**json.loads(sys.argv[1]))"
+    code = (  # torch quotes all paths but this one, which has a space where the environment's folder has one
+        "import json, shlex, sys; from torch.utils import cpp_extension as torchs; "
+        "torchs.TORCH_LIB_PATH = shlex.quote(torchs.TORCH_LIB_PATH); torchs.load(**json.loads(sys.argv[1]))"
+    )
     started = time.perf_counter()
     told = f"byola_fast: compiling the {language} kernels for this machine, once, into {folder}"
     print(told, file=sys.stderr, flush=True)
