@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import soundfile
 import torch
@@ -35,6 +36,7 @@ from benchmarks.quality_runs import AUDIOSET, COMMON, STUDIES, Study
 from byola_fast.audio import read_audio
 from byola_fast.checkpoint import CheckpointError
 from byola_fast.evaluate import EvalConfig, run_eval
+from byola_fast.files import as_text, write_whole
 from byola_fast.pack import pack
 from byola_fast.pretrain import pretrain
 from byola_fast.pretrain_config import PretrainConfig
@@ -70,13 +72,14 @@ def prepare_task(tasks: Path, name: str, work: Path) -> Path:
         decoded = made.parent / "audio" / row["file_name"]
         decoded.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(decoded, read_audio(source, SAMPLE_RATE).numpy(), SAMPLE_RATE, subtype="PCM_16")
-    temporary = made.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, made)
+    write_whole(made, as_text(lambda file: _write_rows(file, rows)), writer=f".{os.getpid()}")
     return made
+
+
+def _write_rows(file: IO[str], rows: list[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def score(csvs: dict[str, Path], **how: Any) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def _train(study: Study, seed: int, settings: dict[str, Any], out: Path) -> bool
     try:
         ended = pretrain(PretrainConfig(out=str(out), steps=study.steps, seed=seed, **more, **settings))
     except CheckpointError as error:
-        if "another run" not in str(error):
+        if getattr(error.__cause__, "errno", None) != errno.EBUSY:
             raise
         logger.warning("%s", error)
         return False
@@ -188,9 +191,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()), writer=f".{os.getpid()}")
 
 
 def _chosen(only: list[str], seeds: list[int] | None, gpu: bool) -> Iterator[tuple[Study, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from byola_fast.files import sync_folder
+from byola_fast.files import write_whole
 
 WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
 SHOWN = 5  # names in a message
@@ -40,7 +39,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file could not be written (disk full, no permission); an older one is unchanged.
     """
-    _write_whole(Path(path), lambda file: torch.save(dict(content), file))
+    _write(Path(path), lambda file: torch.save(dict(content), file))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -98,7 +97,7 @@ def save_encoder(
             metadata = {METADATA: json.dumps(described)}
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
-        _write_whole(path, lambda file: file.write(save(weights, metadata)))
+        _write(path, lambda file: file.write(save(weights, metadata)))
     else:
         raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors, which chooses the format")
 
@@ -193,22 +192,13 @@ def _check_archive(path: Path) -> None:
                         pass  # the end compares
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Give a file its name only when all of it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a write fails inside its own code
         kept = "; the file of that name is unchanged" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

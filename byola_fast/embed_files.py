@@ -19,7 +19,7 @@ import torch
 from byola_fast.audio import list_audio_files
 from byola_fast.clips import BATCH_SEC, embed_clips
 from byola_fast.embed import Embedder, load_encoder
-from byola_fast.files import fingerprint
+from byola_fast.files import fingerprint, write_whole
 from byola_fast.host import keep_freed_memory
 from byola_fast.parts import data_checksum
 from byola_fast.progress import Progress
@@ -213,7 +213,7 @@ class _Parts:
                     f"{folder}: holds the work of a run that was stopped, with other {', '.join(other)}; "
                     "run that again, remove the folder, or give another out"
                 )
-        _write_whole(about, settings, rank)
+        _write_json(about, settings, rank)
         for orphan in folder.glob(f"{rank}-*.f32"):
             if not orphan.with_suffix(".json").exists():
                 orphan.unlink()
@@ -257,7 +257,7 @@ class _Parts:
         if self._content["clips"] or self._content["broken"]:
             self._file.flush()
             os.fsync(self._file.fileno())
-            _write_whole(self._path.with_suffix(".json"), self._content, self.rank)
+            _write_json(self._path.with_suffix(".json"), self._content, self.rank)
 
     def clips(self, files: dict[str, Path]) -> dict[str, Clip]:
         """Return where the rows of each clip lie, of clips whose files have not changed since."""
@@ -297,13 +297,8 @@ def _read_list(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _write_whole(path: Path, content: dict[str, Any], rank: int) -> None:
-    temporary = path.with_name(f"{path.name}.{rank}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_json(path: Path, content: dict[str, Any], rank: int) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content).encode()), writer=f".{rank}")
 
 
 class _Ranks:

@@ -24,6 +24,7 @@ from byola_fast.clips import MelStats, embed_clips
 from byola_fast.embed import Embedder
 from byola_fast.embed_files import DTYPES, open_encoder
 from byola_fast.encoders import make_encoder
+from byola_fast.files import write_whole
 from byola_fast.frontend import FRONT_END
 from byola_fast.host import keep_freed_memory
 from byola_fast.parts import data_checksum
@@ -264,10 +265,8 @@ def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _
             progress.show(ended, f"{ended / (time.monotonic() - started + 1e-9):.0f} clips/s", len(files))
     speed = ended / (time.monotonic() - started)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, rows=rows, broken=list(broken), reasons=list(broken.values()), clips_per_sec=speed)
-    os.replace(temporary, path)
+    content: dict[str, Any] = {"broken": list(broken), "reasons": list(broken.values()), "clips_per_sec": speed}
+    write_whole(path, lambda file: np.savez(file, rows=rows, **content), writer=f".{os.getpid()}")
     return _Features(rows, broken, speed)
 
 

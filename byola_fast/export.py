@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from byola_fast.checkpoint import CheckpointError
 from byola_fast.embed import Embedder
 from byola_fast.embed_files import open_encoder
+from byola_fast.files import write_whole
 
 logger = logging.getLogger("byola_fast")
 
@@ -86,24 +87,15 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
     network = _Face(embedder, frames).eval()
     example = torch.zeros(2, max(embedder.sample_rate, shortest + 1))
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)},)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own parts
+        program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=False)
+        content = _as_pt2(program, about) if path.suffix == ".pt2" else _as_onnx(program, about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write(content))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own parts
-            program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=False)
-            if path.suffix == ".pt2":
-                torch.export.save(program, temporary, extra_files={"byola_fast.json": json.dumps(about)})
-            else:
-                _write_onnx(program, temporary, about)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -139,7 +131,13 @@ class _Face(nn.Module):
         return answer.frames if self.frames else answer
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"byola_fast.json": json.dumps(about)})
+    return file.getvalue()
+
+
+def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -148,7 +146,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     made.model.metadata_props.update({name: str(value) for name, value in about.items()})
-    made.save(str(path), external_data=False)
+    content: bytes = made.model_proto.SerializeToString()
+    return content
 
 
 def _difference(embedder: Embedder, path: Path, frames: bool) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 
 from byola_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
 from byola_fast.distributed import World
+from byola_fast.files import write_whole
 from byola_fast.pretrain_config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
@@ -102,15 +103,12 @@ class RunFolder:
                     continue  # cut short by a kill, or damaged
         self.lines = kept
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-        temporary = path.with_name(LOG + ".tmp")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            write_whole(path, lambda file: file.write(content))
             noted = json.loads(json.dumps(asdict(config) | {"resume": False, "restart": False}))  # tuples become lists
             self.path.joinpath(CONFIG).write_text(yaml.safe_dump(noted, sort_keys=False), encoding="utf-8")
             self._log = os.open(path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._size = len(content)
         if config.tensorboard:

@@ -130,7 +130,7 @@ def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float)
     front_end = {name: getattr(to_lms, name) for name in FRONT_END}
     content = json.dumps(stats._asdict() | {"unit_sec": unit_sec, "front_end": front_end}, indent=1) + "\n"
     try:
-        write_whole(Path(path), content.encode())
+        write_whole(Path(path), lambda file: file.write(content.encode()))
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from byola_fast.files import as_text, write_whole
 
 BLOCK_ROWS = 4096  # copied at a time
 FORMATS = (".npz", ".npy", ".csv")
@@ -45,24 +46,13 @@ def write_table(
         period_ms: time from one frame to the next.
         first_ms: time of the first frame; None where there is one row for each clip.
     """
-    temporary = out.with_name(f"{out.name}.tmp")
     if out.suffix == ".npy":
-        _whole(out.with_name(f"{out.name}.names.csv"), lambda file: _write_names(file, clips))
-        with open(temporary, "wb") as raw:
-            _write_rows(raw, clips)
+        write_whole(out.with_name(f"{out.name}.names.csv"), as_text(lambda file: _write_names(file, clips)))
+        write_whole(out, lambda file: _write_rows(file, clips))
     elif out.suffix == ".npz":
-        _write_npz(temporary, clips, period_ms, first_ms)
+        write_whole(out, lambda file: _write_npz(file, clips, period_ms, first_ms))
     else:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            _write_csv(file, clips, period_ms, first_ms)
-    os.replace(temporary, out)
-
-
-def _whole(path: Path, write: Callable[[IO[str]], None]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        write(file)
-    os.replace(temporary, path)
+        write_whole(out, as_text(lambda file: _write_csv(file, clips, period_ms, first_ms)))
 
 
 def _blocks(clip: Clip) -> Iterator[Any]:
@@ -90,7 +80,7 @@ def _write_rows(file: IO[bytes], clips: Sequence[tuple[str, Clip]]) -> None:
             file.write(block.astype("<f4").tobytes())
 
 
-def _write_npz(path: Path, clips: Sequence[tuple[str, Clip]], period_ms: float, first_ms: float | None) -> None:
+def _write_npz(file: IO[bytes], clips: Sequence[tuple[str, Clip]], period_ms: float, first_ms: float | None) -> None:
     import numpy as np
 
     small: dict[str, Any] = {"file_names": np.array([name for name, _clip in clips])}
@@ -98,7 +88,7 @@ def _write_npz(path: Path, clips: Sequence[tuple[str, Clip]], period_ms: float, 
         counts = [clip.rows for _name, clip in clips]
         small["offsets"] = np.cumsum([0, *counts])
         small["timestamps_ms"] = np.concatenate([first_ms + period_ms * np.arange(count) for count in counts])
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         for name, array in small.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -95,8 +96,10 @@ def test_what_needs_a_gpu_is_left_out_without_one():
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeypatch):
+    busy_error = OSError(errno.EBUSY, "another run is writing there")
+
     def busy(config):
-        raise quality.CheckpointError(f"{config.out}: cannot be written: another run is writing there")
+        raise quality.CheckpointError(f"{config.out}: cannot be written: another run is writing there") from busy_error
 
     monkeypatch.setattr(quality, "pretrain", busy)
     assert study("--only", "simclr") == 1
