@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast import ops
+from byola_fast.gather import concat_ranks
 from byola_fast.memory_bank import MemoryBank
 from byola_fast.normalize import RunningStats, batch_stats, given_stats
 from byola_fast.ops import _checks as check
@@ -214,12 +215,9 @@ class Augment(nn.Module):
         distributed = torch.distributed
         if not (self.sync and distributed.is_available() and distributed.is_initialized()):
             return 0, None
-        world = distributed.get_world_size()
-        if world == 1:
+        if distributed.get_world_size() == 1:
             return 0, None
-        pool = x.new_empty(world * x.shape[0], *x.shape[1:])
-        distributed.all_gather_into_tensor(pool, x.detach().contiguous())
-        return distributed.get_rank(), pool
+        return distributed.get_rank(), concat_ranks(x)
 
     def extra_repr(self) -> str:
         return f"{self.settings}, post_norm={self.post_norm}"
@@ -324,10 +322,7 @@ def _make_views(
 
 def _gather_sums(sums: Tensor) -> Tensor:
     """Return all ranks' ``(2, B, 3)`` sums in the order of samples, so that adding them up rounds as in one process."""
-    world = torch.distributed.get_world_size()
-    gathered = sums.new_empty(world * 2, *sums.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, sums.contiguous())
-    return gathered.unflatten(0, (world, 2)).transpose(0, 1).flatten(1, 2).contiguous()
+    return concat_ranks(sums).unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The batch of all ranks together: what contrastive objectives take their negatives from."""
+"""The batch of all ranks together, with gradients (negatives of contrastive objectives) and without."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     all_gather = next(getattr(collectives, name) for name in names if hasattr(collectives, name))
     rows: Tensor = all_gather(x.contiguous(), 0, distributed.group.WORLD)
     return rows, distributed.get_rank() * x.shape[0]
+
+
+def concat_ranks(x: Tensor) -> Tensor:
+    """Return the rows of all ranks, in order and without gradients: ``(B, ...)`` to ``(world_size * B, ...)``.
+
+    torch.distributed is initialised, and every rank calls this with one shape.
+    """
+    distributed = torch.distributed
+    names = ("all_gather_single", "all_gather_into_tensor")  # since torch 2.14, and before
+    all_gather = next(getattr(distributed, name) for name in names if hasattr(distributed, name))
+    rows = x.new_empty(distributed.get_world_size() * x.shape[0], *x.shape[1:])
+    all_gather(rows, x.detach().contiguous())
+    return rows
