@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -91,7 +92,10 @@ class World:
         if self.size == 1:
             return learner
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(learner, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        names = ("forward_sync_buffers", "broadcast_buffers")  # since torch 2.14, and before
+        known = inspect.signature(DistributedDataParallel).parameters
+        settings: dict[str, Any] = {next(name for name in names if name in known): False}
+        return DistributedDataParallel(learner, devices, gradient_as_bucket_view=True, **settings)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import pickle
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def run(count: int, out: Path, function: Callable[..., Any], *args: Any) -> list
 def _run(environment: dict[str, Any], out: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # torch deprecates parts of torch.distributed
     with open(f"{out}.err", "w", buffering=1) as sys.stderr:
         try:
             out.write_bytes(pickle.dumps(function(*args)))
