@@ -1,9 +1,12 @@
 """Check and measure everything that needs a GPU, in one command: ``python -m benchmarks.gpu_check [--only STAGE...]``.
 
-Stages are independent. Each leaves OUT/STAGE.json as soon as it ends; one that fails leaves its error there and stops
-no other. Together they make OUT/gpu.json, from which README's table is made. Without a GPU this is a dry run:
-every stage does on the CPU, in miniature, what does not need one, and says what it left out; its file is marked so, and
-no table is made from it.
+Stages are independent. On a GPU each runs in a process of its own, since an illegal access or a hanging kernel takes
+all that comes after it in the same process along, and is stopped at its time limit. Each leaves OUT/STAGE.json as soon
+as it ends, or what it has so far while it runs; one that fails leaves its error there and stops no other. After each,
+OUT/gpu.json, from which README's table is made, is put together anew from all that lie in OUT, those of earlier
+commands included: stages may be run one at a time, and ``--only`` without a name runs none. Without a GPU this is a dry
+run: every stage does on the CPU, in miniature, what does not need one, and says what it left out; its file is marked
+so, and no table is made from it.
 """
 
 from __future__ import annotations
@@ -11,26 +14,43 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_stages
+from benchmarks import gpu_stages, gpu_trainer
 from benchmarks.measure import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_CUDA = "cuda or triton_kernels or triton_ema_update"
+ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # of the names of tests
 PACKAGES_OF_TESTS = ("hypothesis", "soundfile", "jsonargparse", "sklearn")  # files that need a missing one are left out
 SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # files of tests
+LIMIT_S = 180.0  # of a stage
+LIMITS_S = {"views": 240.0, "training": 300.0, "tests": 420.0, "sanitizers": 590.0}
+WORKERS = 8  # processes of tests, where pytest-xdist is here: most of their time goes to compiling kernels
+
+# What compiles longest, by the first calls that need it: in processes of their own, all at once.
+FIRST_CALLS = {
+    "two views": "byola_fast.Augment(seed=0, shape=(64, 96)).to(d)(torch.randn(256, 64, 96, device=d))",
+    "two views, bicubic": "byola_fast.augment(torch.randn(256, 64, 96, device=d), interpolation='bicubic')",
+    "log-mel": "byola_fast.LogMel().to(d)(torch.randn(256, 15200, device=d))",
+    "log-mel, int16": "byola_fast.LogMel().to(d)(torch.zeros(256, 15200, device=d, dtype=torch.int16))",
+    "log-mel, odd length": "byola_fast.LogMel().to(d)(torch.randn(3, 16001, device=d))",
+    "moving average": "byola_fast.ops.ema_update_([torch.zeros(5, device=d)], [torch.ones(5, device=d)], 0.5)",
+    "kernels of the CPU": "byola_fast.augment(torch.randn(2, 64, 96))",
+}
 
 
 @dataclass
@@ -40,11 +60,13 @@ class Context:
     Attributes:
         device: "cuda", or "cpu" in a dry run.
         out: folder of the results.
+        stage: name of the stage.
         left_out: what a stage could not do here, in words.
     """
 
     device: str
     out: Path
+    stage: str = ""
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -56,6 +78,10 @@ class Context:
         if self.dry and what not in self.left_out:
             self.left_out.append(what)
         return self.dry
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """Leave what a stage has found so far, for the case that it does not come to its end."""
+        write_stage(self, {**found, "error": "did not come to its end"})
 
 
 def environment(context: Context) -> dict[str, Any]:
@@ -76,13 +102,38 @@ def environment(context: Context) -> dict[str, Any]:
 def tests(context: Context) -> dict[str, Any]:
     """All tests that run on CUDA: those that take a device, opcheck among them, and those of the Triton kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    command += ["--collect-only"] if context.skip("running the tests on CUDA: all only collected") else ["-k", ON_CUDA]
+    if context.skip("running the tests on CUDA: all only collected"):
+        command += ["--collect-only"]
+    else:
+        command += ["-k", ON_CUDA, "--durations=20"]
+        command += ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
     missing = [name for name in PACKAGES_OF_TESTS if importlib.util.find_spec(name) is None]
     command += [f"--ignore={path.relative_to(ROOT)}" for path in files_that_import(missing)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420)
-    (context.out / "tests.log").write_text(done.stdout + done.stderr)
-    summary = [line for line in done.stdout.splitlines() if line.strip()][-1:]
-    return {"returncode": done.returncode, "summary": summary[0] if summary else "", "missing_packages": missing}
+    return {**_logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20), "missing_packages": missing}
+
+
+def _logged(command: list[str], log: Path, limit_s: float, **environment: str) -> dict[str, Any]:
+    """Run a command into a log, which holds what there is of it if it takes too long; return code and last line."""
+    with open(log, "wb") as file:
+        to_log: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        code = _wait(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **to_log), limit_s)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    found: dict[str, Any] = {"returncode": 124 if code is None else code, "summary": lines[-1] if lines else ""}
+    return found if code is not None else found | {"stopped_after_s": limit_s}
+
+
+def _wait(process: subprocess.Popen[Any], limit_s: float) -> int | None:
+    """Return the exit code of a process that leads a session, or None where it took too long; all of it is ended."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # at the first it ends sessions of its own
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
 
 
 def files_that_import(names: Sequence[str]) -> list[Path]:
@@ -98,55 +149,135 @@ def files_that_import(names: Sequence[str]) -> list[Path]:
         found |= more
 
 
+def compilation(context: Context) -> dict[str, Any]:
+    """Seconds of first calls, compilation included, all at once; later stages find the kernels on the disk."""
+    if context.skip("first calls of the kernels: compilation for a GPU"):
+        return {}
+    code = "import time, torch, byola_fast\nd = 'cuda'\ntorch.zeros(1, device=d)\nbegun = time.perf_counter()\n"
+    end = "\ntorch.cuda.synchronize()\nprint(f'seconds {time.perf_counter() - begun:.1f}')"
+    logs = {name: context.out / f"compilation-{number}.log" for number, name in enumerate(FIRST_CALLS)}
+    processes = {}
+    for name, call in FIRST_CALLS.items():
+        with open(logs[name], "wb") as file:
+            processes[name] = subprocess.Popen(
+                [sys.executable, "-c", code + call + end],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    found: dict[str, Any] = {"seconds_of_first_calls": {}, "failed": {}}
+    ends_at = time.monotonic() + LIMIT_S - 10
+    for name, process in processes.items():
+        code_of = _wait(process, max(0.1, ends_at - time.monotonic()))
+        text = logs[name].read_text(errors="replace")
+        if code_of == 0 and (seconds := re.search(r"^seconds ([\d.]+)", text, re.M)):
+            found["seconds_of_first_calls"][name] = float(seconds[1])
+        else:
+            found["failed"][name] = f"exit code {code_of}: {text[-800:]}"
+        logs[name].unlink()
+    return found | ({"error": f"failed: {', '.join(found['failed'])}"} if found["failed"] else {})
+
+
 def sanitizers(context: Context) -> dict[str, Any]:
     """compute-sanitizer's memcheck and racecheck over the tests of the kernels; by hand, for it takes long."""
     program = shutil.which("compute-sanitizer")
     if program is None or context.skip("compute-sanitizer over the tests of the kernels"):
         return {"found": program is not None}
-    results: dict[str, Any] = {"found": True}
-    for check in ("memcheck", "racecheck"):
-        files = [str(ROOT / "tests" / f"test_{name}.py") for name in SANITIZED]
+    results: dict[str, Any] = {"found": True, "returncode": 0}
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in SANITIZED]
+    which = f"{ON_CUDA} and not graph and not gradcheck"
+    for check, limit_s in (("memcheck", 360.0), ("racecheck", 200.0)):
         command = [program, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
-        done = subprocess.run([*command, "-k", "cuda", *files], cwd=ROOT, capture_output=True, text=True)
-        (context.out / f"{check}.log").write_text(done.stdout + done.stderr)
-        results[check] = {"returncode": done.returncode, "summary": done.stdout.splitlines()[-1:]}
+        command += ["-p", "no:cacheprovider", "-k", which, *files]
+        # One allocation a tensor: within a cached block, memcheck sees no end. Graphs cannot be captured then.
+        results[check] = _logged(command, context.out / f"{check}.log", limit_s, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        results["returncode"] = results["returncode"] or results[check]["returncode"]
+        context.keep(results)
     return results
 
 
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "compilation": compilation,
     "environment": environment,
     "properties": gpu_stages.properties,
     "ceilings": gpu_stages.ceilings,
     "views": gpu_stages.views,
-    "designs": gpu_stages.designs,
     "ema": gpu_stages.ema,
     "front_end": gpu_stages.front_end,
     "training": gpu_stages.training,
+    "trainer": gpu_trainer.trainer,
+    "ranks": gpu_trainer.ranks,
     "tests": tests,
+    "designs": gpu_stages.designs,
     "sanitizers": sanitizers,
 }
 BY_HAND = ("sanitizers",)
 
 
-def run(stages: Sequence[str], out: Path, device: str) -> dict[str, Any]:
-    """Run stages, write their files and the joint one, and return what that holds."""
+def run(stages: Sequence[str], out: Path, device: str, *, apart: bool = False) -> dict[str, Any]:
+    """Run stages, each in a process ``apart`` or all in this one, write their files and the joint one; return that."""
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"dry_run": device == "cpu", "stages": {}}
     for name in stages:
-        context = Context(device, out)
+        context = Context(device, out, name)
+        (out / f"{name}.json").unlink(missing_ok=True)
         started = time.perf_counter()
-        torch.manual_seed(0)
-        try:
-            found = STAGES[name](context)
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        found |= {"seconds": round(time.perf_counter() - started, 2), "left_out": context.left_out}
-        (out / f"{name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-        results["stages"][name] = found
+        found = _run_apart(context) if apart else _run_here(context)
+        found["seconds"] = round(time.perf_counter() - started, 2)
+        write_stage(context, found)
+        _join(out)
         print(f"{name}: {found['seconds']} s{', FAILED: ' + found['error'] if 'error' in found else ''}", flush=True)
-        for what in context.left_out:
+        for what in found["left_out"]:
             print(f"  without a GPU, left out: {what}", flush=True)
-    (out / "gpu.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+    return _join(out)
+
+
+def write_stage(context: Context, found: dict[str, Any]) -> None:
+    """Write a stage's file."""
+    content = {"dry_run": context.dry, "left_out": context.left_out} | found
+    (context.out / f"{context.stage}.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _run_here(context: Context) -> dict[str, Any]:
+    torch.manual_seed(0)
+    try:
+        found = STAGES[context.stage](context)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with suppress(OSError, ValueError):  # what it had kept
+            found = json.loads((context.out / f"{context.stage}.json").read_text()) | found
+    return {"dry_run": context.dry, "left_out": context.left_out} | found
+
+
+def _run_apart(context: Context) -> dict[str, Any]:
+    path = context.out / f"{context.stage}.json"
+    limit_s = LIMITS_S.get(context.stage, LIMIT_S)
+    log = context.out / f"{context.stage}.out"
+    ended = _logged(_command(context), log, limit_s)
+    found: dict[str, Any] = {"dry_run": context.dry, "left_out": []}
+    with suppress(OSError, ValueError):
+        found |= json.loads(path.read_text())
+    if "stopped_after_s" in ended:
+        found["error"] = f"stopped after {limit_s:.0f} s"
+    elif ended["returncode"] not in (0, 1) or "seconds" not in found:
+        found["error"] = f"its process ended with exit code {ended['returncode']}"
+    if "error" in found:
+        found["output"] = log.read_text(errors="replace")[-3000:]
+    log.unlink()
+    return found
+
+
+def _command(context: Context) -> list[str]:
+    """Return the command that runs one stage in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", context.stage, "--here"]
+    return [*command, "--out", str(context.out.resolve()), "--device", context.device]
+
+
+def _join(out: Path) -> dict[str, Any]:
+    """Put all stages that lie in a folder together, and return them."""
+    stages = {name: json.loads(path.read_text()) for name in STAGES if (path := out / f"{name}.json").exists()}
+    results = {"dry_run": any(found["dry_run"] for found in stages.values()), "stages": stages}
+    (out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -164,15 +295,20 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the stages asked for; return 1 if one failed."""
+    """Run the stages asked for; return 1 if one of all in the folder failed."""
     parser = argparse.ArgumentParser(description="Check and measure everything that needs a GPU.")
-    parser.add_argument("--only", nargs="+", choices=list(STAGES), help="stages to run; by default all but sanitizers")
+    parser.add_argument(
+        "--only", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; by default all but {', '.join(BY_HAND)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the JSON files and logs")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu makes it a dry run; by default what is there")
+    parser.add_argument("--here", action="store_true", help="run stages in this process, without time limits")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stages = options.only or [name for name in STAGES if name not in BY_HAND]
-    results = run(stages, options.out, device)
+    stages = [name for name in STAGES if name not in BY_HAND] if options.only is None else options.only
+    if unknown := [name for name in stages if name not in STAGES]:
+        parser.error(f"--only: expected stages of {', '.join(STAGES)}, got {', '.join(unknown)}")
+    results = run(stages, options.out, device, apart=device == "cuda" and not options.here)
     print("dry run: nothing was measured" if results["dry_run"] else table(results))
     failed = [name for name, found in results["stages"].items() if "error" in found or found.get("returncode")]
     if failed:
@@ -181,4 +317,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes of stages
     sys.exit(main())

@@ -83,7 +83,7 @@ def _variants() -> dict[str, Variant]:
             views_pointers | _names("x pool out", element) | {"sums": "fp64"},
             views_constants | {"TAPS": taps, "COLUMN_BLOCKS": 3 if taps == 2 else 0, "MIXUP": mixup},
             magic,
-            ("sample_offset", "mel_shift", "frame_shift"),
+            (*views_module.RUNTIME, "mel_shift", "frame_shift"),
             views_module.WARPS,
             views_module.REGISTERS,
         )
@@ -106,7 +106,7 @@ def _variants() -> dict[str, Variant]:
             | _names("wav pieces", element)
             | {"bands": "i32"},
             sizes | {"HAS_STATS": True, "SCALE": 2.0**-15 if element == "i16" else 1.0},
-            odd=("units", "tiles"),
+            odd=tuple(mel_module.RUNTIME),
             most_registers={80: 168, 90: 128, 100: 168},
         )
 
@@ -144,7 +144,10 @@ def _variants() -> dict[str, Variant]:
         ),
         "bank_push, flags": Variant("bank_push.find_finite_kernel", push_pointers, push),
         "bank_push, rows": Variant(
-            "bank_push.bank_push_kernel", push_pointers | {"cursor": "i64"}, push | {"FLAGS": 1024}
+            "bank_push.bank_push_kernel",
+            push_pointers | {"cursor": "i64"},
+            push | {"FLAGS": 1024},
+            odd=("batch", "n_memory"),
         ),
         "log_mel": log_mel(1024, "fp32"),
         "log_mel, int16, 256": log_mel(256, "i16"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class AugmentParams:
             empty; -1: no partner, not mixed.
         crop: ``(2, B, 4)`` int32, boxes (i, j, h, w) on the virtual canvas: first mel, first frame, mels, frames.
         fader: ``(2, B, 2)`` float32, what is added at the first and the last frame.
-        rng: ``(2,)`` int64, seed and step; the Gaussian mixer's noise follows from them.
+        rng: ``(2,)`` int64, seed and step; the Gaussian mixer's noise follows from them. Zeros where not given.
         bank_count: ``()`` int64, rows that the bank held at the draw; None without a bank.
         sample_offset: number of the first sample in the global batch.
 
@@ -82,9 +82,13 @@ class AugmentParams:
     bank_index: Tensor
     crop: Tensor
     fader: Tensor
-    rng: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    rng: Tensor = None  # type: ignore[assignment]  # zeros, on the device of the others
     bank_count: Tensor | None = None
     sample_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rng is None:
+            object.__setattr__(self, "rng", torch.zeros(2, dtype=torch.int64, device=self.lam.device))
 
     def __len__(self) -> int:
         return self.lam.shape[1]

@@ -71,7 +71,8 @@ def graph_step(step: Step, wav: Tensor, networks: Iterable[nn.Module], optimizer
             step(static)
     torch.cuda.current_stream(wav.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads that read ahead pin memory meanwhile, which "global", the default, would take for an error of the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         loss, projection = step(static)
     with torch.no_grad():
         for x in _changed(networks, optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from byola_fast.ops import _triton
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode, below, warns of each product
 torch.set_num_threads(1)  # tiny tensors: a second thread on a busy machine costs milliseconds an op
 
 # kernels alone: with a GPU, or under Triton's interpreter, as test_triton.py runs them

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
-from byola_fast import Augment, RunningStats, augment
+from byola_fast import Augment, AugmentParams, RunningStats, augment
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -95,6 +95,15 @@ def test_replay(mixup, device):
     again = augment(x, params=params, mixup=mixup, preset="byola-v2")
     assert torch.equal(view1, again[0])
     assert torch.equal(view2, again[1])
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_parameters_made_by_hand_get_their_seed_where_they_lie(where):
+    """Elsewhere it would be refused on a GPU."""
+    lam, index = torch.zeros(2, 3, device=where), torch.zeros(2, 3, dtype=torch.int64, device=where)
+    params = AugmentParams(lam, index, torch.zeros(2, 3, 4, device=where).int(), torch.zeros(2, 3, 2, device=where))
+    assert params.rng.device.type == where
+    assert params.rng.dtype == torch.int64
 
 
 def test_replay_of_a_module_from_its_bank_and_before_it(device):

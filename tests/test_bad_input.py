@@ -103,6 +103,16 @@ CALLS = {
         "canvas: expected (mels, frames)",
     ),
     "unknown mode": (lambda: ops.resize_crop(X, CROP, mode="nearest"), ValueError, "mode: expected one of 'bilinear'"),
+    "bank_count elsewhere": (
+        lambda: ops.draw_params(torch.tensor([1, 2]), 3, (8, 12), bank_count=torch.zeros((), device="meta").long()),
+        ValueError,
+        "bank_count: expected on the device of rng (cpu), got meta",
+    ),
+    "bank_count of floats": (
+        lambda: ops.draw_params(torch.tensor([1, 2]), 3, (8, 12), bank_count=torch.zeros(())),
+        TypeError,
+        "bank_count: expected int32 or int64, got torch.float32",
+    ),
     "sums": (lambda: ops.normalize(X, torch.zeros(2)), ValueError, "sums: expected shape (..., 3), got (2,)"),
     "bank of another shape": (
         lambda: ops.bank_push_(torch.zeros(4, 8, 11), torch.zeros(3, dtype=torch.int64), X),

@@ -241,6 +241,7 @@ def test_in_a_cuda_graph_on_a_stream_of_its_own():
     target, online = ([torch.randn(size, device="cuda") for size in [5] * 1500 + [70_001]] for _ in range(2))
     decay = torch.tensor(0.5, device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         ops.ema_update_(target, online, 1.0)
         graph = torch.cuda.CUDAGraph()

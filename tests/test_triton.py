@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(_triton.interpreted(), reason="already under the
 
 @pytest.mark.parametrize("file", FILES)
 def test_under_the_interpreter(file):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "BYOLA_FAST_STRICT": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BYOLA_FAST_STRICT": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
     done = subprocess.run(
         [*command, "-k", FILES[file]], env=environment, cwd=TESTS.parent, capture_output=True, text=True

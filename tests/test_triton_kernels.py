@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import AugmentParams, ops
-from byola_fast.ops import _triton_augment_views, _triton_device, _triton_log_mel, _triton_resize_crop
+from byola_fast.ops import (
+    _triton_augment_views,
+    _triton_device,
+    _triton_log_mel,
+    _triton_log_mixup_exp,
+    _triton_resize_crop,
+)
 from byola_fast.ops._backends import backend_in_use
 from byola_fast.ops.reference import log_mel_reference
 
@@ -103,6 +109,41 @@ def test_what_32_bits_do_not_reach_within_a_sample_is_copied():
     assert _triton_device.indexable(x) is x
     far = torch.empty(0).as_strided((0, 3, 4), (1, 2**30, 2**29))
     assert _triton_device.indexable(far).is_contiguous()
+
+
+class Recorder:
+    """In a kernel's place: notes the grids that it would be launched on."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+def test_grids_of_any_size_fit_a_gpu(monkeypatch):
+    """Along its second and third axis a grid has at most 65,535 programs; no other launcher has these axes."""
+    seen = Recorder()
+    for module, name in (
+        (_triton_log_mixup_exp, "log_mixup_exp_kernel"),
+        (_triton_log_mixup_exp, "log_mixup_exp_backward_kernel"),
+        (_triton_resize_crop, "resize_crop_kernel"),
+        (_triton_resize_crop, "resize_axis_backward_kernel"),
+    ):
+        monkeypatch.setattr(module, name, seen)
+    long, many = (torch.empty(shape, device="meta") for shape in ((1, 2**28), (2**18, 5)))
+    for x in (long, many):
+        _triton_log_mixup_exp.log_mixup_exp(x, x, x[:, 0])
+        _triton_log_mixup_exp.log_mixup_exp_backward(x, x, x, x[:, 0])
+    for shape in ((1, 2**22, 2), (1, 2, 2**22), (2**18, 1, 1)):
+        x, crop = torch.empty(shape, device="meta"), torch.empty(shape[0], 4, device="meta")
+        _triton_resize_crop.resize_crop(x, crop, shape[1:], shape[1:], "bilinear")
+        _triton_resize_crop.resize_crop_backward(x, crop, shape[1:], shape[1:], "bilinear")
+    assert len(seen.grids) == 13
+    for first, *others in seen.grids:
+        assert first < 2**31
+        assert all(number <= 65535 for number in others)
 
 
 @given(size=st.integers(1, 2**20), n=st.integers(0, 2**31 - 1))

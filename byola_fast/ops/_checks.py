@@ -64,6 +64,14 @@ def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {x.dtype}")
 
 
+def is_count(name: str, count: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Refuse a count that is no 0-d integer tensor, or lies on another device; None is none."""
+    if count is not None:
+        is_integer(name, count)
+        has_shape(name, count, ())
+        same_device(name, count, other_name, other)
+
+
 def is_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     """Refuse an unknown word."""
     if value not in known:

@@ -55,6 +55,8 @@ STAGED_ROWS = 64 if INTERPRETED else 32
 ROWS = 64 if INTERPRETED else WARPS  # at the taps: one for each warp
 DIRECT = ("bilinear",)  # modes whose outputs read all their taps from the mixed tile, unless they are wide
 MOST_COLUMN_BLOCKS = 8  # whose taps are kept in registers; wider outputs go through the second tile
+# one variant for all values: a smaller last batch is to compile nothing anew
+RUNTIME = ["sample_offset", "batch", "pool_rows", "bank_rows"]
 
 
 @triton.jit
@@ -104,7 +106,7 @@ def finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE: tl.co
     return tl.where(written, y, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def augment_views_kernel(
     x,  # (B, F, T), any strides
     pool,  # (P, F, T), any strides: partners while the bank is empty; x itself where there is no other

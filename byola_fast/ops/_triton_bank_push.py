@@ -45,7 +45,7 @@ def find_finite_kernel(
         tl.store(done, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "n_memory"])  # one variant for all values
 def bank_push_kernel(
     x, stats, finite, done, rows, cursor, batch, n_memory, numel, frames, stride_b, stride_f, stride_t,
     HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr, FLAGS: tl.constexpr, BLOCK: tl.constexpr,

@@ -3,6 +3,7 @@
 Launchers are plain functions of the ops' arguments. They launch on the current stream of their tensors' device, never
 synchronise and leave alignment and sizes to be told by their values: sizes are run-time arguments, so that a batch of
 another size compiles nothing anew (Triton makes a variant each for sizes that are 1, multiples of 16, and others).
+Programs are counted along the first axis of a grid alone: the others end at 65,535.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def compute_type(dtype: torch.dtype) -> Any:
 
 def approximate(x: Tensor) -> bool:
     """Return whether the GPU's own exponential and logarithm serve ``x``: float32 arithmetic, not interpreted."""
-    return x.is_cuda and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and not INTERPRETED
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -132,7 +132,7 @@ def _work_of(target: list[Tensor], online: list[Tensor]) -> _Work:
     if work is None:
         check.check_lists(target, online)
         check.check_memory(target, online)
-        work = _make_work(target, online)
+        work = _make_work(target, online, capturing)
         if not capturing:  # else the tables hold nothing before the graph runs
             _known[len(target), key] = work
             if len(_known) > KEPT:
@@ -144,7 +144,7 @@ def _work_of(target: list[Tensor], online: list[Tensor]) -> _Work:
     return work
 
 
-def _make_work(target: list[Tensor], online: list[Tensor]) -> _Work:
+def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _Work:
     rows: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Any], list[int]]] = {}
     work = _Work([], [], [])
     for number, (t, o) in enumerate(zip(target, online, strict=True)):
@@ -161,8 +161,8 @@ def _make_work(target: list[Tensor], online: list[Tensor]) -> _Work:
         for values, dtype in zip(lists, (torch.int64, torch.int32), strict=True):
             pinned = torch.tensor(values, dtype=dtype)
             if target[0].device.type == "cuda":
-                pinned = pinned.pin_memory()  # so that the copy neither waits nor is refused by a capture
+                pinned = pinned.pin_memory()  # so that a capture does not refuse the copy
             work.pinned.append(pinned)
-            on_device.append(pinned.to(target[0].device, non_blocking=True))
+            on_device.append(pinned.to(target[0].device, non_blocking=capturing))  # else any stream may read it at once
         work.launches.append(_Launch(on_device[0], on_device[1], target_dtype, online_dtype, aligned))
     return work

@@ -33,6 +33,8 @@ LANES = 32 * WARPS  # R1 / 2 rows of each frame of a tile
 COPIED = tl.constexpr(512)  # samples at a time
 UNROLLED = tl.constexpr(4)  # frequencies of a band at a time
 CIRCLE = tl.constexpr(128)
+# one variant for all values, from which nothing is gained: a compilation takes up to a minute, and lengths vary
+RUNTIME = ["units", "tiles", "samples"]
 COSINES = tl.constexpr(tuple(math.cos(2 * math.pi * j / 128) for j in range(128)))
 
 _tables: dict[tuple[int, torch.device], Tensor] = {}
@@ -146,7 +148,7 @@ def two_powers(re, im, other_re, other_im, packed, K: tl.constexpr, N: tl.conste
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def log_mel_kernel(
     wav,  # (B, samples), the samples of a waveform side by side
     window,  # (n_fft,) float32

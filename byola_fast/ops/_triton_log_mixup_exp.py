@@ -15,10 +15,17 @@ BLOCK = 1024
 
 
 @triton.jit
+def place(count, BLOCK: tl.constexpr):
+    """A program's sample and the elements of its chunk: in all, and in the sample of ``count``."""
+    chunks = tl.cdiv(count, BLOCK)
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    n = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample, sample * count + n, n
+
+
+@triton.jit
 def log_mixup_exp_kernel(x, z, lam, y, count, COMPUTE: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offset = sample * count + n
+    sample, offset, n = place(count, BLOCK)
     weight = tl.load(lam + sample).to(COMPUTE)
     near = tl.load(x + offset, n < count, other=0).to(COMPUTE)
     far = tl.load(z + offset, n < count, other=0).to(COMPUTE)
@@ -27,9 +34,7 @@ def log_mixup_exp_kernel(x, z, lam, y, count, COMPUTE: tl.constexpr, APPROXIMATE
 
 @triton.jit
 def log_mixup_exp_backward_kernel(grad, x, z, lam, to_x, to_z, count, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offset = sample * count + n
+    sample, offset, n = place(count, BLOCK)
     weight = tl.load(lam + sample).to(COMPUTE)
     of_x = (1 - weight) * tl.exp(tl.load(x + offset, n < count, other=0).to(COMPUTE))
     of_z = weight * tl.exp(tl.load(z + offset, n < count, other=0).to(COMPUTE))
@@ -43,7 +48,7 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     if y.numel():
         count = y.numel() // len(y)
         with on_device(x):
-            log_mixup_exp_kernel[(len(y), triton.cdiv(count, BLOCK))](
+            log_mixup_exp_kernel[(len(y) * triton.cdiv(count, BLOCK),)](
                 x.contiguous(),
                 z.contiguous(),
                 lam.contiguous(),
@@ -61,7 +66,7 @@ def log_mixup_exp_backward(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> t
     if to_x.numel():
         count = to_x.numel() // len(to_x)
         with on_device(x):
-            log_mixup_exp_backward_kernel[(len(to_x), triton.cdiv(count, BLOCK))](
+            log_mixup_exp_backward_kernel[(len(to_x) * triton.cdiv(count, BLOCK),)](
                 grad.contiguous(),
                 x.contiguous(),
                 z.contiguous(),

@@ -59,11 +59,12 @@ def resize_crop_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(out_mels, ROWS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     h, top = box_side(crop + 4 * sample, 0, mels, canvas_mels)
     w, left = box_side(crop + 4 * sample, 1, frames, canvas_frames)
 
-    o = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    o = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     row_base, row_rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
     row_t = tap_fraction(row_rest, out_mels, COMPUTE)
     source = x + sample * stride_b
@@ -124,10 +125,12 @@ def resize_axis_backward_kernel(
     INPUTS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.cdiv(inputs, INPUTS), tl.cdiv(lines, LINES)
+    block = tl.program_id(0) // columns
+    sample = (block // rows).to(tl.int64)
     extent, start = box_side(crop + 4 * sample, AXIS, inputs, canvas)
-    p = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
-    n = tl.program_id(2) * LINES + tl.arange(0, LINES)
+    p = block % rows * INPUTS + tl.arange(0, INPUTS)
+    n = tl.program_id(0) % columns * LINES + tl.arange(0, LINES)
     within = p - start  # row of the crop
     used = (within >= 0) & (within < extent) & (p < inputs)
     first = first_output(within - TAPS // 2, extent, outputs, WIDE)
@@ -154,7 +157,7 @@ def resize_crop(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], int
     x = indexable(x)
     if batch:
         with on_device(x):
-            resize_crop_kernel[(batch, triton.cdiv(size[0], ROWS))](
+            resize_crop_kernel[(batch * triton.cdiv(size[0], ROWS),)](
                 x,
                 crop.contiguous(),
                 y,
@@ -192,13 +195,13 @@ def resize_crop_backward(
     with on_device(grad):
         grad_b, grad_f, grad_t = grad.stride()
         between_b, between_f, between_t = between.stride()
-        resize_axis_backward_kernel[(batch, triton.cdiv(mels, ROWS), triton.cdiv(out_frames, COLUMNS))](
+        resize_axis_backward_kernel[(batch * triton.cdiv(mels, ROWS) * triton.cdiv(out_frames, COLUMNS),)](
             grad, crop, between, mels, out_mels, out_frames, canvas[0], *division_magic(out_mels),
             grad_b, grad_f, grad_t, between_b, between_f, between_t,
             AXIS=0, INPUTS=ROWS, LINES=COLUMNS, **shared,
         )  # fmt: skip
         x_b, x_f, x_t = to_x.stride()
-        resize_axis_backward_kernel[(batch, triton.cdiv(frames, COLUMNS), triton.cdiv(mels, ROWS))](
+        resize_axis_backward_kernel[(batch * triton.cdiv(frames, COLUMNS) * triton.cdiv(mels, ROWS),)](
             between, crop, to_x, frames, out_frames, mels, canvas[1], *division_magic(out_frames),
             between_b, between_t, between_f, x_b, x_t, x_f,
             AXIS=1, INPUTS=COLUMNS, LINES=ROWS, **shared,

@@ -222,6 +222,7 @@ def draw_params(
         raise ValueError(f"mixup_ratio: expected a weight in [0, 1], got {mixup_ratio}")
     if not 0 <= fader_gain < math.inf:
         raise ValueError(f"fader_gain: expected a finite gain of at least 0, got {fader_gain}")
+    check.is_count("bank_count", bank_count, "rng", rng)
     pool = batch if pool is None else pool
     if pool > MAX_ROWS:
         raise ValueError(f"pool: expected at most 2^24 rows, got {pool}")
@@ -315,6 +316,7 @@ def augment_views(
         check.same_dtype("pool", pool, "x", x)
     if (bank is None) != (bank_count is None):
         raise ValueError("bank, bank_count: expected both or neither")
+    check.is_count("bank_count", bank_count, "x", x)
     if stats is not None:
         check.has_shape("stats", stats, (2,))
         check.same_device("stats", stats, "x", x)

@@ -1,0 +1,168 @@
+"""The stages of ``gpu_check`` that train for real: ``pretrain`` on a small packed store, alone and as two processes.
+
+What must hold: a step replayed as a CUDA graph gives the losses of plain steps, whether the store lies on the GPU or a
+thread reads it meanwhile; a run that was stopped goes on as if it had not been. Rounding differs from run to run on a
+GPU, where some sums are taken in whatever order comes, so losses agree closely and not bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CLIPS, SECONDS = 600, 1.0
+CLOSE = 0.02  # of losses between 0 and 8, after a few steps whose roundings differ
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_store(folder: Path, clips: int) -> Path:
+    """Write a packed store of noises, which needs no library for audio files."""
+    from byola_fast.audio import listing_checksum
+    from byola_fast.parts import PartWriter
+
+    names, samples = [f"{k:05}.wav" for k in range(clips)], round(SECONDS * 16000)
+    level = torch.rand(clips, 1) * 3000
+    with PartWriter(folder, 0, 1) as writer:
+        for wav in (level * torch.randn(clips, samples)).clamp(-32768, 32767).short():
+            writer.write(wav.numpy())
+        writer.finish(
+            part=0,
+            parts=1,
+            sample_rate=16000,
+            files=clips,
+            listing_sha256=listing_checksum(names),
+            clipped=0,
+            names=names,
+            offsets=[samples * k for k in range(clips + 1)],
+            source_bytes=[0] * clips,
+            source_times=[0] * clips,
+            broken={},
+        )
+    return folder
+
+
+def train(out: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Train, and return the lines of the log."""
+    from byola_fast.pretrain import pretrain
+    from byola_fast.pretrain_config import PretrainConfig
+
+    pretrain(PretrainConfig(out=str(out), tensorboard=False, **settings))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def trainer(context: Any) -> dict[str, Any]:
+    """``pretrain`` in a graph against plain steps, resumed, with its own defaults; and its stages."""
+    folder = context.out / "trainer"
+    shutil.rmtree(folder, ignore_errors=True)
+    store = write_store(folder / "store", 12 if context.dry else CLIPS)
+    tiny = {"feature_d": 16, "proj_dim": 32, "batch_size": 4, "n_memory": 8, "threads": 1}
+    common = {"audio_dir": str(store), "device": context.device, "stats_segments": 8, "log_every": 1}
+    common |= tiny if context.dry else {"feature_d": 512, "batch_size": 64, "n_memory": 256}
+    plain = common | {"precision": "float32", "compile": False}
+    found: dict[str, Any] = {"losses": {}}
+
+    def losses(name: str, steps: int, **settings: Any) -> list[float]:
+        lines = train(folder / name, **(plain | {"steps": steps} | settings))
+        found["losses"][name] = [line["loss"] for line in lines]
+        context.keep(found)
+        return [line["loss"] for line in lines]
+
+    steps = 4 if context.dry else 8
+    wanted = losses("plain", steps, cuda_graph=False)
+    losses("resumed", steps // 2)
+    others = {"resumed": losses("resumed", steps)}
+    if not context.skip("training in a CUDA graph, with the store on the GPU and beside a thread that reads it"):
+        others["graph"] = losses("graph", steps, cuda_graph=True, store_on_gpu=True)
+        others["graph, read by a thread"] = losses("thread", steps, cuda_graph=True, store_on_gpu=False)
+    for name, own in others.items():
+        worst = max(abs(a - b) for a, b in zip(own, wanted, strict=True))
+        assert len(own) == steps
+        assert worst <= CLOSE, f"{name}: losses {own} differ by {worst} from those of plain steps {wanted}"
+    if context.skip("speed of the trainer with its defaults"):
+        shutil.rmtree(folder)
+        return found
+    whole = {"batch_size": 256, "feature_d": 2048, "n_memory": 2048, "steps": 300, "log_every": 50}
+    lines = train(folder / "default", **(common | whole))
+    found["samples_per_s"] = [line["samples_per_s"] for line in lines]
+    context.keep(found)
+    train(folder / "profile", **(common | whole | {"steps": 60, "profile": True}))
+    found["stages_ms"] = json.loads((folder / "profile" / "profile.json").read_text())["ms"]
+    shutil.rmtree(folder)
+    told = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, all of `pretrain`"
+    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, its defaults", "measured": told, "goal": ""}]}
+
+
+def ranks(context: Any) -> dict[str, Any]:
+    """Two processes that train together on one GPU, by gloo as NCCL takes one process a GPU; and NCCL, alone."""
+    if context.skip("two processes on one GPU, and NCCL"):
+        return {}
+    folder = context.out / "ranks"
+    shutil.rmtree(folder, ignore_errors=True)
+    store = write_store(folder / "store", CLIPS)
+    found: dict[str, Any] = {}
+    for name, count in (("gloo", 2), ("gloo, SyncBatchNorm", 2), ("nccl", 1)):
+        out = folder / name.replace(", ", "-")
+        settings = {"audio_dir": str(store), "device": "cuda:0", "feature_d": 512, "batch_size": 64, "steps": 6}
+        settings |= {"log_every": 1, "stats_segments": 8, "n_memory": 256, "compile": False, "precision": "float32"}
+        settings |= {"sync_batchnorm": "Sync" in name, "cuda_graph": False}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_trainer",
+            name.partition(",")[0],
+            str(out),
+            json.dumps(settings),
+        ]
+        processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": "0"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        try:
+            told = [process.communicate(timeout=60)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert all(process.returncode == 0 for process in processes), told
+        lines = (out / "log.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["loss"] for line in lines]
+        assert len(found[name]) == 6
+        context.keep(found)
+    shutil.rmtree(folder)
+    return found
+
+
+def main(backend: str, out: str, settings: str) -> None:
+    """Be one rank of several that share a GPU: gather, reduce, and train."""
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group(f"cpu:gloo,cuda:{backend}")
+    x = torch.arange(6.0, device="cuda")
+    pool = x.new_empty(6 * torch.distributed.get_world_size())
+    torch.distributed.all_gather_into_tensor(pool, x)
+    assert torch.equal(pool[-6:], x)
+    torch.distributed.all_reduce(x)
+    assert float(x[1]) == torch.distributed.get_world_size()
+    train(Path(out), **json.loads(settings))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
