@@ -13,7 +13,7 @@ from torch import Tensor
 
 import byola_fast
 from benchmarks.contenders import MELS, Batches, backend_of, crop_one, loop_params, mix_one, view_contenders
-from benchmarks.measure import CPU_PLACES, PLACES, Group, Place
+from benchmarks.measure import CPU_PLACES, PLACES, Group, Place, places_on
 from byola_fast.ops import reference
 from byola_fast.ops.functional import canvas_size
 
@@ -23,10 +23,6 @@ TWO_VIEWS = ("loop", "reference", "compiled", "byola_fast", "byola_fast, out=", 
 SCALING = tuple(f"{name}, B = {batch}" for name in ("byola_fast", "byola_fast, out=") for batch in SIZES)
 SINGLE = ("loop", "reference", "byola_fast", "copy")
 MODES = ("bilinear", "bicubic")
-
-
-def places_on(device: str) -> list[Place]:
-    return [place for place in PLACES if place.device == device]
 
 
 def two_views(device: str, mode: str) -> Group:

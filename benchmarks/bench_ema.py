@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.contenders import backend_of
-from benchmarks.measure import PLACES, Contender, Group, Place
+from benchmarks.measure import PLACES, Contender, Group, Place, places_on
 from byola_fast import ops
 from byola_fast.ema import EMA
 
@@ -112,7 +112,7 @@ def ema(device: str, model: str) -> Group:
         backend = backend_of(device, ["ema_update_"]) if name.startswith("byola_fast") else "torch"
         return Contender(name, run, exact, place, shape, 1, 12 * count, backend, prepare)
 
-    contenders = [contender(name, place) for place in PLACES if place.device == device for name in CONTENDERS]
+    contenders = [contender(name, place) for place in places_on(device) for name in CONTENDERS]
     return Group("ema", model, contenders, ("loop", "_foreach_lerp_", "AveragedModel", "copy"), floor="copy")
 
 

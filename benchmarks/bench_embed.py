@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import backend_of
-from benchmarks.measure import CPU_PLACES, PLACES, TOLERANCE, Contender, Group, Place
+from benchmarks.measure import PLACES, TOLERANCE, Contender, Group, Place, places_on
 from byola_fast.embed import Embedder
 from byola_fast.encoders import AudioNTT2020, pool_frames
 
@@ -64,7 +64,7 @@ def embed(device: str) -> Group:
             backend=backend if name != "layers" else "torch",
             tolerance=ROUGH if "bfloat16" in name else TOLERANCE,
         )
-        for place in (CPU_PLACES if device == "cpu" else [Place(device, 1)])
+        for place in places_on(device)
         for name, run in runs.items()
     ]
     return Group("embed", f"a clip of {SECONDS} s; a sample is a second", contenders, ("layers",))

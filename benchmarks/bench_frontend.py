@@ -12,7 +12,7 @@ from torch import Tensor
 
 import byola_fast
 from benchmarks.contenders import backend_of
-from benchmarks.measure import CPU_PLACES, PLACES, Contender, Group, Place, input_sets
+from benchmarks.measure import PLACES, Contender, Group, Place, input_sets, places_on
 
 BATCH, SAMPLES = 256, 15200  # 0.95 s at 16 kHz
 CONTENDERS = ("torchaudio", "byola_fast", "byola_fast, int16")
@@ -45,10 +45,9 @@ def frontend(device: str) -> Group:
     shapes = {"wav": (BATCH, SAMPLES), "lms": (BATCH, 64, 96)}
     moved = 4 * BATCH * (SAMPLES + 64 * 96)
     backend = backend_of(device, ["log_mel"])
-    places = CPU_PLACES if device == "cpu" else [Place(device, 1)]
     contenders = [
         Contender(name, run, exact, place, shapes, BATCH, moved, backend if name != "torchaudio" else "torch")
-        for place in places
+        for place in places_on(device)
         for name, run in runs.items()
     ]
     return Group("frontend", f"B = {BATCH}", contenders, ("torchaudio",))

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.measure import Group, Measured, Place, Results, gate, measure, write_results
 from benchmarks.tables import terminal_table
+from byola_fast.ops._backends import strict
 
 HERE = Path(__file__).parent
 BUDGET_S, FULL_BUDGET_S = 6.0, 30.0
@@ -70,7 +71,7 @@ def replay(benchmark: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
             benchmark.pedantic(lambda: None)
             return
         record = found.records[contender, place.threads]
-        if "reference" in record.backend and os.environ.get("BYOLA_FAST_STRICT", "0") not in ("", "0"):
+        if "reference" in record.backend and strict():
             pytest.fail(f"{record.contender}: BYOLA_FAST_STRICT is set; see byola_fast.doctor()")
         benchmark.group = found.title
         benchmark.name = f"{record.contender} [{place}]"

@@ -56,6 +56,11 @@ CPU_PLACES = [Place("cpu", threads) for threads in (1, 2) if threads <= cores()]
 PLACES = CPU_PLACES + ([Place("cuda", 1)] if torch.cuda.is_available() else [])
 
 
+def places_on(device: str) -> list[Place]:
+    """Return the places of a device."""
+    return [place for place in PLACES if place.device == device]
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to do a group's work.

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,28 +108,6 @@ def audio_duration(path: str | Path) -> float:
     """
     with _open(path) as file:
         return _num_frames(file) / int(file.samplerate)
-
-
-def scan(files: Iterable[str | Path]) -> tuple[list[Path], list[AudioError]]:
-    """Check the header of every file: return the files that open and hold samples, and one error for each other one.
-
-    Raises:
-        ValueError: ``files`` is empty.
-        AudioError: not one file can be read; names the first and counts them all.
-    """
-    good: list[Path] = []
-    errors: list[AudioError] = []
-    for path in map(Path, files):
-        try:
-            _open(path).close()
-            good.append(path)
-        except AudioError as error:
-            errors.append(error)
-    if errors and not good:
-        raise AudioError(errors[0].path, f"{errors[0].reason} (none of {len(errors)} files can be read)")
-    if not good:
-        raise ValueError("files: expected at least one audio file, got none")
-    return good, errors
 
 
 def read_audio(
@@ -345,31 +323,22 @@ def _segment_start(samples: int, num_samples: int, u24: int) -> int:
     return (u24 * (samples - num_samples + 1)) >> 24
 
 
-class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
-    """Draw one random segment of every file in every epoch, decoding little more than the segment.
+class SegmentFolder:
+    """Draw random segments of audio files, decoding little more than the segment; ``Batches`` makes batches of them.
 
-    Which part of a file is drawn depends on (seed, epoch, index) alone: not on workers, ranks or order. Segment starts
-    are drawn on the resampled grid, 2^24 of them at most (17 minutes at 16 kHz have as many). Clips shorter than a
-    segment are centred in zeros.
-
-    ``set_epoch`` before each pass over the data; workers that live on between passes (``persistent_workers``) see it,
-    as the epoch lies in shared memory. A file that cannot be read gives None and is reported once, by the logger
-    ``byola_fast``; ``collate_segments`` leaves it out of the batch.
+    Which part of a file is drawn depends on (seed, epoch, index, draw) alone: not on workers, ranks or order. Segment
+    starts are drawn on the resampled grid, 2^24 of them at most (17 minutes at 16 kHz have as many). Clips shorter than
+    a segment are centred in zeros.
 
     Args:
-        files: audio files, as ``list_audio_files`` or ``scan`` gives them; at least one.
+        files: audio files, as ``list_audio_files`` gives them; at least one.
         unit_sec: length of a segment, in seconds, above 0; 0.95 s at 16 kHz are 15200 samples.
         sample_rate: rate of the segments, in Hz.
         seed: key of the random numbers.
 
     Attributes:
         num_samples: length of a segment, in samples.
-        epoch: the epoch last set, 0 at first.
-        broken: the files found unreadable so far, in this process and its workers.
         listing: checksum of the names of all files below their common folder.
-
-    Shape:
-        ``dataset[index]`` is ``(num_samples,)`` float32, or None.
 
     Raises:
         ValueError: no files, or ``unit_sec`` or ``sample_rate`` out of range.
@@ -388,22 +357,6 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
             raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
         self.sample_rate = sample_rate
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, at least 0, whose segments are drawn from now on, in every worker.
-
-        Raises:
-            ValueError: ``epoch`` is negative.
-        """
-        if epoch < 0:
-            raise ValueError(f"epoch: expected at least 0, got {epoch}")
-        self._epoch.fill_(epoch)
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
 
     @property
     def listing(self) -> str:
@@ -411,30 +364,16 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         return listing_checksum([name[len(root) :].lstrip("/") for name in names])
 
-    @property
-    def broken(self) -> set[Path]:
-        return {self.files[index] for index in self._broken.nonzero().flatten().tolist()}
-
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> torch.Tensor | None:
-        index = range(len(self.files))[index]  # negative indices count from the end, others raise IndexError
-        try:
-            return self.read(index, self.epoch)
-        except AudioError as error:
-            if not self._broken[index]:
-                self._broken[index] = True
-                logger.warning("skipping %s", error)
-            return None
-
     def read(self, index: int, epoch: int, draw: int = 0) -> torch.Tensor:
-        """Return a segment ``(num_samples,)`` of one file, or raise what is wrong with it.
+        """Return a segment ``(num_samples,)`` float32 of one file, or raise what is wrong with it.
 
         Args:
-            index: number of the file, 0 to ``len(dataset) - 1``.
-            epoch: at least 0; what ``set_epoch`` chose does not count here.
-            draw: number of the segment among those that a file gives in this epoch; ``dataset[index]`` is number 0.
+            index: number of the file, 0 to ``len(folder) - 1``.
+            epoch: at least 0.
+            draw: number of the segment among those that a file gives in this epoch.
 
         Raises:
             AudioError: the file cannot be read, or holds NaN or infinity in this segment.
@@ -451,12 +390,3 @@ class SegmentFolder(torch.utils.data.Dataset["torch.Tensor | None"]):
                     return wav
         # A clip no longer than a segment, or one that holds less than its header says.
         return fit_segment(read_audio(path, self.sample_rate), self.num_samples, u24)
-
-
-def collate_segments(items: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Stack the segments that could be read into ``(B, num_samples)``; None where there is not one.
-
-    The ``collate_fn`` of a DataLoader over a ``SegmentFolder``: B may be smaller than the batch size.
-    """
-    segments = [item for item in items if item is not None]
-    return torch.stack(segments) if segments else None

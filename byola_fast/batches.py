@@ -18,7 +18,7 @@ from byola_fast.audio import AudioError, SegmentFolder, list_audio_files
 from byola_fast.ops.philox import MASK32, SLOT_ORDER, SLOT_REPLACEMENT, philox4x32
 from byola_fast.parts import is_store
 from byola_fast.store import DeviceStore, SegmentStore
-from byola_fast.workers import default_workers, read_in_processes
+from byola_fast.workers import num_workers, read_in_processes
 
 logger = logging.getLogger("byola_fast")
 
@@ -122,9 +122,9 @@ class Batches:
         segments: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        for name, value, least in (("world_size", world_size, 1), ("segments", segments, 1), ("workers", workers, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name, value in (("world_size", world_size), ("segments", segments)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: expected a multiple of world_size {world_size}, got {batch_size}")
         if not 0 <= rank < world_size:
@@ -132,7 +132,7 @@ class Batches:
         self.source, self.batch_size, self.seed, self.segments = source, batch_size, seed, segments
         self.own = batch_size // world_size
         self.sample_offset = rank * self.own
-        self.workers = default_workers() if workers is None else workers
+        self.workers = num_workers(workers)
         self._threaded = workers != 0  # of a store; on a single core too
         self.device = device
         self.repeats = math.ceil(batch_size / len(source))

@@ -13,10 +13,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from byola_fast.files import write_whole
+from byola_fast.files import some_of, write_whole
 
 WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
-SHOWN = 5  # names in a message
 ZIP = b"PK\x03\x04"  # what an archive begins with
 BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
@@ -39,7 +38,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file could not be written (disk full, no permission); an older one is unchanged.
     """
-    _write(Path(path), lambda file: torch.save(dict(content), file))
+    write_checked(Path(path), lambda file: torch.save(dict(content), file))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -97,7 +96,7 @@ def save_encoder(
             metadata = {METADATA: json.dumps(described)}
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
-        _write(path, lambda file: file.write(save(weights, metadata)))
+        write_checked(path, lambda file: file.write(save(weights, metadata)))
     else:
         raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors, which chooses the format")
 
@@ -149,7 +148,7 @@ def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         if name in given and given[name].shape != wanted[name].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    told = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]
+    told = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
     if told:
         raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(told))
     encoder.load_state_dict(given, strict=False)  # all that may be absent are counters of batches
@@ -192,7 +191,12 @@ def _check_archive(path: Path) -> None:
                         pass  # the end compares
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole; its folder is made where it does not exist.
+
+    Raises:
+        CheckpointError: it could not be written; an older one is unchanged.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
@@ -225,10 +229,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, UnpicklingError) and re.search("operand|instruction", str(error)):
         return "not a checkpoint, or pickled in a way that is refused"
     return "not a checkpoint"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from byola_fast.ops import BackendError
 from byola_fast.pack import PackConfig, run_pack
 from byola_fast.pretrain import pretrain
 from byola_fast.pretrain_config import DEMO, PretrainConfig, from_published
+from byola_fast.show import show
 from byola_fast.stats import StatsConfig, run_stats
 
 PROG = "byola-fast"
@@ -85,7 +86,10 @@ def _published(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
         if argv[0] == "pretrain" and (flag or told[-1:] == ["--config"]) and Path(value).is_file():
-            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+                raise ValueError(f"{value}: not YAML: {error}") from error
             if isinstance(content, dict):
                 value = yaml.safe_dump(from_published(content))
         told.append(flag + value)
@@ -194,8 +198,6 @@ def _run(command: str, settings: Any) -> int:
         print(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report)
         return 0
     if command == "show":
-        from byola_fast.show import show
-
         print(show(values.pop("PATH"), **values))
         return 0
     print(byola_fast.doctor())

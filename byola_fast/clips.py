@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from byola_fast.audio import AudioError, read_audio, read_blocks
 from byola_fast.embed import Embedder
 from byola_fast.encoders import pool_frames
-from byola_fast.workers import default_workers, read_in_processes
+from byola_fast.workers import num_workers, read_in_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,14 +97,12 @@ def embed_clips(
     """
     if not pad_sec >= 0 or not 0 < batch_sec < math.inf:
         raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: expected at least 0, got {workers}")
+    workers = min(num_workers(workers), len(files))
     rate = embedder.sample_rate
     most = max(round(batch_sec * rate), 1)
     least = max(round(pad_sec * rate), embedder.min_samples)
     waiting: dict[int, list[tuple[int, Tensor, int]]] = {}
     held = 0
-    workers = min(default_workers() if workers is None else workers, len(files))
     reading = read_in_processes(_Reader(files, rate, most), range(len(files)), workers)
     with closing(reading) as decoded:
         for number, (array, error) in enumerate(decoded):

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEMO_RATE = 16000  # Hz
-DEMO_KINDS = ("notes", "drums", "chirps", "noises")
 CLIPS = {"notes": 60, "drums": 40, "chirps": 26, "noises": 26}
 
 # Frequency ratio, amplitude and decay rate (1 / s) of each partial; with a decay of 0 it sounds as long as the note.
@@ -33,16 +32,16 @@ def write_demo_corpus(folder: str | Path, *, seed: int = 0) -> list[Path]:
         seed: at least 0. Every clip depends on the seed, its kind and its number alone.
 
     Returns:
-        The files, ``folder/<kind>/<what>_<number>.wav`` with the kinds of ``DEMO_KINDS``: 16 kHz mono, 16 bits.
+        The files, ``folder/<kind>/<what>_<number>.wav`` with the kinds of ``CLIPS``: 16 kHz mono, 16 bits.
     """
     import numpy as np
     import soundfile
 
     files = []
-    for kind_number, kind in enumerate(DEMO_KINDS):
+    for kind_number, (kind, count) in enumerate(CLIPS.items()):
         subfolder = Path(folder, kind)
         subfolder.mkdir(parents=True, exist_ok=True)
-        for number in range(CLIPS[kind]):
+        for number in range(count):
             rng = np.random.default_rng([seed, kind_number, number])
             what, wav = SYNTHESES[kind](rng, number)
             wav *= rng.uniform(0.2, 0.9) / np.abs(wav).max()

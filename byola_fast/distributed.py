@@ -102,17 +102,20 @@ def pick_device(name: str) -> torch.device:
     """Return the device of this process: with "auto" and "cuda" its own of several GPUs.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: no name of a device, or CUDA is asked for and not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: expected one that is here, got {name!r} where torch finds no CUDA")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index is not None and device.index >= torch.cuda.device_count():
+        if device.index >= torch.cuda.device_count():
             raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
     return device
 

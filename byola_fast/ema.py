@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.ops import _checks as check
+from byola_fast.ops._ema_checks import HALF
 from byola_fast.ops.functional import ema_decay
 from byola_fast.ops.reference import sums_dtype
 
 BUFFERS = ("none", "copy", "ema")
-HALF = (torch.float16, torch.bfloat16)
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DistributedDataParallel put into names
 
 

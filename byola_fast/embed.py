@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from byola_fast.checkpoint import CheckpointError
 from byola_fast.encoders import AudioNTT2020, AudioNTT2022, pool_frames
-from byola_fast.frontend import EPS, FRONT_END, LogMel
+from byola_fast.frontend import FRONT_END, LogMel
 from byola_fast.ops import _checks as check
-from byola_fast.ops.reference import compute_dtype
+from byola_fast.ops.reference import EPS, compute_dtype
 from byola_fast.weights import read_encoder
 
 

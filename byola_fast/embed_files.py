@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,10 +17,10 @@ import torch
 
 from byola_fast.audio import list_audio_files
 from byola_fast.clips import BATCH_SEC, embed_clips
+from byola_fast.distributed import explain_loss, join, pick_device
 from byola_fast.embed import Embedder, load_encoder
-from byola_fast.files import fingerprint, write_whole
+from byola_fast.files import file_sha256, fingerprint, write_whole
 from byola_fast.host import keep_freed_memory
-from byola_fast.parts import data_checksum
 from byola_fast.progress import Progress
 from byola_fast.stats import read_stats
 from byola_fast.tables import FORMATS, Clip, write_table
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("byola_fast")
 
 KEEP_SEC = 15.0  # of work that a kill can cost
-BARRIER = timedelta(days=7)  # ranks may end far apart
+TIMEOUT_MIN = 7 * 24 * 60  # ranks may end far apart
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -103,6 +102,7 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         CheckpointError: the weights cannot be used. FileNotFoundError: no such audio file or folder.
         AudioError: no audio in a folder.
         ValueError: settings out of range; no file can be read; ``OUT.parts`` is of other weights or settings.
+        RankError: another process of the run died.
     """
     out = Path(config.out)
     if out.suffix not in FORMATS:
@@ -113,20 +113,20 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
     if embedder.to_lms.window.device.type == "cpu":
         keep_freed_memory()
     files = _name_files(config.paths)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     settings = {
-        "weights_sha256": data_checksum(Path(config.weights)),
+        "weights_sha256": file_sha256(Path(config.weights)),
         "stats": list(embedder.stats),
         "frames": config.frames,
         "dtype": config.dtype,
     }
-    with _Ranks(ranks) as together:
-        store = _Parts(Path(f"{out}.parts"), settings, rank)
+    kept = f"what is done is kept in {out}.parts, and the same command goes on from there"
+    with join(torch.device("cpu"), TIMEOUT_MIN) as world, explain_loss(world, lambda: kept):
+        store = _Parts(Path(f"{out}.parts"), settings, world.rank)
         done = store.clips(files)
-        todo = [name for name in list(files)[rank::ranks] if name not in done]
+        todo = [name for name in list(files)[world.rank :: world.size] if name not in done]
         speed = _embed(embedder, files, todo, store, config)
-        together.wait()
-        if rank:
+        world.most(0)  # waits for all
+        if not world.first:
             return None
         clips = store.clips(files)
         broken = {name: reason for name, reason in store.broken().items() if name not in clips and name in files}
@@ -149,12 +149,7 @@ def open_encoder(
     given: tuple[float, float] | None = None,
 ) -> Embedder:
     """Load an encoder onto the device that computes; statistics given, or of a JSON file, stand above its own."""
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    where = pick_device(device or "auto")
     return load_encoder(weights, device=where, stats=given if stats is None else read_stats(stats)[:2])
 
 
@@ -299,23 +294,3 @@ def _read_list(path: Path) -> dict[str, Any] | None:
 
 def _write_json(path: Path, content: dict[str, Any], rank: int) -> None:
     write_whole(path, lambda file: file.write(json.dumps(content).encode()), writer=f".{rank}")
-
-
-class _Ranks:
-    """Processes that torchrun started together."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-    def __enter__(self) -> _Ranks:
-        if self.ranks > 1:
-            torch.distributed.init_process_group("gloo", timeout=BARRIER)
-        return self
-
-    def wait(self) -> None:
-        if self.ranks > 1:
-            torch.distributed.barrier()
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.ranks > 1:
-            torch.distributed.destroy_process_group()

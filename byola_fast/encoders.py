@@ -12,7 +12,7 @@ from byola_fast.ops import _checks as check
 
 CHANNELS = 64
 DROPOUT = 0.3
-WRITE_OUT = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 14)
+POOL_BY_WINDOWS = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 14)
 
 
 class AudioNTT(nn.Module):
@@ -85,7 +85,7 @@ def _conv_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 def _halve(x: Tensor) -> Tensor:
     """MaxPool2; under export by windows, where torch before 2.14 takes its own for sizes that are even, or odd."""
-    if not (torch.compiler._is_exporting_flag and WRITE_OUT):
+    if not (torch.compiler._is_exporting_flag and POOL_BY_WINDOWS):
         return F.max_pool2d(x, 2)
     return x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
 

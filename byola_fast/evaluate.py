@@ -21,13 +21,13 @@ import torch
 
 from byola_fast.audio import SegmentFolder
 from byola_fast.clips import MelStats, embed_clips
+from byola_fast.distributed import pick_device
 from byola_fast.embed import Embedder
 from byola_fast.embed_files import DTYPES, open_encoder
 from byola_fast.encoders import make_encoder
-from byola_fast.files import write_whole
+from byola_fast.files import file_sha256, fingerprint, write_whole
 from byola_fast.frontend import FRONT_END
 from byola_fast.host import keep_freed_memory
-from byola_fast.parts import data_checksum
 from byola_fast.pictures import draw_confusion
 from byola_fast.probe import Scores, class_scores, fit_probe, headline, macro
 from byola_fast.progress import Progress
@@ -172,6 +172,7 @@ def _check(config: EvalConfig) -> None:
         raise ValueError(f"seeds: expected at least 1, got {config.seeds}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
+    pick_device(config.device or "auto")  # refuses what is not here
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(f'evaluation needs {" and ".join(missing)}: pip install "byola_fast[eval]"')
@@ -206,7 +207,7 @@ def _make_embedder(
     path = None if source in ("weights", "task") else source
     if config.weights is not None:
         given = (0.0, 1.0) if source == "task" else None  # until they are taken, below
-        embedder = open_encoder(config.weights, path, config.device, given=given)
+        embedder = open_encoder(config.weights, path, "cpu", given=given)
     else:
         encoder = make_encoder(config.network, feature_d=config.feature_d)
         embedder = Embedder(encoder, stats=(0.0, 1.0) if path is None else read_stats(path)[:2])
@@ -224,9 +225,7 @@ def _make_embedder(
     if source == "task":
         stats = _task_stats(config, task, audio, embedder) if stats is None else stats
         embedder = Embedder(embedder.encoder, stats=stats, to_lms=embedder.to_lms).eval()
-    if config.device is not None or torch.cuda.is_available():
-        embedder = embedder.to(config.device or "cuda")
-    return embedder.to(DTYPES[config.dtype])
+    return embedder.to(pick_device(config.device or "auto"), DTYPES[config.dtype])
 
 
 def _task_stats(config: EvalConfig, task: Task, audio: Path, embedder: Embedder) -> tuple[float, float]:
@@ -279,8 +278,8 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
     settings = [type(embedder.encoder).__name__, front_end, embedder.stats, config.pad_sec, config.dtype]
     digest.update(json.dumps(settings).encode())
     for file in files:
-        status = os.stat(file)
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        size, changed = fingerprint(file)
+        digest.update(f"{file.name} {size} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:24]
 
 
@@ -306,7 +305,7 @@ def _report(
         "task": task.name,
         "encoder": encoder,
         "weights": config.weights or "",
-        "weights_sha256": data_checksum(Path(config.weights)) if config.weights else "",
+        "weights_sha256": file_sha256(Path(config.weights)) if config.weights else "",
         "network": type(embedder.encoder).__name__,
         "feature_d": embedder.feature_d,
         "metric": metric,
@@ -333,14 +332,13 @@ def _report(
         title = f"{task.name}, {encoder}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
         draw_confusion(picture, _confusion(task, found), task.classes, title)
     append_result(out / "results.csv", line)
-    report = "\n".join(_tell(config, task, embedder, found, line, left_out, picture))
+    report = "\n".join(_tell(config, task, found, line, left_out, picture))
     return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, picture)
 
 
 def _tell(
     config: EvalConfig,
     task: Task,
-    embedder: Embedder,
     found: list[list[Scores]],
     line: dict[str, Any],
     left_out: list[str],
@@ -353,7 +351,7 @@ def _tell(
     what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.encoder]
     width = f"{line['network']}, {line['feature_d']}-d"
     yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
-    for words in _protocol(task, len(found), line):
+    for words in _protocol(task, line):
         yield f"protocol    {words}"
     seeds = (
         f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, nothing is drawn"
@@ -361,8 +359,8 @@ def _tell(
     folds = f", over {line['folds']} folds {line['std_over_folds']}" if task.folds else ""
     yield f"{line['metric']:11s} {line['score_percent']} % ({seeds}{folds})"
     if not task.multi_label:
-        spread = f" (std over seeds {line['macro_std_over_seeds']})" if len(found) > 1 else ""
-        yield f"macro       {line['macro_percent']} %{spread}"
+        varied = f" (std over seeds {line['macro_std_over_seeds']})" if len(found) > 1 else ""
+        yield f"macro       {line['macro_percent']} %{varied}"
     yield f"speed       {line['clips_per_sec']} clips/s, decoding included"
     yield ""
     size = max(5, *(len(label) for label in task.classes))
@@ -379,7 +377,7 @@ def _tell(
     yield f"results: {Path(config.out) / 'results.csv'}"
 
 
-def _protocol(task: Task, seeds: int, line: dict[str, Any]) -> Iterator[str]:
+def _protocol(task: Task, line: dict[str, Any]) -> Iterator[str]:
     kind = "binary logistic regressions" if task.multi_label else "logistic regression"
     yield f"{kind} on standardised embeddings, C = {line['C']}; clips padded to {line['pad_sec']} s"
     if len(task.folds) > 2:

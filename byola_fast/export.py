@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byola_fast.checkpoint import CheckpointError
+from byola_fast.checkpoint import write_checked
 from byola_fast.embed import Embedder
 from byola_fast.embed_files import open_encoder
-from byola_fast.files import write_whole
 
 logger = logging.getLogger("byola_fast")
 
@@ -91,11 +90,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
         warnings.simplefilter("ignore")  # of the exporter's own parts
         program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=False)
         content = _as_pt2(program, about) if path.suffix == ".pt2" else _as_onnx(program, about)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(content))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_checked(path, lambda file: file.write(content))
     return path
 
 

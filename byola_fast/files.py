@@ -1,13 +1,18 @@
-"""What writers and readers of files share: names given to whole files only, and knowing a file again."""
+"""What writers and readers of files share: names given to whole files only, locks, and knowing a file again."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+BLOCK_BYTES = 1 << 24  # read at a time for a checksum
+SHOWN = 5  # names in a message
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,6 +56,29 @@ def as_text(write: Callable[[IO[str]], object]) -> Callable[[IO[bytes]], None]:
     return encoded
 
 
+def lock(file: IO[bytes]) -> bool:
+    """Keep other processes out of an open file until it is closed; False where one of them keeps this one out.
+
+    The system lets go of it with the process, however that ends. Where a file system has no locks, nobody is kept out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """Return the checksum of a file, read from the disk."""
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
 def fingerprint(path: Path) -> tuple[int, int]:
     """Return the bytes and the time of the last change in ns, by which a changed file is known; zeros for none."""
     try:
@@ -58,3 +86,12 @@ def fingerprint(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
+
+
+def some_of(names: list[str]) -> str:
+    """Return names for a message, the first of many.
+
+    >>> some_of(["a", "b", "c", "d", "e", "f"])
+    'a, b, c, d, e, ...'
+    """
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 
 from byola_fast import ops
-from byola_fast.ops._checks import is_one_of, is_tensor
+from byola_fast.ops import _checks as check
 
-EPS = torch.finfo(torch.float32).eps
 FRONT_END = (
     "sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm", "center",
 )  # fmt: skip
@@ -91,7 +90,7 @@ class LogMel(torch.nn.Module):
                 f"f_min, f_max: expected 0 <= f_min < f_max <= sample_rate / 2 = {sample_rate / 2:g} Hz, "
                 f"got {f_min:g} and {f_max:g} Hz"
             )
-        is_one_of("mel_scale", mel_scale, ("slaney", "htk"))
+        check.is_one_of("mel_scale", mel_scale, ("slaney", "htk"))
         if norm not in ("slaney", None):
             raise ValueError(f"norm: expected 'slaney' or None, got {norm!r}")
 
@@ -123,7 +122,7 @@ class LogMel(torch.nn.Module):
 
         With ``stats (2,)``, mean and std, it is pre-normalised on the way: ``(lms - mean) / max(std, eps)``.
         """
-        is_tensor("wav", wav)
+        check.is_tensor("wav", wav)
         if wav.ndim not in (1, 2):
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), got {tuple(wav.shape)}")
         window = self.window

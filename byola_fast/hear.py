@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byola_fast.clips import BATCH_SEC
 from byola_fast.embed import Embedder, load_encoder
 from byola_fast.ops import _checks as check
 
 LONGEST_MS = 50.0  # between two timestamps
-BATCH_SEC = 60.0  # of sound that is embedded at a time
 
 
 class HearModel(nn.Module):

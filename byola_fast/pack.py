@@ -13,7 +13,7 @@ from byola_fast.audio import AudioError, list_audio_files, listing_checksum, rea
 from byola_fast.files import fingerprint
 from byola_fast.parts import PartHeader, PartWriter, StoreError, old_data, part_name, read_header
 from byola_fast.progress import Progress
-from byola_fast.workers import default_workers, read_in_processes
+from byola_fast.workers import num_workers, read_in_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,8 +117,7 @@ def pack(
         raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
     if not 0 <= number < parts:
         raise ValueError(f"part: expected 0 to parts - 1, got part {number} of {parts}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: expected at least 0, got {workers}")
+    workers = num_workers(workers)
     listing = list_audio_files(audio_dir)
     root = audio_dir if audio_dir.is_dir() else audio_dir.parent
     names = [path.relative_to(root).as_posix() for path in listing]
@@ -131,7 +130,6 @@ def pack(
 
     offsets, broken, clipped = [0], {}, 0
     sources: list[tuple[int, int]] = []
-    workers = default_workers() if workers is None else workers
     decoding = read_in_processes(_Decoder(files, sample_rate), range(len(files)), workers)
     with PartWriter(out, number, parts) as writer, closing(decoding) as decoded:
         for name, (wav, beyond, source, error) in zip(own, decoded, strict=True):

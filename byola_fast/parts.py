@@ -10,7 +10,6 @@ written for. File number k of the sorted listing is clip ``k // parts`` of part 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from byola_fast.files import sync_folder
+from byola_fast.files import SHOWN, lock, some_of, sync_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "byola_fast packed store", 1
 HEADER_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}[.-].*(json|int16|tmp)$")
-BLOCK_BYTES = 1 << 24  # read at a time for a checksum
-SHOWN = 5  # names in a message
 
 
 class StoreError(ValueError):
@@ -188,7 +185,7 @@ def find_headers(folder: Path) -> list[Path]:
     files = sorted(path.name for path in folder.iterdir() if PART_NAME.match(path.name))
     found = {match.groups() for name in files if (match := HEADER_NAME.fullmatch(name))}
     unfinished = [name for name in files if name.endswith(".tmp") or (not found and name.endswith(".int16"))]
-    told = f"; packing has not finished: {_some(unfinished)}" if unfinished else ""
+    told = f"; packing has not finished: {some_of(unfinished)}" if unfinished else ""
     if not found:
         raise StoreError(folder, f"no packed store in this folder{told}")
     counts = sorted({int(parts) for _part, parts in found})
@@ -197,28 +194,8 @@ def find_headers(folder: Path) -> list[Path]:
     parts, present = counts[0], {int(part) for part, _parts in found}
     if missing := list(islice((part for part in range(parts) if part not in present), SHOWN + 1)):
         names = [part_name(part, parts) for part in missing]
-        raise StoreError(folder, f"{parts - len(present)} of {parts} parts missing: {_some(names)}{told}")
+        raise StoreError(folder, f"{parts - len(present)} of {parts} parts missing: {some_of(names)}{told}")
     return [folder / f"{part_name(part, parts)}.json" for part in sorted(present)]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
-def data_checksum(path: Path) -> str:
-    """Return the checksum of a data file, read from the disk.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    checksum = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                checksum.update(block)
-    except OSError as error:
-        raise StoreError(path, error.strerror or str(error)) from error
-    return checksum.hexdigest()
 
 
 def old_data(folder: Path, header: PartHeader) -> list[Path]:
@@ -316,11 +293,9 @@ def _open_locked(path: Path) -> BinaryIO:
     """Open a file for this process alone; a lock ends with its process, however that ends."""
     while True:
         file = open(path, "ab")  # noqa: SIM115  the caller closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(file):
             file.close()
-            raise StoreError(path, "another process is packing this part at the moment") from error
+            raise StoreError(path, "another process is packing this part at the moment")
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # else it was put in place meanwhile
                 file.truncate(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from byola_fast.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,4 +247,6 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)  # a Figure outside pyplot renders by Agg, and stays in no global list
+    kind = Path(path).suffix[1:] or "png"
+    # a Figure outside pyplot renders by Agg, and stays in no global list
+    write_whole(Path(path), lambda file: figure.savefig(file, format=kind, dpi=110), writer=f".{os.getpid()}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -23,14 +22,13 @@ from byola_fast.encoders import make_encoder
 from byola_fast.frontend import LogMel
 from byola_fast.host import keep_freed_memory
 from byola_fast.learners import make_learner
-from byola_fast.normalize import compute_stats
 from byola_fast.pictures import draw_training, draw_views
 from byola_fast.pretrain_config import PretrainConfig
 from byola_fast.progress import Progress
 from byola_fast.run_folder import RunFolder, RunState
 from byola_fast.schedules import set_learning_rate
 from byola_fast.show import explain_views
-from byola_fast.stats import BATCH, FEWEST_SEGMENTS, read_stats
+from byola_fast.stats import read_stats, take_stats
 from byola_fast.step import StageTimes, Step, graph_step, use_graph
 from byola_fast.store import DeviceStore, SegmentStore
 from byola_fast.watch import Watch
@@ -237,17 +235,18 @@ def _take_stats(source: Source, to_lms: LogMel, config: PretrainConfig) -> tuple
         return read_stats(config.stats, to_lms)[:2], {}
     if not config.stats_segments:
         return None, {}
-    count = min(config.stats_segments, max(len(source), FEWEST_SEGMENTS))
-    batches = Batches(source, min(BATCH, count), seed=config.seed, workers=config.workers, device=to_lms.window.device)
-    steps = math.ceil(count / batches.batch_size)
-
-    def log_mels(progress: Progress) -> Iterator[Tensor]:
-        for batch in batches.run(steps):
-            yield to_lms(as_float(batch.wav[: count - batch.step * batches.batch_size]))
-            progress.show(min((batch.step + 1) * batches.batch_size, count))
-
-    with Progress("segments for mean and std", count) as progress:
-        return compute_stats(log_mels(progress)), batches.broken
+    broken: dict[Path, str] = {}
+    with Progress("segments for mean and std") as progress:
+        stats = take_stats(
+            source,
+            to_lms,
+            segments=config.stats_segments,
+            seed=config.seed,
+            workers=config.workers,
+            progress=lambda done, total: progress.show(done, total=total),
+            broken=broken,
+        )
+    return stats[:2], broken
 
 
 def _stats_now(aug: Augment, stats: Pair | None) -> Pair | None:

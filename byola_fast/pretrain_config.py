@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from byola_fast.ema import CosineDecay
 from byola_fast.encoders import CHANNELS, ENCODERS
+from byola_fast.learners import LEARNERS
 from byola_fast.ops import _checks as check
 from byola_fast.params import PRESETS
 
-OBJECTIVES = ("byol", "simclr", "moco", "cola")
 PRECISIONS = ("float32", "bf16")
 SCHEDULES = ("constant", "cosine")
 
@@ -175,11 +175,11 @@ class PretrainConfig:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
         if self.resume and self.restart:
             raise ValueError("restart: expected no more than one of resume and restart, got both")
-        choices: dict[str, tuple[str, ...]] = dict(objective=OBJECTIVES, preset=tuple(PRESETS), encoder=tuple(ENCODERS))
+        choices: dict[str, Iterable[str]] = dict(objective=LEARNERS, preset=PRESETS, encoder=ENCODERS)
         choices.update(precision=PRECISIONS, lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
         for name, known in choices.items():
             if getattr(self, name) is not None:
-                check.is_one_of(name, getattr(self, name), known)
+                check.is_one_of(name, getattr(self, name), tuple(known))
         least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
         least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
         least.update(warmup_steps=0)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from byola_fast.files import as_text, write_whole
+
 USAGE = "usage: python -m byola_fast.recipes DATASET FOLDER TASK.csv\nDATASET is one of: "
 
 
@@ -91,10 +93,8 @@ def write_task(dataset: str, root: str | Path, out: str | Path) -> int:
         raise ValueError(f"{root}: no clip of {dataset} in this folder; expected: {RECIPES[dataset].__doc__}")
     kind = "fold" if all(re.fullmatch(r"\d+", row.part) for row in rows) else "split"
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file_name", "label", kind])
-        writer.writerows(rows)
+    lines = [("file_name", "label", kind), *rows]
+    write_whole(Path(out), as_text(lambda file: csv.writer(file, lineterminator="\n").writerows(lines)))
     return len(rows)
 
 

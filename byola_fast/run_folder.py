@@ -17,7 +17,7 @@ from torch import nn
 
 from byola_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
 from byola_fast.distributed import World
-from byola_fast.files import write_whole
+from byola_fast.files import lock, write_whole
 from byola_fast.pretrain_config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
@@ -106,7 +106,7 @@ class RunFolder:
         try:
             write_whole(path, lambda file: file.write(content))
             noted = json.loads(json.dumps(asdict(config) | {"resume": False, "restart": False}))  # tuples become lists
-            self.path.joinpath(CONFIG).write_text(yaml.safe_dump(noted, sort_keys=False), encoding="utf-8")
+            write_whole(self.path / CONFIG, lambda file: file.write(yaml.safe_dump(noted, sort_keys=False).encode()))
             self._log = os.open(path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -202,17 +202,9 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """Lock the folder for as long as this process lives."""
-        try:
-            import fcntl
-        except ImportError:  # not on Linux
-            return
-        self._lock = open(self.path / LOCK, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "another run is writing there") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = open(self.path / LOCK, "wb")  # noqa: SIM115
+        if not lock(self._lock):
+            raise OSError(errno.EBUSY, "another run is writing there")
 
     def _open_board(self, step: int) -> None:
         try:

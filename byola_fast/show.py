@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from byola_fast import ops
 from byola_fast.audio import AudioError, SegmentFolder, audio_duration, fit_segment, list_audio_files, read_audio
 from byola_fast.augment import augment
 from byola_fast.frontend import LogMel
+from byola_fast.normalize import batch_stats, given_stats
+from byola_fast.ops.reference import pre_norm_reference
 from byola_fast.params import resolve_settings
 from byola_fast.pictures import Panel, ViewSteps, draw_views
+
+logger = logging.getLogger("byola_fast")
 
 BATCH = 16  # segments that partners are chosen from
 
@@ -86,8 +90,7 @@ def explain_views(
     chosen = resolve_settings(preset, settings)
     view1, view2, params = augment(lms, preset=preset, stats=stats, seed=seed, return_params=True, **settings)
     views = torch.stack([view1, view2])[:, :, 0]
-    std, mean = torch.std_mean(lms) if stats is None else (torch.tensor(stats[1]), torch.tensor(stats[0]))
-    x = ((lms - mean) / std.clamp_min(torch.finfo(torch.float32).eps))[:, 0]
+    x = pre_norm_reference(lms, batch_stats(lms) if stats is None else given_stats(stats, lms.device))[:, 0]
     canvas = ops.canvas_size(x.shape[1], x.shape[2], chosen.virtual_crop_scale)
 
     def steps(view: int, sample: int) -> ViewSteps:
@@ -123,12 +126,20 @@ def _segments_of_folder(
     folder: Path, count: int, unit_sec: float, sample_rate: int, seed: int
 ) -> tuple[list[str], list[Tensor]]:
     """Return names and waveforms of random segments of up to ``count`` random files."""
-    dataset = SegmentFolder(list_audio_files(folder), unit_sec=unit_sec, sample_rate=sample_rate, seed=seed)
-    readable = ((index, wav) for index in _shuffled(len(dataset), seed) if (wav := dataset[index]) is not None)
-    chosen = list(islice(readable, count))
-    if not chosen:
-        raise AudioError(folder, f"none of {len(dataset)} audio files can be read")
-    return [dataset.files[index].name for index, _ in chosen], [wav for _, wav in chosen]
+    source = SegmentFolder(list_audio_files(folder), unit_sec=unit_sec, sample_rate=sample_rate, seed=seed)
+    names, wavs = [], []
+    for index in _shuffled(len(source), seed):
+        try:
+            wavs.append(source.read(index, 0))
+        except AudioError as error:
+            logger.warning("skipping %s", error)
+            continue
+        names.append(source.files[index].name)
+        if len(names) == count:
+            break
+    if not names:
+        raise AudioError(folder, f"none of {len(source)} audio files can be read")
+    return names, wavs
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

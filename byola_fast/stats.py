@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from byola_fast.frontend import FRONT_END, LogMel
 from byola_fast.normalize import compute_stats
 from byola_fast.progress import Progress
 from byola_fast.store import DeviceStore, SegmentStore
-
-logger = logging.getLogger("byola_fast")
 
 FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
 BATCH = 64
@@ -76,7 +73,7 @@ def run_stats(config: StatsConfig) -> Stats:
             segments=config.segments,
             seed=config.seed,
             workers=config.workers,
-            progress=lambda done, total: progress.show(done, "", total),
+            progress=lambda done, total: progress.show(done, total=total),
         )
     if config.out is not None:
         write_stats(config.out, stats, to_lms, config.unit_sec)
@@ -91,6 +88,7 @@ def take_stats(
     seed: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    broken: dict[Path, str] | None = None,
 ) -> Stats:
     """Return mean and unbiased std over the log-mels of random segments of a corpus.
 
@@ -101,6 +99,7 @@ def take_stats(
         seed: of the choice of clips.
         workers: as ``Batches``.
         progress: called with (segments done, of how many).
+        broken: takes the files that are found broken, and why.
 
     Raises:
         AudioError: no file can be read. ValueError: ``segments`` below 1, or segments too short for the front end.
@@ -109,16 +108,19 @@ def take_stats(
         raise ValueError(f"segments: expected at least 1, got {segments}")
     to_lms.num_frames(source.num_samples)  # refuses short segments before anything is read
     count = min(segments, max(len(source), FEWEST_SEGMENTS))
-    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers)
+    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers, device=to_lms.window.device)
 
     def log_mels() -> Iterator[Tensor]:
         for batch in batches.run(math.ceil(count / batches.batch_size)):
             done = batch.step * batches.batch_size
-            yield to_lms(as_float(batch.wav[: count - done].to(to_lms.window.device)))
+            yield to_lms(as_float(batch.wav[: count - done]))
             if progress is not None:
                 progress(min(done + batches.batch_size, count), count)
 
-    return Stats(*compute_stats(log_mels()), count)
+    stats = Stats(*compute_stats(log_mels()), count)
+    if broken is not None:
+        broken.update(batches.broken)
+    return stats
 
 
 def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:

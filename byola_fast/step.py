@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger("byola_fast")
 
 WARM_UP_STEPS = 3  # before a capture, so that every kernel is compiled and every buffer is there
 UNTIMED_STEPS, TIMED_STEPS = 3, 200

@@ -6,7 +6,6 @@ program is an error with a name, where a memory map kills the process.
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byola_fast.files import file_sha256
 from byola_fast.ops.philox import segment_u24
-from byola_fast.parts import PartHeader, StoreError, data_checksum, find_headers, read_header
-
-logger = logging.getLogger("byola_fast")
+from byola_fast.parts import PartHeader, StoreError, find_headers, read_header
 
 UPLOAD_SAMPLES = 1 << 25  # copied to the device at a time
 
@@ -195,10 +193,14 @@ class SegmentStore(_Clips):
             progress: called with (parts done, of how many).
 
         Raises:
-            StoreError: samples changed since they were packed.
+            StoreError: samples changed since they were packed, or cannot be read.
         """
         for number, (path, checksum) in enumerate(zip(self._data, self._checksums, strict=True), 1):
-            if data_checksum(path) != checksum:
+            try:
+                found = file_sha256(path)
+            except OSError as error:
+                raise StoreError(path, error.strerror or str(error)) from error
+            if found != checksum:
                 raise StoreError(path, "samples have changed since they were packed; pack this part again")
             if progress is not None:
                 progress(number, len(self._data))

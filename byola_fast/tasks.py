@@ -6,9 +6,9 @@ import csv
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SPLITS = {"training": "train", "validation": "valid", "val": "valid", "testing": "test"}  # as others write them
 NAMED = 5  # of many, in a message
@@ -44,10 +44,10 @@ class Task:
     def without(self, numbers: set[int]) -> Task:
         """Return the task without some clips; classes and folds stay."""
         kept = [number for number in range(len(self.file_names)) if number not in numbers]
-        file_names, labels, parts = (
-            [values[number] for number in kept] for values in (self.file_names, self.labels, self.parts)
-        )
-        return Task(self.name, file_names, labels, parts, self.classes, self.folds, self.multi_label)  # type: ignore[arg-type]
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[number] for number in kept] for name in ("file_names", "labels", "parts")
+        }
+        return replace(self, **lists)
 
     def counts(self) -> dict[str, int]:
         """Return the number of clips of each part."""

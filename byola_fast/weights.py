@@ -55,7 +55,7 @@ def read_encoder(path: str | Path) -> EncoderFile:
     """
     content = load_checkpoint(path)
     tensors = named_tensors(content)
-    config = _plain_dict(content.get("config")) | _plain_dict(content.get("encoder_config"))
+    config = _plain_dict(content.get("config"))
     name, widths = _recognise(tensors, path)
     stride = ENCODERS[name].frame_stride
     n_mels = config.get("n_mels", widths["n_mels"])

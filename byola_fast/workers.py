@@ -28,8 +28,16 @@ _waiting: weakref.WeakSet[Any] = weakref.WeakSet()  # for their data, at this mo
 _deaths: weakref.WeakKeyDictionary[Any, RuntimeError] = weakref.WeakKeyDictionary()  # that nobody waited for yet
 
 
-def default_workers() -> int:
-    """Return how many processes read audio by default: one fewer than this process has CPU cores, at most 8."""
+def num_workers(asked: int | None) -> int:
+    """Return how many processes read audio: as many as asked for, or one fewer than there are CPU cores, at most 8.
+
+    Raises:
+        ValueError: fewer than 0 are asked for.
+    """
+    if asked is not None:
+        if asked < 0:
+            raise ValueError(f"workers: expected at least 0, got {asked}")
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores - 1)
 

@@ -90,12 +90,12 @@ Tensor augment_views_out_cpu(
   const int64_t batch = source.count, mels = source.mels, frames = source.frames;
   BYOLA_CHECK(out.dim() == 4 && out.is_contiguous() && out.scalar_type() == x.scalar_type() && out.size(0) == 2 &&
                   out.size(1) == batch, "out: expected a contiguous (2, B, F, T) tensor in the dtype of x");
-  BYOLA_CHECK(interpolation == "bilinear" || interpolation == "bicubic", "interpolation: got ", interpolation);
   BYOLA_CHECK(lam.numel() == 2 * batch && bank_index.numel() == 2 * batch && crop.numel() == 8 * batch &&
                   fader.numel() == 4 * batch && rng.numel() == 2, "parameters: expected two views of B samples");
   const Sizes size{out.size(2), out.size(3)};
   BYOLA_CHECK(fits(size, canvas, mels, frames), kFits);
   const int64_t elements = size[0] * size[1];
+  const bool bicubic = is_bicubic(interpolation);
   const Mixup mixup = parse_mixup(mixup_name);
   const PreNorm norm = pre_norm(stats);
   const bool from_bank = bank && bank_count && data<int64_t>(as_contiguous<int64_t>(*bank_count))[0] > 0;
@@ -117,7 +117,7 @@ Tensor augment_views_out_cpu(
     const bool needs_exp = mixup == Mixup::kLog || mixup == Mixup::kGaussian;
 
     torch::stable::parallel_for(0, batch, grain(2 * elements), [&](int64_t begin, int64_t end) {
-      CropResizer<V> resizer(mels, frames, size, canvas, interpolation == "bicubic");
+      CropResizer<V> resizer(mels, frames, size, canvas, bicubic);
       static thread_local Memory<Real> powers_memory, normals_memory, partner_memory, fade_memory;
       Real* powers = scratch(powers_memory, needs_exp ? mels * stride + V::width : 0);  // exp of the clean input
       Real* normals = scratch(normals_memory, mixup == Mixup::kGaussian ? mels * frames + V::width : 0);

@@ -8,8 +8,8 @@ namespace byola {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(
     const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch, int64_t pool, int64_t pool_offset,
-    int64_t sample_offset, const std::vector<int64_t>& mels, const std::vector<int64_t>& frames,
-    const std::vector<int64_t>& canvas, double mixup_ratio, double fader_gain) {
+    int64_t sample_offset, const Sizes& mels, const Sizes& frames, const Sizes& canvas, double mixup_ratio,
+    double fader_gain) {
   const Tensor words = as_contiguous<int64_t>(rng);
   BYOLA_CHECK(words.numel() == 2, "rng: expected seed and step");
   const uint64_t seed = uint64_t(data<int64_t>(words)[0]);

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "storage.h"
+#include "tensors.h"
 
 namespace byola {
 
@@ -15,6 +15,11 @@ constexpr const char* kFits = "size, canvas: expected at least 1 and the input's
 inline bool fits(const std::vector<int64_t>& size, const std::vector<int64_t>& canvas, int64_t mels, int64_t frames) {
   const auto within = [](int64_t n, int64_t least) { return n >= std::max<int64_t>(least, 1) && n < int64_t(1) << 31; };
   return within(size[0], 1) && within(size[1], 1) && within(canvas[0], mels) && within(canvas[1], frames);
+}
+
+inline bool is_bicubic(const std::string& interpolation) {
+  BYOLA_CHECK(interpolation == "bilinear" || interpolation == "bicubic", "interpolation: got ", interpolation);
+  return interpolation == "bicubic";
 }
 
 struct Box {

@@ -6,15 +6,6 @@
 
 namespace byola {
 
-namespace {
-
-bool is_bicubic(const std::string& interpolation) {
-  BYOLA_CHECK(interpolation == "bilinear" || interpolation == "bicubic", "interpolation: got ", interpolation);
-  return interpolation == "bicubic";
-}
-
-}  // namespace
-
 Tensor resize_crop_cpu(
     const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas, const std::string& interpolation) {
   const Spectrograms source(x, "x");

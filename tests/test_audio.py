@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from byola_fast.audio import (
     AudioError,
     SegmentFolder,
     audio_duration,
-    collate_segments,
     fit_segment,
     list_audio_files,
     read_audio,
-    scan,
 )
 from byola_fast.ops.philox import segment_u24
 
@@ -192,7 +189,7 @@ def test_a_flac_whose_header_gives_no_length_is_counted(tmp_path: Path) -> None:
     assert soundfile.info(path).frames > 1 << 60
     torch.testing.assert_close(read_audio(path), whole, atol=0, rtol=0)
     assert audio_duration(path) == 1.0
-    segment = SegmentFolder([path], unit_sec=0.5)[0]
+    segment = SegmentFolder([path], unit_sec=0.5).read(0, 0)
     start = segment_u24(0, 0, 0) * 8001 >> 24
     torch.testing.assert_close(segment, whole[start : start + 8000], atol=0, rtol=0)
 
@@ -274,17 +271,6 @@ def test_list_audio_files_says_what_is_missing(tmp_path: Path) -> None:
         list_audio_files(tmp_path)
 
 
-def test_scan_separates_good_from_bad(tmp_path: Path, bad_files: dict[str, Path]) -> None:
-    good = write(tmp_path / "good.wav", chirp(0.1, RATE), RATE)
-    files, errors = scan([*bad_files.values(), good])
-    assert files == [good]
-    assert [error.path for error in errors] == list(bad_files.values())
-    with pytest.raises(AudioError, match=f"none of {len(bad_files)} files can be read"):
-        scan(bad_files.values())
-    with pytest.raises(ValueError, match="files"):
-        scan([])
-
-
 def test_fit_segment_reaches_both_ends_and_every_start() -> None:
     wav = torch.arange(10.0)
     starts = [int(fit_segment(wav, 7, u24)[0]) for u24 in range(0, 1 << 24, 1 << 12)]
@@ -327,19 +313,17 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 
 def test_segments_are_slices_of_the_whole_clip(corpus: list[Path]) -> None:
-    dataset = SegmentFolder(corpus, seed=3)
-    assert dataset.num_samples == 15200
-    assert len(dataset) == 6
-    for epoch in (0, 1, 7):
-        dataset.set_epoch(epoch)
-        assert dataset.epoch == epoch
+    folder = SegmentFolder(corpus, seed=3)
+    assert folder.num_samples == 15200
+    assert len(folder) == 6
+    for epoch, draw in ((0, 0), (1, 0), (1, 2), (7, 1)):
         for index in (0, 1, 2, 3, 5):
-            wanted = fit_segment(read_audio(corpus[index]), 15200, segment_u24(3, epoch, index))
-            torch.testing.assert_close(dataset[index], wanted, atol=1e-6, rtol=0)  # the part's own resampling
-    assert not torch.equal(dataset[0], SegmentFolder(corpus, seed=4)[0])
-    torch.testing.assert_close(dataset[-1], dataset[5], atol=0, rtol=0)
-    with pytest.raises(IndexError):
-        dataset[6]
+            wanted = fit_segment(read_audio(corpus[index]), 15200, segment_u24(3, epoch, index, draw))
+            read = folder.read(index, epoch, draw)
+            torch.testing.assert_close(read, wanted, atol=1e-6, rtol=0)  # the part's own resampling
+    assert not torch.equal(folder.read(0, 0), SegmentFolder(corpus, seed=4).read(0, 0))
+    with pytest.raises(AudioError, match="not audio that libsndfile can read"):
+        folder.read(4, 0)
 
 
 @pytest.mark.parametrize("form", ["flac", "mp3"])
@@ -347,51 +331,13 @@ def test_segments_of_a_truncated_clip_come_from_what_decodes(tmp_path: Path, for
     path = cut(write(tmp_path / f"a.{form}", chirp(4.0, RATE), RATE), 0.4)
     whole = read_audio(path)
     assert audio_duration(path) == 4.0  # both headers still promise 4 s
-    dataset = SegmentFolder([path])
+    folder = SegmentFolder([path])
     for epoch in range(10):
-        dataset.set_epoch(epoch)
-        segment = dataset[0]
+        segment = folder.read(0, epoch)
         u24 = segment_u24(0, epoch, 0)
         promised = u24 * (64000 - 15200 + 1) >> 24
         start = promised if promised + 15200 <= len(whole) else u24 * (len(whole) - 15200 + 1) >> 24
         torch.testing.assert_close(segment, whole[start : start + 15200], atol=1e-6, rtol=0)
-    assert not dataset.broken
-
-
-def test_a_broken_file_is_reported_once(corpus: list[Path], caplog: pytest.LogCaptureFixture) -> None:
-    dataset = SegmentFolder(corpus)
-    assert dataset.broken == set()
-    with caplog.at_level(logging.WARNING, logger="byola_fast"):
-        for epoch in range(3):
-            dataset.set_epoch(epoch)
-            assert dataset[4] is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f"skipping {corpus[4]}: not audio that libsndfile can read"
-    ]
-    assert dataset.broken == {corpus[4]}
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_give_the_same_segments_and_see_the_epoch(corpus: list[Path], context: str) -> None:
-    dataset = SegmentFolder(corpus, unit_sec=0.3, seed=5)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=2, num_workers=1, collate_fn=collate_segments, persistent_workers=True,
-        multiprocessing_context=context,
-    )  # fmt: skip
-    for epoch in (0, 3):
-        dataset.set_epoch(epoch)
-        batches = list(loader)
-        assert [len(batch) for batch in batches] == [2, 2, 1]
-        plain = SegmentFolder(corpus, unit_sec=0.3, seed=5)
-        plain.set_epoch(epoch)
-        wanted = torch.stack([plain[index] for index in (0, 1, 2, 3, 5)])
-        torch.testing.assert_close(torch.cat(batches), wanted, atol=0, rtol=0)
-    assert dataset.broken == {corpus[4]}  # found in the worker
-
-
-def test_collate_leaves_out_what_could_not_be_read() -> None:
-    assert collate_segments([torch.ones(3), None, torch.zeros(3)]).tolist() == [[1, 1, 1], [0, 0, 0]]
-    assert collate_segments([None, None]) is None
 
 
 @pytest.mark.parametrize("arguments", [{"unit_sec": 0.0}, {"sample_rate": 0}, {"unit_sec": -1.0}])
@@ -400,5 +346,3 @@ def test_segment_folder_refuses_settings_that_make_no_sense(arguments: dict[str,
         SegmentFolder([Path("a.wav")], **arguments)
     with pytest.raises(ValueError, match="files"):
         SegmentFolder([])
-    with pytest.raises(ValueError, match="epoch"):
-        SegmentFolder([Path("a.wav")]).set_epoch(-1)

@@ -1,10 +1,9 @@
-"""augment and Augment: the whole method, replay, chunks, state, and the two-process case."""
+"""augment and Augment: the whole method, replay, chunks, state; test_distributed.py has several processes."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import socket
 
 import oracle
 import pytest
@@ -251,37 +250,6 @@ def test_running_statistics_follow_everything_seen(device):
 def test_non_contiguous_inputs(device):
     x = torch.randn(12, 5, 8, device=device).permute(1, 2, 0)
     assert torch.equal(augment(x, seed=1)[0], augment(x.contiguous(), seed=1)[0])
-
-
-def _rank(rank, port, x, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    aug = Augment("byola-v2", seed=3, n_memory=10)
-    views = [torch.stack(aug(batch.chunk(2)[rank], sample_offset=3 * rank)) for batch in x]
-    queue.put((rank, torch.stack(views).numpy(), aug.bank.rows.numpy(), aug.running_stats.stats().numpy()))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_make_the_views_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    x = torch.randn(4, 6, 8, 12)
-    aug = Augment("byola-v2", seed=3, n_memory=10)
-    whole = torch.stack([torch.stack(aug(batch)) for batch in x])
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, x, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    answers = sorted((queue.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join()
-    views = torch.cat([torch.from_numpy(answer[1]) for answer in answers], dim=2)
-    torch.testing.assert_close(views, whole, rtol=1e-6, atol=1e-6)  # joint sums are added in another order
-    for _, _, rows, stats in answers:
-        assert torch.equal(torch.from_numpy(rows), aug.bank.rows)
-        assert torch.equal(torch.from_numpy(stats), aug.running_stats.stats())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -83,6 +83,21 @@ CALLS = {
         RuntimeError,
         "log_mixup_exp: gives no gradient to lam",
     ),
+    "a cursor of int32": (
+        lambda: ops.bank_push_(X.clone(), torch.zeros(3, dtype=torch.int32), X),
+        TypeError,
+        "cursor: expected int64, got torch.int32",
+    ),
+    "a seed of int32, which the reference would take for other numbers": (
+        lambda: ops.draw_params(torch.ones(2, dtype=torch.int32), 3, (8, 12)),
+        TypeError,
+        "rng: expected int64, got torch.int32",
+    ),
+    "parameters that are no tensor": (
+        lambda: ops.augment_views(X, [0.1], None, None, None, None),
+        TypeError,
+        "lam: expected a torch.Tensor, got list",
+    ),
     "a cursor with gaps": (
         lambda: ops.bank_push_(X.clone(), torch.zeros(6, dtype=torch.int64)[::2], X),
         ValueError,

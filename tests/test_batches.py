@@ -252,7 +252,7 @@ def readers() -> list[str]:
 def test_the_thread_reads_ahead_and_ends_with_its_iterator(
     source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("byola_fast.batches.default_workers", lambda: 0)  # a single core
+    monkeypatch.setattr("byola_fast.batches.num_workers", lambda asked: 0)  # a single core
     batches = Batches(source("store"), 4, seed=0)
     read: list[int] = []
     one = batches.read

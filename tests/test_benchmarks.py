@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 import byola_fast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
-
 from benchmarks import contenders as c
 from benchmarks import measure as m
 from benchmarks import readme_table

@@ -88,6 +88,7 @@ def test_config_file_and_what_overrides_it(recordings, tmp_path, monkeypatch):
 
 def test_errors_are_one_line(fails, recordings, tmp_path):
     (tmp_path / "bad.yaml").write_text("epoch: 7\n")
+    (tmp_path / "torn.yaml").write_text("epochs: [\n")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.wav").write_text("no audio")
@@ -101,6 +102,7 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     assert "epochs" in fails("pretrain", str(recordings), "--epochs=many")
     assert "preset" in fails("show", str(recordings), "--preset=v3", out)
     assert "epoch" in fails("pretrain", "--config", str(tmp_path / "bad.yaml"))
+    assert "torn.yaml: not YAML" in fails("pretrain", "--config", str(tmp_path / "torn.yaml"))
     assert "missing.yaml" in fails("pretrain", "--config", str(tmp_path / "missing.yaml"))
     assert "command" in fails()
     assert "frobnicate" in fails("frobnicate")

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from layouts import threads
 
 import byola_fast
 from byola_fast.ops import _extension
@@ -102,12 +103,9 @@ def test_every_instruction_set_of_this_machine(capability):
 def test_the_same_answer_for_any_number_of_threads(interpolation):
     x = torch.randn(37, 63, 97)
     answers = []
-    for threads in (1, 2, 3, 8):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2, 3, 8):
+        with threads(count):
             answers.append(torch.stack(byola_fast.augment(x, seed=1, preset="byola-v2", interpolation=interpolation)))
-        finally:
-            torch.set_num_threads(1)
     for answer in answers[1:]:
         assert torch.equal(answer, answers[0])
 

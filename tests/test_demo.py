@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from byola_fast.audio import audio_duration, list_audio_files, read_audio
-from byola_fast.demo import DEMO_KINDS, write_demo_corpus
+from byola_fast.demo import CLIPS, write_demo_corpus
 from byola_fast.frontend import LogMel
 
 
@@ -23,7 +23,7 @@ def test_size_and_format(corpus: tuple[Path, list[Path]]) -> None:
     folder, files = corpus
     assert sorted(files) == list_audio_files(folder)
     assert 140 <= len(files) <= 160
-    assert {path.parent.name for path in files} == set(DEMO_KINDS)
+    assert {path.parent.name for path in files} == set(CLIPS)
     assert 4 <= sum(map(audio_duration, files)) / 60 <= 6
     for path in files:
         info = soundfile.info(path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import threads
 from tolerances import assert_close
 
 from byola_fast import ops
@@ -68,18 +69,14 @@ def test_any_mix_of_shapes_strides_and_alignments(data):
         assert torch.equal(t, e.reshape(t.shape))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("decay", [0.25, 0.996])
-def test_large_and_tiny_tensors_on_threads(decay, threads, device):
+def test_large_and_tiny_tensors_on_threads(decay, count, device):
     shapes = [(300_001,), (3,), (), (70_000, 3), *[(13,)] * 500, (0,), (65_536,)]
     target, online = [[torch.randn(s, device=device) for s in shapes] for _ in range(2)]
     expected = [one_by_one(t, o, decay) for t, o in zip(target, online, strict=True)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         ops.ema_update_(target, online, decay)
-    finally:
-        torch.set_num_threads(before)
     for t, e in zip(target, expected, strict=True):
         assert torch.equal(t.cpu(), e.reshape(t.shape))
 

@@ -17,6 +17,7 @@ from byola_fast import AudioNTT2020, LogMel, load_encoder
 from byola_fast import embed_files as module
 from byola_fast.audio import read_audio
 from byola_fast.checkpoint import save_encoder
+from byola_fast.distributed import RankError, World
 from byola_fast.embed_files import EmbedConfig, run_embed
 from byola_fast.weights import describe_encoder
 
@@ -167,9 +168,11 @@ def test_work_of_other_settings_is_refused_and_stays(weights, corpus, tmp_path):
 
 @pytest.mark.parametrize("ranks", [2, 7])
 def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
+    class OneAtATime(World):
+        def most(self, *values):
+            return list(values)
+
     settings = config(weights, corpus, tmp_path / "e.npz")
-    monkeypatch.setattr(module, "_Ranks", lambda ranks: module.nullcontext(type("", (), {"wait": lambda _: None})()))
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     done = []
     embed_clips = module.embed_clips
     monkeypatch.setattr(
@@ -178,7 +181,8 @@ def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
         lambda embedder, files, **words: done.append(files) or embed_clips(embedder, files, **words),
     )
     for rank in range(ranks - 1, -1, -1):  # one after the other; the first, which waits for all, is the last
-        monkeypatch.setenv("RANK", str(rank))
+        world = OneAtATime(torch.device("cpu"), rank, ranks)
+        monkeypatch.setattr(module, "join", lambda *_, world=world: module.nullcontext(world))
         result = run_embed(settings)
         assert (result is None) == (rank > 0)
     check(read_npz(result.out), wanted(weights, corpus))
@@ -187,6 +191,20 @@ def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
         [*(corpus / n for n in LENGTHS), corpus / "text.wav"]
     )
     assert max(map(len, done)) - min(map(len, done)) <= 1
+
+
+def test_a_lost_rank_is_told_and_what_is_done_stays(weights, corpus, tmp_path, monkeypatch):
+    class Lost(World):
+        def most(self, *values):
+            raise RuntimeError("Connection closed by peer")
+
+    lost = Lost(torch.device("cpu"), 0, 2)
+    monkeypatch.setattr(module, "join", lambda *_: module.nullcontext(lost))
+    settings = config(weights, corpus, tmp_path / "e.npz")
+    with pytest.raises(RankError, match=r"rank 0 lost another rank.*kept in .*e\.npz\.parts"):
+        run_embed(settings)
+    monkeypatch.undo()
+    assert run_embed(settings).resumed == 2  # of three, one of them broken
 
 
 def test_files_by_name_and_bfloat16(weights, corpus, tmp_path):

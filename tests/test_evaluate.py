@@ -230,6 +230,7 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         "stats: expected weights that hold": {"encoder": "random", "stats": "weights"},
         "no such folder": {"encoder": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"encoder": "random", "dtype": "int8"},
+        "device: expected": {"encoder": "random", "feature_d": 8, "device": "toaster"},
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             evaluate(split_task, tmp_path, **settings)

@@ -116,6 +116,21 @@ def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch,
     assert [record.getMessage().startswith("byola_fast: cache folder") for record in caplog.records] == [True]
 
 
+def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
+    """As on Lustre mounted without flock: every op raised OSError."""
+    lock = _extension.fcntl.flock
+
+    def no_locks(file, kind):
+        inside = os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(_extension.cache_folder()))
+        if inside:
+            raise OSError(38, "Function not implemented")
+        lock(file, kind)
+
+    monkeypatch.setattr(_extension.fcntl, "flock", no_locks)
+    monkeypatch.setattr(_extension.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    assert _extension.prepare().is_relative_to(tmp_path / "tmp")
+
+
 def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
     library = _extension.prepare()
     monkeypatch.setattr(_extension, "_writable", lambda folder: pytest.fail("wrote to a finished build"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
+import ranks
 import torch
 from torch import Tensor, nn
 
 from byola_fast import BYOL, AudioNTT2020, AudioNTT2022, make_learner
 from byola_fast.contrastive import COLA, MoCo, SimCLR
+from byola_fast.distributed import join
 from byola_fast.heads import Learner, Output
 
 OBJECTIVES = {"byol": BYOL, "simclr": SimCLR, "moco": MoCo, "cola": COLA}
@@ -137,40 +137,22 @@ def two_steps(learner: nn.Module, views: Tensor) -> tuple[list[float], Tensor, d
     return losses, torch.cat([p.grad.flatten() for p in trained]), inner.state_dict()
 
 
-def _rank(rank, port, views, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for objective in OBJECTIVES:
-        learner = nn.parallel.DistributedDataParallel(prepare(objective))
-        losses, gradient, state = two_steps(learner, views.chunk(2, dim=2)[rank])
-        queue.put((objective, rank, losses, gradient.numpy(), {name: x.numpy() for name, x in state.items()}))
-    torch.distributed.destroy_process_group()
+def steps_of_a_rank(views: Tensor) -> dict[str, tuple[list[float], Tensor, dict[str, Tensor]]]:
+    with join(torch.device("cpu")) as world:
+        own = views.chunk(world.size, dim=2)[world.rank]
+        return {name: two_steps(nn.parallel.DistributedDataParallel(prepare(name)), own) for name in OBJECTIVES}
 
 
-def test_two_ranks_learn_as_one_process():
+def test_two_ranks_learn_as_one_process(tmp_path):
     """Loss, gradient and state, MoCo's queue included: negatives come from the whole batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     views = torch.randn(2, 2, 6, 1, 16, 24, dtype=torch.float64)
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, views, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    answers = {}
-    for _ in range(2 * len(OBJECTIVES)):
-        objective, rank, *answer = queue.get(timeout=120)
-        answers[objective, rank] = answer
-    for process in processes:
-        process.join()
+    answers = ranks.run(2, tmp_path, steps_of_a_rank, views)
     for objective in OBJECTIVES:
         losses, gradient, state = two_steps(prepare(objective), views)
-        ranks = [answers[objective, rank] for rank in range(2)]
-        mean = (torch.tensor(ranks[0][0]) + torch.tensor(ranks[1][0])) / 2
+        first, second = (answer[objective] for answer in answers)
+        mean = (torch.tensor(first[0]) + torch.tensor(second[0])) / 2
         torch.testing.assert_close(mean, torch.tensor(losses), rtol=1e-6, atol=1e-6)
-        assert abs(ranks[0][0][1] - ranks[1][0][1]) > 1e-3  # each has samples of its own
-        for _, rank_gradient, rank_state in ranks:
-            torch.testing.assert_close(torch.from_numpy(rank_gradient), gradient, rtol=1e-9, atol=1e-11)
-            for name, x in state.items():
-                torch.testing.assert_close(torch.from_numpy(rank_state[name]), x, rtol=1e-9, atol=1e-11)
+        assert abs(first[0][1] - second[0][1]) > 1e-3  # each has samples of its own
+        for _, rank_gradient, rank_state in (first, second):
+            torch.testing.assert_close(rank_gradient, gradient, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(rank_state, state, rtol=1e-9, atol=1e-11)

@@ -9,11 +9,12 @@ import torch
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import threads
+from tolerances import assert_close
 from torch import Tensor
 
 from byola_fast import LogMel, ops
 from byola_fast.ops.reference import log_mel_backward_reference, log_mel_reference
-from tests.tolerances import assert_close
 
 EPS = 2.0**-23
 OPS = torch.ops.byola_fast
@@ -154,13 +155,9 @@ def test_frames_do_not_depend_on_batch_threads_or_strides():
     to_lms = LogMel()
     wav = noise(7, 40000).float()  # three pieces, the last of them partly empty
     wanted = to_lms(wav)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(to_lms(wav), wanted)
-    finally:
-        torch.set_num_threads(threads)
     for row in range(7):
         assert torch.equal(to_lms(wav[row]), wanted[row])
     assert torch.equal(to_lms(torch.cat([wav, wav], 1)[:, :40000]), wanted)

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+from byola_fast import files
 from byola_fast import pack as packing
 from byola_fast.audio import AudioError, SegmentFolder, list_audio_files
 from byola_fast.pack import PackConfig, pack, run_pack
@@ -224,6 +225,14 @@ def test_two_processes_never_write_one_part(old_and_new: tuple[Path, Path, list[
     assert content(out) == before
     pack(folder, out, workers=0)
     assert content(out) != before
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    assert pack(write_clips(tmp_path / "audio"), tmp_path / "out", workers=0).files == 6
 
 
 def test_an_interrupt_leaves_the_old_store(old_and_new: tuple[Path, Path, list[tuple[str, bytes]]]) -> None:

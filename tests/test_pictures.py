@@ -113,7 +113,7 @@ def test_show_a_file_whose_segments_are_partners(tmp_path):
     text = tmp_path.joinpath("views.svg").read_text()
     assert "partner: long.flac at" in text
     assert show(tmp_path / "long.flac", tmp_path / "1.png", seed=5) == tmp_path / "1.png"
-    show(tmp_path / "long.flac", tmp_path / "2.png", seed=5)
+    assert show(tmp_path / "long.flac", tmp_path / "2", seed=5).rename(tmp_path / "2.png")  # PNG, by the name given
     show(tmp_path / "long.flac", tmp_path / "3.png", seed=6)
     one, two, three = (looks_drawn(tmp_path / f"{n}.png", 1430, 539) for n in (1, 2, 3))
     assert np.array_equal(one, two)

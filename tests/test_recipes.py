@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -90,6 +91,18 @@ def test_layouts(tmp_path, dataset, capsys):
     assert set(listed) <= set(found)
     task, left_out = read_task(out)
     assert (task.multi_label, left_out) == (dataset == "fsd50k", [])
+
+
+def test_a_full_disk_leaves_the_old_task(tmp_path, monkeypatch):
+    """Half a task file reads as a smaller task."""
+    write(tmp_path, TREES["esc50"] | {"t.csv": "old"})
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
+    assert (tmp_path / "t.csv").read_text() == "old"
 
 
 def test_refused(tmp_path, capsys):

@@ -228,7 +228,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypat
 
 
 def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplog):
-    save, calls = checkpoint._write, []
+    save, calls = checkpoint.write_checked, []
 
     def full(path, write):
         calls.append(path.name)
@@ -236,7 +236,7 @@ def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplo
             raise CheckpointError(f"{path}: cannot be written: No space left on device; the file is unchanged")
         save(path, write)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_checked", full)
     pretrain(PretrainConfig(**settings | {"steps": 4, "save_every": 1}))
     warnings = [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
     assert len(warnings) == 2
@@ -244,7 +244,7 @@ def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplo
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
     monkeypatch.setattr(
-        checkpoint, "_write", lambda path, write: full(calls.clear() or calls.extend("ab") or path, write)
+        checkpoint, "write_checked", lambda path, write: full(calls.clear() or calls.extend("ab") or path, write)
     )
     with pytest.raises(CheckpointError, match="No space left on device"):  # the last one must not fail silently
         pretrain(PretrainConfig(**settings | {"steps": 5}))

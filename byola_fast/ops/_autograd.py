@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from byola_fast.ops import _library
-from byola_fast.ops.reference import compute_dtype, mean_std_reference
+from byola_fast.ops.reference import EPS, compute_dtype, mean_std_reference
 
 ops = torch.ops.byola_fast
 
@@ -103,8 +103,7 @@ def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor
     """With n, S and Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1)."""
     mean, std = mean_std_reference(sums)
     count = sums.reshape(-1, 3)[:, 0].sum().clamp_min(1)
-    floor = torch.finfo(torch.float32).eps
-    of_variance = torch.where(std > floor, of_std / (2 * std), 0)
+    of_variance = torch.where(std > EPS, of_std / (2 * std), 0)
     of_squares = of_variance / (count - 1).clamp_min(1)
     of_total = of_mean / count - 2 * mean * of_squares
     return torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)

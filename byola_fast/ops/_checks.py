@@ -25,16 +25,19 @@ def is_float(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor ({wanted}), got {x.dtype}")
 
 
-def is_integer(name: str, x: object) -> None:
-    """Refuse what is not an integer tensor."""
+def is_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
+    """Refuse what is not an integer tensor of one of these dtypes."""
     is_tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
 
 
-def has_shape(name: str, x: Tensor, wanted: tuple[int | str, ...]) -> None:
-    """Refuse a shape that differs from ``wanted``; letters stand for any size."""
+def has_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
+    """Refuse what is no tensor, or of a shape that differs from ``wanted``; letters stand for any size."""
+    is_tensor(name, x)
+    assert isinstance(x, Tensor)
     if tuple(x.shape) == wanted:
         return
     fits = x.dim() == len(wanted) and all(isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True))

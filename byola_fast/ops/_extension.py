@@ -90,10 +90,10 @@ def sources() -> list[Path]:
 def build_name() -> str:
     """Return the name of the build that fits this torch, Python, CPU and these sources."""
     simd = torch.backends.cpu.get_cpu_capability().replace(" ", "")
-    return name_build("cpu", simd, flags(), sources())
+    return versioned_name("cpu", simd, flags(), sources())
 
 
-def name_build(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
+def versioned_name(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
     """Return the name of a build: all it depends on, headers and sources as a hash."""
     digest = hashlib.sha256(" ".join(build_flags).encode())
     headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
@@ -156,10 +156,11 @@ def install() -> None:
 
 
 def _writable(folder: Path) -> Path:
-    """Return ``folder``, made, or one in the temporary folder where it cannot be written to."""
+    """Return ``folder``, made, or one in the temporary folder where it cannot be written to or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # which some file systems refuse
             return folder
     except OSError as error:
         other = Path(tempfile.gettempdir()) / f"byola_fast-{os.getuid()}" / folder.name

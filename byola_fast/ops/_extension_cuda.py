@@ -49,6 +49,11 @@ def architectures() -> str:
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or ARCHITECTURES
 
 
+def flags() -> list[str]:
+    """Return the compiler flags, and whatever ``BYOLA_FAST_CXXFLAGS`` adds."""
+    return FLAGS + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
+
+
 def sources() -> list[Path]:
     """Return what is compiled for CUDA."""
     folder = _extension.source_folder()
@@ -57,7 +62,7 @@ def sources() -> list[Path]:
 
 def build_name() -> str:
     """Return the name of the build that fits this torch, Python, GPUs and these sources."""
-    return _extension.name_build("cuda", re.sub(r"[^\w.]+", "_", architectures()), _flags(), sources())
+    return _extension.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
 
 
 def prepare() -> Path:
@@ -73,8 +78,8 @@ def prepare() -> Path:
     arguments = {
         "name": NAME,
         "sources": [str(path) for path in sources()],
-        "extra_cflags": _flags(),
-        "extra_cuda_cflags": _flags(),
+        "extra_cflags": flags(),
+        "extra_cuda_cflags": flags(),
         "is_python_module": False,
     }
     return _extension.build_once(build_name(), "CUDA", arguments, build_environment)
@@ -102,7 +107,3 @@ def build_environment() -> dict[str, str]:
         raise BackendError("nvcc was not found: install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
     named = {"CUDA_HOME": str(cuda_home(nvcc)), "TORCH_CUDA_ARCH_LIST": architectures()}
     return _extension.build_environment() | named
-
-
-def _flags() -> list[str]:
-    return FLAGS + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
