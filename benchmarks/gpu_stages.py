@@ -20,6 +20,7 @@ import byola_fast
 from benchmarks import contenders
 from byola_fast import ops
 from byola_fast.ops import reference
+from byola_fast.ops._backends import backend_in_use
 
 BATCH = 256
 VIEW_BYTES = 4 * 64 * 96
@@ -377,12 +378,13 @@ def _ema(context: Any, name: str, online: list[Tensor]) -> dict[str, Any]:
     ours = times["byola_fast"]["median_us"]
     shares = f"{times['copy']['median_us'] / ours:.0%} of the copy rate, {times['lerp']['median_us'] / ours:.2f} x"
     hosts = f"host {host['byola_fast']:.0f}, its {host['lerp']:.0f} us"
+    backend = backend_in_use(torch.device(context.device).type.upper(), "ema_update_")[0]
     row = {
-        "work": f"EMA: {name}",
+        "work": f"EMA: {name}" + (f" ({backend} backend)" if backend not in ("cpp", "cuda") else ""),
         "measured": f"{ours:.1f} us; {shares} `_foreach_lerp_`; {hosts}",
         "goal": "host time <= `_foreach_lerp_`" + ("" if "tiny" in name else ", >= 90 % of the copy rate"),
     }
-    return {"times": times, "host_us": host, "row": row}
+    return {"times": times, "host_us": host, "backend": backend, "row": row}
 
 
 def contenders_model(feature_d: int, device: str) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from byola_fast.ops.philox import segment_u24
+from byola_fast.parts import is_store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,8 @@ def list_audio_files(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         audio = (Path(folder, name) for name in names if not name.startswith("."))
         files += [path for path in audio if path.suffix.lower() in SUFFIXES]
+    if not files and is_store(root):
+        raise AudioError(root, "a packed store, which pretrain and stats read; give the folder that it was packed from")
     if not files:
         raise AudioError(root, f"no audio file in this folder (looked for {FORMATS})")
     return sorted(files)

@@ -103,6 +103,7 @@ class Batches:
 
     Attributes:
         steps_per_epoch: at least 1.
+        repeats: the most segments that a clip gives in an epoch; 1 unless there are fewer clips than a batch has.
         listing: checksum of the names of all files: a run resumed on others is not the run that was stopped.
         broken: the files found broken so far, and why.
 
@@ -140,9 +141,6 @@ class Batches:
         self.broken: dict[Path, str] = {} if isinstance(source, SegmentFolder) else dict(source.broken)
         self._cached_order: tuple[int, Tensor] | None = None
         self._cached_starts: tuple[int, Tensor, Tensor] | None = None
-        if self.repeats > 1:
-            told = "%d clips are fewer than batch_size %d: each gives up to %d segments an epoch"
-            logger.info(told, len(source), batch_size, self.repeats)
 
     @property
     def listing(self) -> str:
@@ -173,7 +171,8 @@ class Batches:
                     if error.path not in self.broken:
                         self.broken[error.path] = error.reason
                         logger.warning("skipping %s", error)
-                wav = batch.wav if self.device is None else batch.wav.to(self.device, non_blocking=True)
+                # towards the CPU, from a store on a GPU, it must wait
+                wav = batch.wav if self.device is None else batch.wav.to(self.device, non_blocking=pin)
                 yield batch._replace(wav=wav)
 
     def read(self, step: int, pin: bool = False) -> tuple[Batch, list[AudioError]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep the
 ZIP = b"PK\x03\x04"  # what an archive begins with
 BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
+RUN_WEIGHTS = ("encoder.pth", "encoder.safetensors", "checkpoint.pt")  # of the folder of a run, the first to be named
 METADATA = "byola_fast"  # the key of a safetensors file's metadata that holds configuration and statistics, as JSON
 
 
@@ -50,10 +52,14 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         map_location: device that tensors go to.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, damaged (a checksum in it is wrong; safetensors have
-        none), no checkpoint, or holds pickled code.
+        CheckpointError: the file is missing, a folder, empty, truncated, damaged (a checksum in it is wrong;
+        safetensors have none), no checkpoint, or holds pickled code.
     """
     path = Path(path)
+    if os.path.isdir(path):  # False, too, where that cannot be known
+        inside = [name for name in RUN_WEIGHTS if (path / name).is_file()]
+        told = f"; give a file, as {path / inside[0]}" if inside else ", not a file of weights"
+        raise CheckpointError(f"{path}: Is a directory{told}")
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path, map_location)
     try:
@@ -163,7 +169,7 @@ def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
             content: dict[str, Any] = {"state_dict": {name: file.get_tensor(name) for name in names}}
             metadata = file.metadata() or {}
     except OSError as error:
-        why = "Is a directory" if path.is_dir() else "No such file or directory" if not path.exists() else str(error)
+        why = "No such file or directory" if not path.exists() else str(error)
         raise CheckpointError(f"{path}: {why}") from error
     except SafetensorError as error:
         size = path.stat().st_size

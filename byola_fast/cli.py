@@ -21,8 +21,10 @@ from byola_fast.pretrain import pretrain
 from byola_fast.pretrain_config import DEMO, PretrainConfig, from_published
 from byola_fast.show import show
 from byola_fast.stats import StatsConfig, run_stats
+from byola_fast.usage import explain, read_yaml
 
 PROG = "byola-fast"
+ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. To begin: byola-fast pretrain --demo"
 RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
 
 
@@ -49,6 +51,17 @@ class ShowConfig:
     seed: int = 0
 
 
+CONFIGS = {
+    "pretrain": PretrainConfig,
+    "pack": PackConfig,
+    "stats": StatsConfig,
+    "embed": EmbedConfig,
+    "export": ExportConfig,
+    "eval": EvalConfig,
+    "show": ShowConfig,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
@@ -60,9 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     _log_to_stderr()
     try:
-        settings = _make_parser(demo="--demo" in argv).parse_args(_published(argv))
+        parser = _make_parser(demo="--demo" in argv)
+        if not argv:
+            parser.print_help(sys.stderr)
+            return USAGE_ERROR
+        settings = parser.parse_args(_published(argv))
         return _run(settings.command, settings[settings.command])
-    except (ArgumentError, BackendError, ImportError, OSError, RankError, ValueError) as error:
+    except ArgumentError as error:
+        flags = [setting.name for setting in fields(CONFIGS[argv[0]])] if argv[0] in CONFIGS else []
+        print(f"{PROG}: {_rank()}error: {explain(str(error), flags)}", file=sys.stderr)
+        return USAGE_ERROR
+    except (BackendError, ImportError, OSError, RankError, ValueError) as error:
         print(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", file=sys.stderr)
         return RANK_LOST if isinstance(error, RankError) else USAGE_ERROR
     except KeyboardInterrupt:
@@ -86,12 +107,7 @@ def _published(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
         if argv[0] == "pretrain" and (flag or told[-1:] == ["--config"]) and Path(value).is_file():
-            try:
-                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-                raise ValueError(f"{value}: not YAML: {error}") from error
-            if isinstance(content, dict):
-                value = yaml.safe_dump(from_published(content))
+            value = yaml.safe_dump(from_published(read_yaml(value)))
         told.append(flag + value)
     return told
 
@@ -100,7 +116,7 @@ def _make_parser(demo: bool) -> Any:
     from jsonargparse import ArgumentParser
 
     options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
-    parser = ArgumentParser(prog=PROG, description="Fast BYOL-A.", version=byola_fast.__version__, **options)
+    parser = ArgumentParser(prog=PROG, description=ABOUT, version=byola_fast.__version__, **options)
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
@@ -174,7 +190,8 @@ def _run(command: str, settings: Any) -> int:
             told = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
             print(f"{result.steps} steps: {told}; results in {result.out}")
         if result.stopped_by:
-            logging.getLogger("byola_fast").warning("stopped by a signal after step %d; all is saved", result.steps)
+            told = "stopped by a signal after step %d; all is saved, and the same command goes on from there"
+            logging.getLogger("byola_fast").warning(told, result.steps)
         return SIGNALLED + result.stopped_by if result.stopped_by else 0
     if command == "pack":
         packed = run_pack(PackConfig(values.pop("AUDIO_DIR"), values.pop("OUT"), **values))

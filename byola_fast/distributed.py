@@ -102,14 +102,14 @@ def pick_device(name: str) -> torch.device:
     """Return the device of this process: with "auto" and "cuda" its own of several GPUs.
 
     Raises:
-        ValueError: no name of a device, or CUDA is asked for and not there.
+        ValueError: no device of that name, or not here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: expected one that is here, got {name!r} where torch finds no CUDA")
@@ -117,6 +117,11 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
+        return device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # as this build of torch puts it
+        raise ValueError(f"device: expected one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -121,6 +121,8 @@ class EMA(nn.Module):
 
     def __init__(self, online: nn.Module, decay: float | CosineDecay = 0.99, buffers: str = "none") -> None:
         super().__init__()
+        if not isinstance(online, nn.Module):
+            raise TypeError(f"online: expected a torch.nn.Module, got {type(online).__name__}")
         check.is_one_of("buffers", buffers, BUFFERS)
         if not isinstance(decay, CosineDecay) and not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {decay}")

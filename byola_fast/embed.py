@@ -87,9 +87,9 @@ class Embedder(nn.Module):
             raise ValueError(f"to_lms: expected {encoder.n_mels} mels, as the encoder, got {to_lms.n_mels}")
         if not to_lms.center:
             raise ValueError("to_lms: expected center=True, which says where in time a frame lies, got False")
-        mean, std = (float(value) for value in stats)
+        mean, std = (float(value) for value in stats) if check.is_pair(stats) else (math.nan, math.nan)
         if not math.isfinite(mean) or not 0 <= std < math.inf:
-            raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {(mean, std)}")
+            raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
         self.to_lms, self.stats = to_lms, (mean, std)
         self.encoder = encoder.to(memory_format=torch.channels_last)  # twice as fast
         self.sample_rate, self.feature_d = to_lms.sample_rate, encoder.feature_d

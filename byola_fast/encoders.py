@@ -190,8 +190,8 @@ class AudioNTT2022(AudioNTT):
         super().__init__(n_mels)
         if d <= self.local_d:
             raise ValueError(
-                f"d: expected more than the {self.local_d} local features that {n_mels} mels make and that are part of "
-                f"it, got {d}; AudioNTT2020 takes any width"
+                f"d (feature_d): expected more than the {self.local_d} local features that {n_mels} mels make and that "
+                f"are part of it, got {d}; AudioNTT2020 takes any width"
             )
         if hidden_d < 1:
             raise ValueError(f"hidden_d: expected at least 1, got {hidden_d}")

@@ -33,7 +33,7 @@ from byola_fast.probe import Scores, class_scores, fit_probe, headline, macro
 from byola_fast.progress import Progress
 from byola_fast.results import append_result, check_results, percent, spread
 from byola_fast.stats import read_stats, take_stats
-from byola_fast.tasks import Task, TaskError, absent_classes, read_task, rounds
+from byola_fast.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,8 +191,10 @@ def _without_missing(task: Task, audio: Path, config: EvalConfig) -> tuple[Task,
     missing = [number for number, name in enumerate(task.file_names) if not (audio / name).is_file()]
     if not missing:
         return task, []
-    for number in missing:
+    for number in missing[:NAMED]:
         logger.warning("missing: %s", audio / task.file_names[number])
+    if len(missing) > NAMED:
+        logger.warning("missing: %d more", len(missing) - NAMED)
     told = f"{len(missing)} of {len(task.file_names)} files missing in {audio}"
     if not config.keep_going or len(missing) == len(task.file_names):
         raise TaskError(f"{config.task}: {told}, first {task.file_names[missing[0]]}; --keep_going leaves them out")
@@ -344,7 +346,8 @@ def _tell(
     left_out: list[str],
     picture: Path | None,
 ) -> Iterator[str]:
-    counts = ", ".join(f"{part} {count}" for part, count in task.counts().items())
+    counts = ", ".join(f"{part}: {count}" if task.folds else f"{part} {count}" for part, count in task.counts().items())
+    counts = f"folds {counts}" if task.folds else counts
     yield f"task        {task.name}: {len(task.file_names)} clips, {len(task.classes)} classes; {counts}"
     for words in left_out:
         yield f"left out    {words}"

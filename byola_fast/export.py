@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -141,8 +142,20 @@ def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> by
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     made.model.metadata_props.update({name: str(value) for name, value in about.items()})
-    content: bytes = made.model_proto.SerializeToString()
+    proto = made.model_proto
+    _name_sizes(proto.graph)
+    content: bytes = proto.SerializeToString()
     return content
+
+
+def _name_sizes(graph: Any) -> None:
+    """Call the sizes of the input batch and samples, wherever they occur; the exporter numbers them."""
+    sizes = [size.dim_param for size in graph.input[0].type.tensor_type.shape.dim]
+    names = dict(zip(sizes, ("batch", "samples"), strict=True))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
 
 
 def _difference(embedder: Embedder, path: Path, frames: bool) -> float:

@@ -32,7 +32,7 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
         check.is_float("stats", stats)
         check.has_shape("stats", stats, (2,))
         return stats.to(device, non_blocking=device.type == "cuda")  # towards the CPU it must wait
-    if len(stats) != 2 or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
+    if not check.is_pair(stats) or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
         raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
     mean = torch.full((), float(stats[0]), device=device)
     return torch.stack([mean, torch.full((), float(stats[1]), device=device)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from byola_fast.ops import _checks as check
+from byola_fast.ops.functional import canvas_size, size_range, weights_in_range
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class Settings:
     def __post_init__(self) -> None:
         check.is_one_of("mixup", self.mixup, check.MIXERS)
         check.is_one_of("interpolation", self.interpolation, check.MODES)
+
+    def check_ranges(self, mels: int, frames: int) -> None:
+        """Refuse what ``ops.draw_params`` would refuse for inputs of a size, before there are any.
+
+        Raises:
+            ValueError: a value out of range; names the setting.
+        """
+        weights_in_range(self.mixup_ratio, self.fader_gain)
+        size_range("freq_scale", mels, self.freq_scale)
+        size_range("time_scale", frames, self.time_scale)
+        canvas_size(mels, frames, self.virtual_crop_scale)
 
 
 SETTING_NAMES = tuple(f.name for f in fields(Settings))

@@ -18,10 +18,11 @@ from byola_fast.augment import Augment
 from byola_fast.batches import Batches, as_float, open_source
 from byola_fast.demo import write_demo_corpus
 from byola_fast.distributed import World, explain_loss, join, pick_device
-from byola_fast.encoders import make_encoder
+from byola_fast.encoders import AudioNTT, make_encoder
 from byola_fast.frontend import LogMel
 from byola_fast.host import keep_freed_memory
 from byola_fast.learners import make_learner
+from byola_fast.params import resolve_settings
 from byola_fast.pictures import draw_training, draw_views
 from byola_fast.pretrain_config import PretrainConfig
 from byola_fast.progress import Progress
@@ -122,25 +123,31 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     )
     if batches.own < 2:
         raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
+    if batches.repeats > 1 and world.first:
+        told = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
+        logger.info(told, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
     total = min(config.epochs * batches.steps_per_epoch, config.steps or sys.maxsize)
     to_lms = LogMel(**config.front_end()).to(device)
+
+    # Networks, and with them the last settings that may be wrong; only then statistics, which take a while.
+    encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
+    shape = _check_shape(config, encoder, to_lms, source)
+    learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
+    network = _prepare(learner, config, world)
+    graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
     stats, broken = (saved["stats"], {}) if saved else world.from_first(lambda: _take_stats(source, to_lms, config))
     batches.broken.update(broken)  # reported already
 
-    # Views, networks, optimiser.
+    # Views, optimiser.
     aug = Augment(
         config.preset,
         n_memory=config.n_memory,
-        shape=(to_lms.n_mels, to_lms.num_frames(source.num_samples)),
+        shape=shape,
         seed=config.seed,
         stats=stats,
         post_norm=config.post_norm,
         **config.augmentation(),
     ).to(device)
-    encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
-    learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
-    network = _prepare(learner, config, world)
-    graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
@@ -187,7 +194,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     do_step: Step | None = None if graphed else train_step
     batch = None
     if world.first:
-        logger.info("%s", f"going on at step {step} of {total}" if step else f"training on {device}: {total} steps")
+        logger.info("%s", _tell_begin(config, device, step, total, clips))
     reading: Any = batches.run(total, start=step)
     with Watch(config, world, run, step, total) as watch, closing(reading):
         for batch in times.each("data", reading):
@@ -212,6 +219,26 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
     last = run.lines[-1] if run.lines else {"loss": math.nan, "collapse": math.nan}
     return PretrainResult(run.path, step, last["loss"], last["collapse"], watch.stopped_by)
+
+
+def _check_shape(config: PretrainConfig, encoder: AudioNTT, to_lms: LogMel, source: Source) -> tuple[int, int]:
+    """Return (mels, frames) of the segments, or refuse settings that do not go with them."""
+    least = max(to_lms.n_fft // 2 + 1, (encoder.frame_stride - 1) * to_lms.hop_length)
+    if source.num_samples < least:
+        needed = f"{least} samples, {least / config.sample_rate:.3g} s"
+        raise ValueError(f"unit_sec: expected at least {needed}, which {config.encoder} takes, got {config.unit_sec}")
+    shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
+    resolve_settings(config.preset, config.augmentation()).check_ranges(*shape)
+    return shape
+
+
+def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: int, clips: int) -> str:
+    if step >= total:
+        return f"nothing to do: {step} steps are done, of {total}; more --epochs or --steps lengthen the run"
+    if step:
+        return f"going on at step {step} of {total}"
+    what = f"{config.encoder}, {config.feature_d}-d, on {device}"
+    return f"training {what}: {total} steps of {config.batch_size} segments, from {clips} clips"
 
 
 def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from byola_fast.ema import CosineDecay
@@ -294,8 +295,9 @@ def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         name = key if key in ours else PUBLISHED_NAMES.get(key)
         if name is None:
-            known = ", ".join(sorted(ours | PUBLISHED_NAMES.keys() | set(PUBLISHED_SHAPES)))
-            raise ValueError(f"{key}: not a setting; known are {known}")
+            alike = get_close_matches(str(key), sorted(ours | PUBLISHED_NAMES.keys() | set(PUBLISHED_SHAPES)))
+            told = f"; like it are {', '.join(alike)}" if alike else ""
+            raise ValueError(f"{key}: not a setting{told}; byola-fast pretrain --help lists all")
         if None not in (value, settings.get(name)) and settings[name] != value:
             raise ValueError(f"{key}: expected one value of {name}, got {settings[name]} and {value}")
         settings[name] = settings.get(name) if value is None else value

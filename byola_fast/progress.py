@@ -25,8 +25,9 @@ class Progress:
         columns = (what, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
         self.task = self.bar.add_task("", total=total, completed=begun, told="") if self.bar is not None else None
-        self.what, self.total, self.begun = what, total or 0, begun
-        self.started = self.told = time.monotonic()
+        self.what, self.total = what, total or 0
+        self.first: tuple[int, float] | None = None  # what was done, and when, as ``show`` was first called
+        self.told = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -41,9 +42,12 @@ class Progress:
         """Show how many are done, and a remark."""
         self.total = self.total if total is None else total
         now = time.monotonic()
+        self.first = self.first or (done, now)  # before it lie compilation and warming up, which do not come again
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, total=self.total, told=told)
         elif now - self.told >= LINE_SEC or done == self.total:
-            remaining = (now - self.started) / max(done - self.begun, 1) * (self.total - done)
-            print(f"{self.what} {done}/{self.total}  {told}  {remaining:.0f} s left", file=sys.stderr, flush=True)
+            begun, since = self.first
+            left = (now - since) / (done - begun) * (self.total - done) if done > begun else None
+            parts = [f"{self.what} {done}/{self.total}", told, f"{left:.0f} s left" if left is not None else ""]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
             self.told = now

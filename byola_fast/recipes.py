@@ -1,4 +1,4 @@
-"""Task files for evaluation from the folders that public data sets come in: ``python -m byola_fast.recipes``."""
+"""Task files for evaluation from folders, of classes or of public data sets: ``python -m byola_fast.recipes``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from byola_fast.audio import list_audio_files
 from byola_fast.files import as_text, write_whole
+from byola_fast.tasks import SPLITS
 
+FOLDS = 5
 USAGE = "usage: python -m byola_fast.recipes DATASET FOLDER TASK.csv\nDATASET is one of: "
+
+
+class _MissingError(ValueError):
+    """A file of a data set is missing; the message is its path."""
 
 
 class Row(NamedTuple):
@@ -63,7 +71,24 @@ def fsd50k(root: Path) -> Iterator[Row]:
         yield Row(f"FSD50K.eval_audio/{line['fname']}.wav", line["labels"], "test")
 
 
+def folders(root: Path) -> Iterator[Row]:
+    """CLASS/*, of which every fifth clip of each class is of one fold; or train, valid and test, each of CLASS/*."""
+    names = sorted({SPLITS.get(path.name.lower(), path.name.lower()) for path in root.iterdir() if path.is_dir()})
+    split = bool(names) and set(names) <= {"train", "valid", "test"}
+    seen: Counter[str] = Counter()
+    for path in list_audio_files(root):
+        name = path.relative_to(root)
+        if len(name.parts) < 2 + split:
+            raise ValueError(f"{path}: lies in no folder of a class; expected {'SPLIT/' * split}CLASS/{path.name}")
+        label = name.parts[int(split)]
+        if "," in label:
+            raise ValueError(f"{path}: a comma in the name of a class stands between two labels; rename the folder")
+        seen[label] += 1
+        yield Row(name.as_posix(), label, name.parts[0] if split else str((seen[label] - 1) % FOLDS + 1))
+
+
 RECIPES: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "folders": folders,
     "speech_commands": speech_commands,
     "urbansound8k": urbansound8k,
     "esc50": esc50,
@@ -88,7 +113,12 @@ def write_task(dataset: str, root: str | Path, out: str | Path) -> int:
     """
     if dataset not in RECIPES:
         raise ValueError(f"dataset: expected one of {', '.join(RECIPES)}, got {dataset!r}")
-    rows = list(RECIPES[dataset](Path(root)))
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    try:
+        rows = list(RECIPES[dataset](Path(root)))
+    except _MissingError as error:
+        raise ValueError(f"{error}: missing; expected: {RECIPES[dataset].__doc__}") from error
     if not rows:
         raise ValueError(f"{root}: no clip of {dataset} in this folder; expected: {RECIPES[dataset].__doc__}")
     kind = "fold" if all(re.fullmatch(r"\d+", row.part) for row in rows) else "split"
@@ -116,7 +146,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; expected the folder as its authors laid it out") from error
+        raise _MissingError(str(path)) from error
 
 
 def _lines(path: Path, *columns: str) -> Iterator[dict[str, str]]:

@@ -34,6 +34,14 @@ class StatsConfig:
             clips); more is steadier and takes longer.
         unit_sec: length of a segment, in seconds.
         sample_rate: rate that audio is resampled to, in Hz; of a packed store, the one that it was packed at.
+        n_fft: length of the Fourier transform, in samples; this and what follows as in pretrain.
+        win_length: length of its window, in samples, at most n_fft.
+        hop_length: step between frames, in samples.
+        n_mels: mel bins of the log-mel spectrogram.
+        f_min: lower edge of the lowest mel bin, in Hz.
+        f_max: upper edge of the highest mel bin, in Hz; half the sample rate where that is less.
+        mel_scale: "slaney" or "htk".
+        norm: area of the mel triangles: "slaney", or null for a peak of 1.
         seed: of the segments; the same seed gives the same numbers.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """
@@ -43,6 +51,14 @@ class StatsConfig:
     segments: int = 10000
     unit_sec: float = 0.95
     sample_rate: int = 16000
+    n_fft: int = 1024
+    win_length: int = 1024
+    hop_length: int = 160
+    n_mels: int = 64
+    f_min: float = 60.0
+    f_max: float = 7800.0
+    mel_scale: str = "slaney"
+    norm: str | None = "slaney"
     seed: int = 0
     workers: int | None = None
 
@@ -63,7 +79,8 @@ def run_stats(config: StatsConfig) -> Stats:
             of range, or ``out`` cannot be written.
     """
     source = open_source(config.audio_dir, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
-    to_lms = LogMel(sample_rate=source.sample_rate, f_max=min(7800.0, source.sample_rate / 2))
+    settings = {name: getattr(config, name) for name in FRONT_END if name != "center"}
+    to_lms = LogMel(**settings | {"f_max": min(config.f_max, config.sample_rate / 2)})
     if config.out is not None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with Progress("segments") as progress:
@@ -155,11 +172,12 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: not a file of statistics that byola-fast stats wrote ({error})") from error
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not a file of statistics that byola-fast stats wrote ({why})") from error
     if not math.isfinite(stats.mean) or not 0 < stats.std < math.inf:
         raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")
     for name in FRONT_END if to_lms is not None else ():
         if front_end.get(name) != getattr(to_lms, name):
             told = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
-            raise ValueError(f"{path}: taken with {told}; take the statistics again")
+            raise ValueError(f"{path}: taken with {told}; take it anew with byola-fast stats --{name}")
     return stats

@@ -252,7 +252,8 @@ class DeviceStore(_Clips):
 
         Nothing is waited for, so numbers of clips are not checked: they must be of readable clips.
         """
-        clips = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
+        clips = torch.as_tensor(indices, dtype=torch.int64)
+        clips = clips.to(self.device, non_blocking=self.device.type == "cuda")
         return self.cut(clips, self.starts(clips, epoch, draw))
 
     def cut(self, clips: Tensor, starts: Tensor) -> Tensor:

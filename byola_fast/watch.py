@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("byola_fast")
 
 COLLAPSED = 0.1  # spread of the projections, of which 1 is healthy
 COLLAPSED_LINES = 5  # in a row, before it is said
+STOPPING = "\nbyola-fast: stopping after this step, then saving; Ctrl-C again goes back to the last checkpoint\n"
 
 
 class Watch:
@@ -54,7 +56,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self._progress = None
         with ExitStack() as stack:
-            self._stop = stack.enter_context(StopSignal())
+            self._stop = stack.enter_context(StopSignal(STOPPING if self.world.first else ""))
             if self.world.first:
                 self.run.begin(self.begun, self.config)
                 self._progress = stack.enter_context(Progress("steps", self.total, self.begun))
@@ -136,12 +138,15 @@ class StopSignal:
 
     A second Ctrl-C, a second or more after the first, interrupts at once.
 
+    Args:
+        told: said on stderr at the first signal, as the step may be long.
+
     Attributes:
         number: the signal received, 0 for none.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, told: str = "") -> None:
+        self.number, self.told = 0, told
         self._received = 0.0
         self._before: dict[int, Any] = {}
 
@@ -162,5 +167,8 @@ class StopSignal:
         now = time.monotonic()
         if number == signal.SIGINT and self.number and now - self._received > 1:
             raise KeyboardInterrupt
+        if not self.number and self.told:
+            with suppress(OSError):
+                os.write(2, self.told.encode())  # print may be in the middle of a line, and is not entered twice
         self.number = self.number or number
         self._received = now

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "byola_fast"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["usage"],
     ["pretrain", "evaluate", "hear", "export"],
     ["watch", "embed_files", "probe"],
     ["run_folder", "schedules", "clips"],

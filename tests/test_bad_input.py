@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from byola_fast import Augment, augment, ops
+from byola_fast import EMA, AudioNTT2020, Augment, Embedder, augment, ops
 from byola_fast.normalize import RunningStats
 
 X = torch.randn(3, 8, 12)
@@ -22,6 +22,7 @@ def crop_with(*box):
 
 CALLS = {
     "rank 2": (lambda: augment(X[0]), ValueError, "lms: expected shape (B, F, T) or (B, 1, F, T), got (8, 12)"),
+    "waveforms": (lambda: augment(torch.randn(2, 999)), ValueError, "waveforms go through byola_fast.LogMel first"),
     "three channels": (lambda: augment(torch.randn(2, 3, 8, 12)), ValueError, "got (2, 3, 8, 12)"),
     "no frames": (lambda: augment(torch.randn(2, 8, 0)), ValueError, "lms: expected at least one mel and one frame"),
     "no mels": (lambda: Augment()(torch.randn(2, 0, 9)), ValueError, "lms: expected at least one mel and one frame"),
@@ -44,6 +45,12 @@ CALLS = {
     "float seed": (lambda: augment(X, seed=1.5), ValueError, "seed: expected an integer"),
     "large step": (lambda: augment(X, seed=1, step=2**32), ValueError, "step: expected an integer in [0, 2^32)"),
     "stats of three": (lambda: augment(X, stats=(0, 1, 2)), ValueError, "stats: expected (mean, std)"),
+    "stats of one": (lambda: augment(X, stats=-7.1), ValueError, "stats: expected (mean, std)"),
+    "a lone scale": (lambda: augment(X, time_scale=0.6), ValueError, "time_scale: expected (min, max)"),
+    "a lone canvas": (lambda: augment(X, virtual_crop_scale=1.5), ValueError, "virtual_crop_scale: expected two"),
+    "tensor for a list": (lambda: ops.ema_update_(X, X, 0.9), TypeError, "target: expected a list of tensors, got"),
+    "EMA of a list": (lambda: EMA([X]), TypeError, "online: expected a torch.nn.Module, got list"),
+    "encoder's stats": (lambda: Embedder(AudioNTT2020(d=8), stats=-7.1), ValueError, "stats: expected (mean, std)"),
     "negative std": (lambda: augment(X, stats=(0, -1)), ValueError, "stats: expected (mean, std)"),
     "stats NaN": (lambda: Augment(stats=(math.nan, 1)), ValueError, "stats: expected (mean, std)"),
     "out of another shape": (lambda: augment(X, out=torch.empty(2, 3, 8, 11)), ValueError, "out: expected shape"),

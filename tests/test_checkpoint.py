@@ -128,6 +128,13 @@ def test_unusable_files_say_what_is_wrong(tmp_path):
         assert str(tmp_path / name) in str(error.value)
 
 
+def test_the_folder_of_a_run_names_its_weights(tmp_path):
+    for name in ("checkpoint.pt", "encoder.pth"):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=re.escape(f"Is a directory; give a file, as {tmp_path / name}")):
+            load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["encoder.pth", "encoder.pt", "encoder.safetensors"])
 @pytest.mark.parametrize("stats", [(-7.1, 1 / 3), None])
 def test_encoder_file_holds_plain_values_and_reloads(tmp_path, name, stats):

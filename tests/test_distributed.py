@@ -180,8 +180,10 @@ def test_devices_that_are_not_there_are_named(monkeypatch):
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda'"):
         pick_device("cuda")
-    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'toaster'"):
-        pick_device("toaster")
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+        pick_device("gpu")
+    with pytest.raises(ValueError, match="device: expected one that is here, got 'mps': "):
+        pick_device("mps")
 
 
 def test_sync_batchnorm_says_that_it_needs_gpus(recordings, tmp_path):

@@ -43,6 +43,9 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     make_task(tmp_path, labels, part, "file_name,label,split").rename(tmp_path / "TASK.csv")
     (tmp_path / "audio").rename(tmp_path / "my_sounds")
     (tmp_path / "FOLDER").symlink_to("my_sounds")
+    for number, label in enumerate(labels):
+        (tmp_path / "my_classes" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my_classes" / label / f"{number}.wav").symlink_to(tmp_path / "my_sounds" / f"{number}.wav")
     write(tmp_path / "ESC-50-master", TREES["esc50"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)

@@ -27,6 +27,13 @@ def test_every_op_on_every_device_is_named_and_readable(monkeypatch):
     assert "OMP_NUM_THREADS=3" in told
 
 
+def test_ops_made_of_others_say_of_which():
+    report = byola_fast.doctor()
+    assert report.reasons["CPU", "augment_views"] == "made of augment_views_out"
+    assert report.reasons["CPU", "log_mel_backward"] == "plain PyTorch, no kernel for this device"
+    assert set(_library.MADE_OF) <= set(_library.OPS)
+
+
 def test_strict_is_reported(monkeypatch):
     monkeypatch.setenv("BYOLA_FAST_STRICT", "1")
     assert byola_fast.doctor().strict

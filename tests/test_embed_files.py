@@ -19,6 +19,7 @@ from byola_fast.audio import read_audio
 from byola_fast.checkpoint import save_encoder
 from byola_fast.distributed import RankError, World
 from byola_fast.embed_files import EmbedConfig, run_embed
+from byola_fast.pack import pack
 from byola_fast.weights import describe_encoder
 
 LENGTHS = {"a/one.wav": 15200, "a/two.flac": 9000, "b/three.wav": 15200, "four.wav": 48000, "z.wav": 700}
@@ -219,10 +220,13 @@ def test_files_by_name_and_bfloat16(weights, corpus, tmp_path):
 def test_refused(weights, corpus, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.wav").write_text("no audio")
+    pack(corpus, tmp_path / "store", workers=0)
     for words, settings in {
         "out: expected a name ending in .npz, .npy, .csv": {"out": "e.txt"},
         "dtype: expected one of float32, bfloat16": {"dtype": "float8"},
-        "device: expected": {"device": "toaster"},
+        "device: expected auto, cpu": {"device": "toaster"},
+        "device: expected one": {"device": "cuda:99"},
+        "a packed store, which pretrain and stats read": {"paths": [str(tmp_path / "store")]},
         "paths: expected audio files": {"paths": []},
         "no such file or folder": {"paths": [str(tmp_path / "missing")]},
         "none of 1 files can be read: a.wav: not audio": {"paths": [str(tmp_path / "bad")]},

@@ -17,7 +17,7 @@ from byola_fast import evaluate as module
 from byola_fast.checkpoint import save_encoder
 from byola_fast.evaluate import EvalConfig, run_eval
 from byola_fast.probe import class_scores, fit_probe, headline, macro
-from byola_fast.tasks import Round, Task, TaskError, read_task, rounds
+from byola_fast.tasks import NAMED, Round, Task, TaskError, read_task, rounds
 from byola_fast.weights import describe_encoder
 
 PITCHES = {"low": 200.0, "mid": 800.0, "high": 3000.0}
@@ -111,6 +111,7 @@ def test_folds_seeds_and_baselines(fold_task, tmp_path, weights, monkeypatch):
     again = evaluate(fold_task, tmp_path, encoder="random", feature_d=16, seeds=1)
     assert (again.line["feature_d"], again.line["folds"], again.line["train"]) == (16, 4, "")
     assert "one fold left out at a time; C chosen on another fold" in melstats.report
+    assert "; folds speaker0: 6, speaker1: 6, speaker2: 6, speaker3: 6\n" in random.report
     assert "std over 2 seeds" in random.report
     assert "over 4 folds" in random.report
     assert len(random.by_seed) == 2
@@ -178,6 +179,13 @@ def test_what_is_left_out(split_task, tmp_path, caplog):
     }
 
 
+def test_a_wrong_folder_names_a_few_files(split_task, tmp_path, caplog):
+    with pytest.raises(TaskError, match=r"30 of 30 files missing in "):
+        evaluate(split_task, tmp_path, encoder="melstats", audio=str(tmp_path))
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["missing:"] * (NAMED + 1)
+    assert caplog.records[-1].getMessage() == f"missing: {30 - NAMED} more"
+
+
 def test_class_that_the_training_part_lacks(split_task, tmp_path):
     lines = [line for line in split_task.read_text().splitlines() if not ('"high"' in line and "train" in line)]
     task = write_task(tmp_path / "csv", lines[0], lines[1:])
@@ -230,7 +238,8 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         "stats: expected weights that hold": {"encoder": "random", "stats": "weights"},
         "no such folder": {"encoder": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"encoder": "random", "dtype": "int8"},
-        "device: expected": {"encoder": "random", "feature_d": 8, "device": "toaster"},
+        "device: expected auto": {"encoder": "random", "device": "gpu"},
+        "device: expected one": {"encoder": "melstats", "device": "cuda:99"},
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             evaluate(split_task, tmp_path, **settings)

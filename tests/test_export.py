@@ -52,6 +52,8 @@ def embedder():
 def test_onnx_gives_what_the_encoder_gives(embedder, tmp_path):
     path = export_encoder(embedder, tmp_path / "new" / "e.onnx")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", "samples"]
+    assert session.get_outputs()[0].shape == ["batch", 24]
     for wav in cases(embedder):
         (found,) = session.run(["embedding"], {"wav": wav.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), embedder(wav), rtol=1e-4, atol=1e-5)

@@ -61,6 +61,7 @@ def test_a_build_is_announced_timed_and_cached(tiny, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
+    assert told[0].endswith(" (half a minute or so)")
     assert told[1].startswith("byola_fast: compiled in ")
     assert _extension.prepare() == library
     assert capsys.readouterr().err == ""

@@ -149,6 +149,7 @@ def test_running_statistics_and_few_clips(run, caplog):
     assert result.steps == 3
     text = caplog.text
     assert "12 clips are fewer than batch_size 16: each gives up to 2 segments an epoch" in text
+    assert "training AudioNTT2020, 16-d, on cpu: 3 steps of 16 segments, from 12 clips" in text
     assert all(text.count(name) == 1 for name in BROKEN)
     mean, std = load_checkpoint(result.out / "encoder.pth")["stats"]
     assert -16 < mean < 5
@@ -204,11 +205,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"steps": 0}, "steps: expected at least 1"),
         ({"lr": -1.0}, "lr"),
         ({"ema_decay": 2.0}, "ema_decay"),
-        ({"unit_sec": 0.04}, "8 frames"),
+        ({"unit_sec": 0.04}, r"unit_sec: expected at least 1120 samples, 0\.07 s, which AudioNTT2020 takes, got 0\.04"),
+        ({"unit_sec": 0.01}, "unit_sec: expected at least 1120 samples"),
+        ({"mixup_ratio": 2.0}, "mixup_ratio: expected a weight"),
+        ({"freq_scale": (1.5, 0.6)}, r"freq_scale: expected \(min, max\)"),
+        ({"virtual_crop_scale": (0.5, 1.5)}, "virtual_crop_scale"),
+        ({"encoder": "AudioNTT2022", "feature_d": 512}, r"d \(feature_d\): expected more than the 1024"),
         ({"interpolation": "nearest"}, "interpolation"),
     ],
 )
-def test_settings_out_of_range_are_named(run, changes, words):
+def test_settings_out_of_range_are_named(run, changes, words, monkeypatch):
+    monkeypatch.setattr(trainer, "take_stats", lambda *_: pytest.fail("statistics were taken first"))
     with pytest.raises(ValueError, match=words):
         run(**changes)
 

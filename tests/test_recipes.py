@@ -1,4 +1,4 @@
-"""Task files from tiny trees of the layouts that five data sets are published in."""
+"""Task files from tiny trees of folders of classes, and of the layouts that five data sets are published in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def write(root, files: dict[str, str]):
 
 
 TREES = {
+    "folders": {f"{name}.wav": "" for name in ("kick/a", "kick/b/b", "kick/c", "snare/a")} | {"kick/notes.txt": ""},
     "speech_commands": {
         **{f"{word}/{who}_nohash_0.wav": "" for word in ("yes", "no") for who in ("aa", "bb", "cc")},
         "_background_noise_/pink_noise.wav": "",
@@ -51,6 +52,12 @@ TREES = {
     },
 }
 WANTED = {
+    "folders": {
+        "kick/a.wav": ("kick", "1"),
+        "kick/b/b.wav": ("kick", "2"),
+        "kick/c.wav": ("kick", "3"),
+        "snare/a.wav": ("snare", "1"),
+    },
     "speech_commands": {
         "yes/aa_nohash_0.wav": ("yes", "train"),
         "no/aa_nohash_0.wav": ("no", "train"),
@@ -83,7 +90,7 @@ def test_layouts(tmp_path, dataset, capsys):
     out = tmp_path / "tasks" / "task.csv"
     assert main([dataset, str(tmp_path / "data"), str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: {len(WANTED[dataset])} clips\n"
-    kind = "fold" if dataset in ("urbansound8k", "esc50") else "split"
+    kind = "fold" if dataset in ("folders", "urbansound8k", "esc50") else "split"
     with open(out, newline="") as file:
         found = {line["file_name"]: (line["label"], line[kind]) for line in csv.DictReader(file)}
     assert found == WANTED[dataset]
@@ -105,11 +112,26 @@ def test_a_full_disk_leaves_the_old_task(tmp_path, monkeypatch):
     assert (tmp_path / "t.csv").read_text() == "old"
 
 
+def test_folders_that_are_split_already(tmp_path):
+    root, out = tmp_path / "data", tmp_path / "t.csv"
+    write(root, {f"{part}/{label}/a.wav": "" for part in ("train", "val", "Test") for label in "xy"})
+    assert write_task("folders", root, out) == 6
+    assert read_task(out)[0].counts() == {"train": 2, "valid": 2, "test": 2}
+    write(root, {"train/stray.wav": ""})
+    with pytest.raises(ValueError, match=r"stray\.wav: lies in no folder of a class; expected SPLIT/CLASS/stray\.wav"):
+        write_task("folders", root, out)
+    write(tmp_path / "commas", {"a,b/c.wav": ""})
+    with pytest.raises(ValueError, match="a comma in the name of a class"):
+        write_task("folders", tmp_path / "commas", out)
+
+
 def test_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"dataset: expected one of speech_commands, .*, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"dataset: expected one of folders, .*, fsd50k, got 'mnist'"):
         write_task("mnist", tmp_path, tmp_path / "t.csv")
     assert main(["esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
-    assert "esc50.csv: missing" in capsys.readouterr().err
+    assert "esc50.csv: missing; expected: ESC-50: meta/esc50.csv, audio/*.wav" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        write_task("esc50", tmp_path / "nowhere", tmp_path / "t.csv")
     write(tmp_path, {"meta/esc50.csv": "file,fold\n"})
     with pytest.raises(ValueError, match="no column filename, category"):
         write_task("esc50", tmp_path, tmp_path / "t.csv")

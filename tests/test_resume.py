@@ -107,6 +107,7 @@ def test_a_longer_run_goes_on_and_a_finished_one_has_nothing_to_do(settings, tmp
     for steps in (5, 4):
         result = pretrain(PretrainConfig(**settings | {"steps": steps}))
         assert (result.steps, result.stopped_by) == (5, 0)
+        assert f"nothing to do: 5 steps are done, of {steps}; more --epochs or --steps lengthen the run" in caplog.text
         assert 0 < result.loss < 8
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 

@@ -65,6 +65,14 @@ def test_the_command_writes_what_the_trainer_reads(corpus: Path, tmp_path: Path)
         read_stats(out, LogMel(f_max=7000.0))
 
 
+def test_the_front_end_may_be_another(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stats.json"
+    run_stats(StatsConfig(str(corpus), str(out), segments=9, unit_sec=0.3, n_mels=40, mel_scale="htk", workers=0))
+    read_stats(out, LogMel(n_mels=40, mel_scale="htk"))
+    with pytest.raises(ValueError, match="and is wanted with 64; take it anew with byola-fast stats --n_mels"):
+        read_stats(out, LogMel())
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"mean": 1}', '{"mean": NaN, "std": 1, "segments": 3, "front_end": {}}', "\xff",

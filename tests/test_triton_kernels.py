@@ -6,6 +6,7 @@ Without either, ``test_triton.py`` runs this file under the interpreter; the ops
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -109,6 +110,11 @@ def test_what_32_bits_do_not_reach_within_a_sample_is_copied():
     assert _triton_device.indexable(x) is x
     far = torch.empty(0).as_strided((0, 3, 4), (1, 2**30, 2**29))
     assert _triton_device.indexable(far).is_contiguous()
+
+
+def test_the_interpreter_has_no_instructions_of_a_gpu():
+    of_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert _triton_device.approximate(of_a_gpu) is not _triton_device.INTERPRETED
 
 
 class Recorder:

@@ -135,6 +135,5 @@ def backend_in_use(key: str, op: str) -> tuple[str, str]:
         if backend.loaded:
             return backend.name, "; ".join(failures)
         failures.append(f"{backend.name}: {backend.failure}")
-    return "reference", "; ".join(
-        failures
-    ) or "plain PyTorch, or made of other ops: no kernel of its own for this device"
+    none = f"made of {_library.MADE_OF[op]}" if op in _library.MADE_OF else "plain PyTorch, no kernel for this device"
+    return "reference", "; ".join(failures) or none

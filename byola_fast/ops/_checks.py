@@ -81,6 +81,11 @@ def is_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def is_pair(value: object) -> bool:
+    """Return whether a value has two parts; a lone number has none."""
+    return hasattr(value, "__len__") and len(value) == 2
+
+
 def no_grad_to(op: str, **tensors: Tensor | None) -> None:
     """Refuse to drop a gradient in silence."""
     if torch.is_grad_enabled():

@@ -47,7 +47,7 @@ def check_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
     check.is_float("decay", decay)
     if decay.numel() != 1:
         raise ValueError(f"decay: expected a 0-d tensor, got shape {tuple(decay.shape)}")
-    if target and isinstance(target[0], Tensor) and decay.device.type != "cpu":
+    if len(target) and isinstance(target[0], Tensor) and decay.device.type != "cpu":
         check.same_device("decay", decay, "target[0]", target[0])
     if check.readable(decay) and not 0 <= float(decay) <= 1:
         raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")

@@ -88,6 +88,8 @@ def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tenso
     reference.ema_update__reference(target, online, decay)
 
 
+MADE_OF = {"augment_views": "augment_views_out", "augment_views_backward": "resize_crop_backward and plain PyTorch"}
+
 _implementations: dict[str, Callable[..., Any]] = {
     name: getattr(reference, f"{name}_reference") for name in OPS if name not in ("augment_views", "ema_update_")
 }

@@ -73,7 +73,7 @@ def canvas_size(mels: int, frames: int, scale: Sequence[float] = VIRTUAL_CROP_SC
     >>> canvas_size(64, 96)
     (64, 144)
     """
-    if len(scale) != 2 or not all(1 <= s < math.inf for s in scale):
+    if not check.is_pair(scale) or not all(1 <= s < math.inf for s in scale):
         raise ValueError(f"virtual_crop_scale: expected two finite factors (mels, frames) of at least 1, got {scale}")
     canvas = int(mels * scale[0]), int(frames * scale[1])
     if max(canvas) > MAX_SIDE:
@@ -146,7 +146,8 @@ def without_channel(name: str, x: Tensor) -> Tensor:
         return x
     if x.dim() == 4 and x.shape[1] == 1:
         return x[:, 0]
-    raise ValueError(f"{name}: expected shape (B, F, T) or (B, 1, F, T), got {tuple(x.shape)}")
+    hint = f"; one spectrogram is {name}[None], waveforms go through byola_fast.LogMel first" if x.dim() == 2 else ""
+    raise ValueError(f"{name}: expected shape (B, F, T) or (B, 1, F, T), got {tuple(x.shape)}{hint}")
 
 
 def pair(name: str, value: Sequence[int], least: tuple[int, int]) -> tuple[int, int]:
@@ -164,13 +165,21 @@ def size_range(name: str, length: int, scale: Sequence[float]) -> tuple[int, int
     The largest draw stays below ``scale[1] * length``, as with a half-open uniform. Each size's probability differs
     from the exact one by less than 2^-16 of a bin.
     """
-    if len(scale) != 2 or not 0 <= scale[0] <= scale[1] < math.inf or scale[1] == 0:
+    if not check.is_pair(scale) or not 0 <= scale[0] <= scale[1] < math.inf or scale[1] == 0:
         raise ValueError(f"{name}: expected (min, max) with 0 <= min <= max, max > 0 and finite, got {scale}")
     if scale[1] * length >= 2**22:
         raise ValueError(f"{name}: expected crops of fewer than 2^22 rows or frames, got {scale[1]} times {length}")
     base = math.floor(scale[0] * length * 2**SIZE_SHIFT)
     slope = math.floor((scale[1] - scale[0]) * length * 2 ** (SIZE_SHIFT - 24))
     return base, slope
+
+
+def weights_in_range(mixup_ratio: float, fader_gain: float) -> None:
+    """Refuse bounds of the draws that make no weight and no gain."""
+    if not 0 <= mixup_ratio <= 1:
+        raise ValueError(f"mixup_ratio: expected a weight in [0, 1], got {mixup_ratio}")
+    if not 0 <= fader_gain < math.inf:
+        raise ValueError(f"fader_gain: expected a finite gain of at least 0, got {fader_gain}")
 
 
 def draw_params(
@@ -219,10 +228,7 @@ def draw_params(
     """
     check.is_integer("rng", rng, (torch.int64,))
     check.has_shape("rng", rng, (2,))
-    if not 0 <= mixup_ratio <= 1:
-        raise ValueError(f"mixup_ratio: expected a weight in [0, 1], got {mixup_ratio}")
-    if not 0 <= fader_gain < math.inf:
-        raise ValueError(f"fader_gain: expected a finite gain of at least 0, got {fader_gain}")
+    weights_in_range(mixup_ratio, fader_gain)
     check.is_count("bank_count", bank_count, "rng", rng)
     pool = batch if pool is None else pool
     if pool > MAX_ROWS:
@@ -491,6 +497,8 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
             torch.ops.byola_fast.ema_update_(target, online, weight)
     except RuntimeError:
         for name, tensors in (("target", target), ("online", online)):
+            if not isinstance(tensors, Sequence):
+                raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}") from None
             for number, tensor in enumerate(tensors):
                 check.is_tensor(f"{name}[{number}]", tensor)
         raise
