@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 MOST_WORKERS = 8
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # which the main process alone heeds
 GRACE_SEC = 30  # that a process lives on after SIGTERM, for the main process to end its step and save
 
 _END = object()
@@ -67,7 +69,8 @@ def read_in_processes(dataset: Any, numbers: Sequence[int], workers: int, *, pin
         worker_init_fn=partial(_begin, os.getpid()),
         generator=torch.Generator(),  # seeds workers: no draw that matters may share it
     )
-    iterator = iter(loader)
+    with _held_back(STOPPING):  # by the new processes too, until they are ready for them
+        iterator = iter(loader)
     _running.add(iterator)
     _leave_deaths_to_reading()
     try:
@@ -79,6 +82,15 @@ def read_in_processes(dataset: Any, numbers: Sequence[int], workers: int, *, pin
         raise ChildProcessError(f"a process that reads audio was killed (out of memory?): {error}") from error
     finally:
         _end(iterator)
+
+
+@contextmanager
+def _held_back(signals: Sequence[signal.Signals]) -> Generator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(iterator: Any) -> None:
@@ -144,6 +156,7 @@ def _begin(main: int, _worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SEC))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     forked = multiprocessing.get_start_method() == "fork"
     parent = main if forked else os.getppid()  # or a server of forks, which ends with the main process
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from byola_fast import workers as processes
 from byola_fast.audio import AudioError, SegmentFolder, list_audio_files
 from byola_fast.batches import AHEAD, Batch, Batches, as_float, open_source
 from byola_fast.pack import pack
@@ -293,6 +295,28 @@ def test_workers_leave_signals_to_the_main_process(source: Callable[..., Source]
             os.kill(worker.pid, number)
     assert len(list(running)) == 59
     assert not multiprocessing.active_children()
+
+
+def test_workers_that_have_just_begun_leave_signals_to_the_main_process(
+    source: Callable[..., Source], monkeypatch
+) -> None:
+    begin = processes._begin
+
+    def slow(*args: int) -> None:
+        time.sleep(0.5)
+        begin(*args)
+
+    def stop() -> None:
+        while not (begun := multiprocessing.active_children()):
+            time.sleep(0.001)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(int(begun[0].pid or 0), number)
+
+    monkeypatch.setattr(processes, "_begin", slow)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert len(list(Batches(source("folder"), 4, seed=0, workers=1).run(3))) == 3
+    thread.join()
 
 
 def test_errors_in_the_thread_come_through(sources: dict[str, Path], tmp_path: Path) -> None:
