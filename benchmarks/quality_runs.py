@@ -45,6 +45,14 @@ def _study(name: str, told: str, *, paper: float | None = None, **settings: Any)
 
 
 BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", seeds=3, scored=(100, SHORT, 600, LONG), paper=72.3)
+# What training begins with: the random encoder as BatchNorm makes it, whose statistics BYOL-A's own steps take.
+START = Study(
+    "start",
+    "random weights, BatchNorm's statistics of this corpus",
+    seeds=3,
+    scored=(40,),
+    settings=(("lr", 1e-9), ("batch_size", 64)),
+)
 ABLATIONS = [
     _study("no-mixup", "resize crop alone", mixup="none", paper=68.4),
     _study("no-crop", "log-mixup-exp alone", **WHOLE, paper=63.9),
@@ -68,7 +76,7 @@ WIDE = Study(
     settings=(("feature_d", 2048),),
     gpu=True,
 )
-STUDIES = {study.name: study for study in [BYOL, *ABLATIONS, *OBJECTIVES, WIDE]}
+STUDIES = {study.name: study for study in [START, BYOL, *ABLATIONS, *OBJECTIVES, WIDE]}
 
 # The same kind of network trained with BYOL-A on AudioSet (5,000 hours), under the same protocol: the mark to pass.
 AUDIOSET = {"fsdd": 65.4, "drum6": 71.1, "env10": 47.6, "gm_family": 68.8}

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, OBJECTIVES, SHORT
+from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, OBJECTIVES, SHORT, START
 
 NO_RUNS = "**The study has not been run yet.**"
 
@@ -22,6 +22,9 @@ def study_table(folder: Path) -> str:
         found = _read(folder / f"{name}.json")
         if found is not None:
             rows.append(_row(told, "", found["seeds"], *_scores([found]), _mean_of(found)))
+    started = [point for run in _runs(folder, START.name) for point in run["curve"]]
+    if started:
+        rows.append(_row(START.told, "", len(started), *_scores(started), _spread(started)))
     for step in sorted({point["step"] for run in runs for point in run["curve"]}):
         points = [point for run in runs for point in run["curve"] if point["step"] == step]
         rows.append(_row("BYOL-A, this corpus", step, len(points), *_scores(points), _spread(points)))
