@@ -9,8 +9,9 @@ its other warps, and resizes from there. There are only as many programs as run 
 overwritten sample after sample, and live in the cache. A row and a column of zeros behind each tile stand for the
 margin of the canvas, so that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16
 bytes; at the taps, a warp handles 32 frames of one row, one to a thread, whose places fall into two or three lines of
-the cache and not eight. Bilinear outputs read their four taps directly; bicubic ones, with sixteen, go through a second
-tile, resized along time alone. benchmarks/NOTES.md has the designs that were compared, and their figures.
+the cache and not eight. Blocks have one axis there: of two, Triton 3.6 would lay the mels along a warp. Bilinear
+outputs read their four taps directly; bicubic ones, with sixteen, go through a second tile, resized along time alone.
+benchmarks/NOTES.md has the designs that were compared, and their figures.
 """
 
 from __future__ import annotations
@@ -82,27 +83,26 @@ def row_place(base, k: tl.constexpr, top, h, mels, stride, TAPS: tl.constexpr):
 
 @triton.jit
 def resize_along_time(
-    tile, places, block, left, w, frames, out_frames, magic, shift,
-    TAPS: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
+    tile, places, t, left, w, frames, out_frames, magic, shift,
+    TAPS: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a block of columns, of the tile's rows that begin at ``places``."""
-    base, rest = tap_base(block * COLUMNS + tl.arange(0, COLUMNS), w, out_frames, magic, shift, WIDE)
-    t = tap_fraction(rest, out_frames, COMPUTE)
-    y = tl.zeros((places.shape[0], COLUMNS), COMPUTE)
+    """Output ``t`` of the tile's row that begins at ``places``, each."""
+    base, rest = tap_base(t, w, out_frames, magic, shift, WIDE)
+    fraction = tap_fraction(rest, out_frames, COMPUTE)
+    y = tl.zeros((places.shape[0],), COMPUTE)
     for k in tl.static_range(TAPS):
         column = left + tap_row(base, w, k, TAPS)
         column = tl.where((column >= 0) & (column < frames), column, frames)
-        y += tap_weight(t, k, TAPS)[None, :] * tl.load(tile + (places[:, None] + column[None, :]))
+        y += tap_weight(fraction, k, TAPS) * tl.load(tile + (places + column))
     return y
 
 
 @triton.jit
-def finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Add the fader, write what lies in the view, and return it with zeros elsewhere."""
-    t = block * COLUMNS + tl.arange(0, COLUMNS)
-    y += (head + rise * (t.to(COMPUTE) * (1 / tl.maximum(out_frames - 1, 1).to(COMPUTE))))[None, :]
-    written = (o < out_mels)[:, None] & (t < out_frames)[None, :]
-    tl.store(target + o[:, None] * out_frames + t[None, :], y, written)
+def finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE: tl.constexpr):
+    """Add the fader to output (o, t), write what lies in the view, and return it with zeros elsewhere."""
+    y += head + rise * (t.to(COMPUTE) * (1 / tl.maximum(out_frames - 1, 1).to(COMPUTE)))
+    written = (o < out_mels) & (t < out_frames)
+    tl.store(target + o * out_frames + t, y, written)
     return tl.where(written, y, 0)
 
 
@@ -164,6 +164,7 @@ def augment_views_kernel(
     if HAS_BANK:
         from_bank = tl.load(bank_count) > 0
 
+    lane = tl.arange(0, ROWS * COLUMNS)  # at the taps: output (lane // COLUMNS, lane % COLUMNS) of a block
     tile = scratch + tl.program_id(0).to(tl.int64) * (mels + 1) * (stride + resized_stride)
     resized = tile + (mels + 1) * stride
     for start in range(0, mels + 1, STAGED_ROWS):
@@ -225,48 +226,48 @@ def augment_views_kernel(
         rise = tl.load(fader + 2 * row + 1).to(COMPUTE) - head
         target = out + row * out_mels * out_frames
         if COLUMN_BLOCKS:
-            total = tl.zeros((ROWS, COLUMNS), COMPUTE)
-            squares = tl.zeros((ROWS, COLUMNS), COMPUTE)
+            total = tl.zeros((ROWS * COLUMNS,), COMPUTE)
+            squares = tl.zeros((ROWS * COLUMNS,), COMPUTE)
             for start in range(0, out_mels, ROWS):
-                o = start + tl.arange(0, ROWS)
+                o = start + lane // COLUMNS
                 base, rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
                 fraction = tap_fraction(rest, out_mels, COMPUTE)
                 for block in tl.static_range(COLUMN_BLOCKS):
-                    y = tl.zeros((ROWS, COLUMNS), COMPUTE)
+                    t = block * COLUMNS + lane % COLUMNS
+                    y = tl.zeros((ROWS * COLUMNS,), COMPUTE)
                     for k in tl.static_range(TAPS):
                         places = row_place(base, k, top, h, mels, stride, TAPS)
-                        y += tap_weight(fraction, k, TAPS)[:, None] * resize_along_time(
-                            tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
-                            TAPS, COMPUTE, WIDE, COLUMNS,
+                        y += tap_weight(fraction, k, TAPS) * resize_along_time(
+                            tile, places, t, left, w, frames, out_frames, frame_magic, frame_shift,
+                            TAPS, COMPUTE, WIDE,
                         )  # fmt: skip
-                    y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE)
                     total += y
                     squares += y * y
         else:
             for block in range(0, tl.cdiv(out_frames, COLUMNS)):
-                t = block * COLUMNS + tl.arange(0, COLUMNS)
+                t = block * COLUMNS + lane % COLUMNS
                 for start in range(first_f, end_f, ROWS):
-                    f = start + tl.arange(0, ROWS)
-                    places = tl.minimum(f, end_f - 1) * stride
+                    f = start + lane // COLUMNS
                     y = resize_along_time(
-                        tile, places, block, left, w, frames, out_frames, frame_magic, frame_shift,
-                        TAPS, COMPUTE, WIDE, COLUMNS,
+                        tile, tl.minimum(f, end_f - 1) * stride, t, left, w, frames, out_frames, frame_magic,
+                        frame_shift, TAPS, COMPUTE, WIDE,
                     )  # fmt: skip
-                    tl.store(resized + f[:, None] * resized_stride + t[None, :], y, (f < end_f)[:, None])
+                    tl.store(resized + f * resized_stride + t, y, f < end_f)
             tl.debug_barrier()
             total = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
             squares = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
             for start in range(0, out_mels, STAGED_ROWS):
-                o = start + tl.arange(0, STAGED_ROWS)
+                o = (start + tl.arange(0, STAGED_ROWS))[:, None]
                 base, rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
                 fraction = tap_fraction(rest, out_mels, COMPUTE)
                 for block in range(0, tl.cdiv(out_frames, COLUMNS)):
-                    t = block * COLUMNS + tl.arange(0, COLUMNS)
+                    t = (block * COLUMNS + tl.arange(0, COLUMNS))[None, :]
                     y = tl.zeros((STAGED_ROWS, COLUMNS), COMPUTE)
                     for k in tl.static_range(TAPS):
                         places = row_place(base, k, top, h, mels, resized_stride, TAPS)
-                        y += tap_weight(fraction, k, TAPS)[:, None] * tl.load(resized + places[:, None] + t[None, :])
-                    y = finish(y, target, o, block, out_mels, out_frames, head, rise, COMPUTE, COLUMNS)
+                        y += tap_weight(fraction, k, TAPS) * tl.load(resized + (places + t))
+                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE)
                     total += y
                     squares += y * y
         tl.store(sums + 3 * row, tl.full((), out_mels * out_frames, tl.float64))

@@ -64,28 +64,28 @@ def resize_crop_kernel(
     h, top = box_side(crop + 4 * sample, 0, mels, canvas_mels)
     w, left = box_side(crop + 4 * sample, 1, frames, canvas_frames)
 
-    o = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, ROWS * COLUMNS)  # one axis: of two, Triton 3.6 lays the mels along a warp
+    o = tl.program_id(0) % blocks * ROWS + lane // COLUMNS
     row_base, row_rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
     row_t = tap_fraction(row_rest, out_mels, COMPUTE)
     source = x + sample * stride_b
     target = y + sample * out_mels * out_frames
     for block in range(0, tl.cdiv(out_frames, COLUMNS)):
-        t = block * COLUMNS + tl.arange(0, COLUMNS)
+        t = block * COLUMNS + lane % COLUMNS
         column_base, column_rest = tap_base(t, w, out_frames, frame_magic, frame_shift, WIDE)
         column_t = tap_fraction(column_rest, out_frames, COMPUTE)
-        total = tl.zeros((ROWS, COLUMNS), COMPUTE)
+        total = tl.zeros((ROWS * COLUMNS,), COMPUTE)
         for k in tl.static_range(TAPS):
             row = top + tap_row(row_base, h, k, TAPS)
             row_inside = (row >= 0) & (row < mels) & (o < out_mels)
-            along_time = tl.zeros((ROWS, COLUMNS), COMPUTE)
+            along_time = tl.zeros((ROWS * COLUMNS,), COMPUTE)
             for tap in tl.static_range(TAPS):
                 column = left + tap_row(column_base, w, tap, TAPS)
-                inside = row_inside[:, None] & ((column >= 0) & (column < frames))[None, :]
-                value = tl.load(source + row[:, None] * stride_f + column[None, :] * stride_t, inside, other=0)
-                along_time += tap_weight(column_t, tap, TAPS)[None, :] * value.to(COMPUTE)
-            total += tap_weight(row_t, k, TAPS)[:, None] * along_time
-        written = (o < out_mels)[:, None] & (t < out_frames)[None, :]
-        tl.store(target + o[:, None] * out_frames + t[None, :], total, written)
+                inside = row_inside & (column >= 0) & (column < frames)
+                value = tl.load(source + row * stride_f + column * stride_t, inside, other=0)
+                along_time += tap_weight(column_t, tap, TAPS) * value.to(COMPUTE)
+            total += tap_weight(row_t, k, TAPS) * along_time
+        tl.store(target + o * out_frames + t, total, (o < out_mels) & (t < out_frames))
 
 
 @triton.jit
