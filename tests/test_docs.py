@@ -1,4 +1,4 @@
-"""Every command in README and docs runs as it is printed there, but for what keeps it small."""
+"""Every command and script in README and docs runs as it is printed there, but for what keeps it small."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def commands() -> list[str]:
     return list(found)
 
 
+def scripts() -> list[str]:
+    """Return the blocks of Python that are no doctests, and run on what the commands leave."""
+    blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    return [block for block in blocks if ">>>" not in block]
+
+
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     labels = [name for _ in range(10) for name in PITCHES]
     part = lambda n: ("train", "train", "train", "valid", "test")[n // 3 % 5]  # noqa: E731
@@ -66,6 +72,9 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             cli._make_parser(demo=False).parse_args([cli._with_underscores(word) for word in given if word != "..."])
         else:
             assert first == "byola-fast" or command.startswith(OTHERS), f"no test runs {command!r}"
+    for script in scripts():
+        exec(script, {})
+    assert scripts()
     assert ran >= {"pack", "pretrain", "embed", "export", "eval", "recipes"}
 
 
