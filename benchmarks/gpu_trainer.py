@@ -8,9 +8,7 @@ GPU, where some sums are taken in whatever order comes, so losses agree closely 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,11 @@ from typing import Any
 
 import torch
 
+from byola_fast.gather import concat_ranks
+
 CLIPS, SECONDS = 600, 1.0
+SMALL = {"feature_d": 512, "batch_size": 64, "n_memory": 256}
+TINY = {"feature_d": 16, "proj_dim": 32, "batch_size": 4, "n_memory": 8, "threads": 1}
 MANY_CLIPS = 8000  # 31 steps of 256 an epoch, whose draws are then no part of the time
 CLOSE = 0.05  # of losses between 0 and 8, after a few steps whose roundings differ
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +66,8 @@ def trainer(context: Any) -> dict[str, Any]:
     folder = context.out / "trainer"
     shutil.rmtree(folder, ignore_errors=True)
     store = write_store(folder / "store", 12 if context.dry else CLIPS)
-    tiny = {"feature_d": 16, "proj_dim": 32, "batch_size": 4, "n_memory": 8, "threads": 1}
     common = {"audio_dir": str(store), "device": context.device, "stats_segments": 8, "log_every": 1}
-    common |= tiny if context.dry else {"feature_d": 512, "batch_size": 64, "n_memory": 256}
+    common |= TINY if context.dry else SMALL
     plain = common | {"precision": "float32", "compile": False}
     found: dict[str, Any] = {"losses": {}}
 
@@ -104,46 +105,23 @@ def trainer(context: Any) -> dict[str, Any]:
 
 def ranks(context: Any) -> dict[str, Any]:
     """Two processes that train together on one GPU, by gloo as NCCL takes one process a GPU; and NCCL, alone."""
-    if context.skip("two processes on one GPU, and NCCL"):
-        return {}
     folder = context.out / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
-    store = write_store(folder / "store", CLIPS)
+    store = write_store(folder / "store", 12 if context.dry else CLIPS)
+    common = {"audio_dir": str(store), "steps": 6, "log_every": 1, "stats_segments": 8, "precision": "float32"}
+    common |= {"compile": False, "cuda_graph": False, "device": "cpu" if context.dry else "cuda:0"}
+    common |= TINY if context.dry else SMALL
+    runs = {"gloo": 2}
+    if not context.skip("two processes on one GPU, SyncBatchNorm, and NCCL"):
+        runs |= {"gloo, SyncBatchNorm": 2, "nccl": 1}
     found: dict[str, Any] = {}
-    for name, count in (("gloo", 2), ("gloo, SyncBatchNorm", 2), ("nccl", 1)):
+    for name, count in runs.items():
         out = folder / name.replace(", ", "-")
-        settings = {"audio_dir": str(store), "device": "cuda:0", "feature_d": 512, "batch_size": 64, "steps": 6}
-        settings |= {"log_every": 1, "stats_segments": 8, "n_memory": 256, "compile": False, "precision": "float32"}
-        settings |= {"sync_batchnorm": "Sync" in name, "cuda_graph": False}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu_trainer",
-            name.partition(",")[0],
-            str(out),
-            json.dumps(settings),
-        ]
-        processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": "0"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(count)
-        ]
-        try:
-            told = [process.communicate(timeout=60)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert all(process.returncode == 0 for process in processes), told
+        settings = common | {"sync_batchnorm": "Sync" in name}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command += ["-m", "benchmarks.gpu_trainer", name.partition(",")[0], str(out), json.dumps(settings)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         lines = (out / "log.jsonl").read_text().splitlines()
         found[name] = [json.loads(line)["loss"] for line in lines]
         assert len(found[name]) == 6
@@ -153,16 +131,17 @@ def ranks(context: Any) -> dict[str, Any]:
 
 
 def main(backend: str, out: str, settings: str) -> None:
-    """Be one rank of several that share a GPU: gather, reduce, and train."""
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group(f"cpu:gloo,cuda:{backend}")
-    x = torch.arange(6.0, device="cuda")
-    pool = x.new_empty(6 * torch.distributed.get_world_size())
-    torch.distributed.all_gather_into_tensor(pool, x)
-    assert torch.equal(pool[-6:], x)
+    """Be one rank of several that share a device: gather, reduce, and train."""
+    config = json.loads(settings)
+    device = torch.device(config["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend)
+    x = torch.arange(6.0, device=device)
+    assert torch.equal(concat_ranks(x)[-6:], x)
     torch.distributed.all_reduce(x)
     assert float(x[1]) == torch.distributed.get_world_size()
-    train(Path(out), **json.loads(settings))
+    train(Path(out), **config)
     torch.distributed.destroy_process_group()
 
 
