@@ -91,9 +91,11 @@ def list_audio_files(root: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def listing_checksum(names: list[str]) -> str:
-    """Return the checksum of a listing, by which a changed corpus is known."""
-    return hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()
+def listing_checksum(files: Sequence[str | Path]) -> str:
+    """Return the checksum of the names of files below their common folder, by which a changed corpus is known."""
+    names = [os.path.abspath(path) for path in files]
+    root = os.path.commonpath({os.path.dirname(name) for name in names})
+    return hashlib.sha256(b"\0".join(os.fsencode(name[len(root) :].lstrip("/")) for name in names)).hexdigest()
 
 
 def _report_folder(error: OSError) -> None:
@@ -363,9 +365,7 @@ class SegmentFolder:
 
     @property
     def listing(self) -> str:
-        names = [os.path.abspath(path) for path in self.files]
-        root = os.path.commonpath({os.path.dirname(name) for name in names})
-        return listing_checksum([name[len(root) :].lstrip("/") for name in names])
+        return listing_checksum(self.files)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -121,7 +121,7 @@ def pack(
     listing = list_audio_files(audio_dir)
     root = audio_dir if audio_dir.is_dir() else audio_dir.parent
     names = [path.relative_to(root).as_posix() for path in listing]
-    checksum, own, files = listing_checksum(names), names[number::parts], listing[number::parts]
+    checksum, own, files = listing_checksum(listing), names[number::parts], listing[number::parts]
     if not force and (header := _unchanged(out / f"{part_name(number, parts)}.json", sample_rate, checksum, files)):
         if old_data(out, header):
             with PartWriter(out, number, parts) as writer:

@@ -156,6 +156,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     if saved is not None:
         if saved["clips"] != clips:
             raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
+        if world.first and saved.get("listing", batches.listing) != batches.listing:
+            logger.warning("%s holds other files than the run began with; going on with them", config.audio_dir)
         step, epoch = state.restore(saved)
 
     times = StageTimes(device, on=config.profile)
@@ -184,7 +186,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     def save(last: bool) -> None:
         state.check_finite(step, run.told())
-        told = {"step": step, "epoch": epoch, "clips": clips, "stats": stats, "config": asdict(config)}
+        data = {"clips": clips, "listing": batches.listing}
+        told = {"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data
         content = state.collect(told)
         if world.first:
             run.save(content, encoder, **described(), last=last)

@@ -377,8 +377,9 @@ def test_the_listing_tells_whether_the_data_are_those_of_before(sources: dict[st
         return Batches(open_source(path), 4, seed=0).listing
 
     assert listing(sources["folder"]) == listing(sources["broken folder"]) == listing(sources["store"])
-    moved = write_clips(tmp_path / "elsewhere")
-    assert listing(moved) == listing(sources["folder"])
+    moved = write_clips(tmp_path / "deeper" / "elsewhere")
+    pack(tmp_path / "deeper", tmp_path / "store", workers=0)
+    assert listing(moved) == listing(tmp_path / "deeper") == listing(tmp_path / "store") == listing(sources["folder"])
     (moved / "05.wav").unlink()
     assert listing(moved) != listing(sources["folder"])
     assert Batches(SegmentStore(sources["store"]).to_device("cpu"), 4, seed=0).listing == listing(sources["store"])

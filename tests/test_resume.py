@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_a_longer_run_goes_on_and_a_finished_one_has_nothing_to_do(settings, tmp
         assert f"nothing to do: 5 steps are done, of {steps}; more --epochs or --steps lengthen the run" in caplog.text
         assert 0 < result.loss < 8
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_going_on_with_other_files_is_said(settings, tmp_path, recordings, caplog):
+    moved = tmp_path / "moved"
+    shutil.copytree(recordings, moved)
+    pretrain(PretrainConfig(**settings | {"steps": 1}))
+    pretrain(PretrainConfig(**settings | {"steps": 2, "audio_dir": str(moved)}))
+    assert "other files" not in caplog.text
+    first = min(path for path in moved.rglob("*") if path.is_file())
+    first.rename(first.with_stem("renamed"))
+    pretrain(PretrainConfig(**settings | {"steps": 3, "audio_dir": str(moved)}))
+    assert f"{moved} holds other files than the run began with; going on with them" in caplog.text
 
 
 def test_another_configuration_is_named_and_nothing_is_touched(settings, tmp_path, recordings):
