@@ -7,31 +7,50 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, OBJECTIVES, SHORT, START
+from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
+from byola_fast.pretrain_config import PretrainConfig
 
 NO_RUNS = "**The study has not been run yet.**"
 
 
+def summary_table(folder: Path) -> str:
+    """Return the last point of each curve between baselines and the mark to pass."""
+    return _study(folder, last_alone=True)
+
+
 def study_table(folder: Path) -> str:
-    """Return the main table: baselines, the mark to pass, and every seed's last score of BYOL-A, with their spread."""
-    runs = _runs(folder, BYOL.name)
-    if not runs:
+    """Return every point of each curve, a mean over seeds with their spread, between baselines and the mark to pass."""
+    return _study(folder, last_alone=False)
+
+
+def _study(folder: Path, last_alone: bool) -> str:
+    found = {study.name: (study, runs) for study in CURVES if (runs := _runs(folder, study.name))}
+    if BYOL.name not in found:
         return NO_RUNS
-    rows = [_row("what", "steps of 256", "seeds", *AUDIOSET, "mean"), _row(*["---"] * 3, *["---:"] * 5)]
+    rows = [_row("what", "steps of 256", "hours heard", "minutes", "seeds", *AUDIOSET, "mean")]
+    rows.append(_row("---", *["---:"] * 9))
     for name, told in (("melstats", "mel statistics"), ("random", "random weights")):
-        found = _read(folder / f"{name}.json")
-        if found is not None:
-            rows.append(_row(told, "", found["seeds"], *_scores([found]), _mean_of(found)))
+        baseline = _read(folder / f"{name}.json")
+        if baseline is not None:
+            rows.append(_row(told, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
     started = [point for run in _runs(folder, START.name) for point in run["curve"]]
-    if started:
-        rows.append(_row(START.told, "", len(started), *_scores(started), _spread(started)))
-    for step in sorted({point["step"] for run in runs for point in run["curve"]}):
-        points = [point for run in runs for point in run["curve"] if point["step"] == step]
-        rows.append(_row("BYOL-A, this corpus", step, len(points), *_scores(points), _spread(points)))
+    if started and not last_alone:
+        rows.append(_row(START.told, "", "", "", len(started), *_scores(started), _spread(started)))
+    for study, runs in found.values():
+        steps = sorted({point["step"] for run in runs for point in run["curve"]})
+        for step in steps[-1:] if last_alone else steps:
+            points = [point for run in runs for point in run["curve"] if point["step"] == step]
+            effort = (step, f"{_hours(runs[0], points[0]):.0f}", f"{min(p['seconds'] for p in points) / 60:.0f}")
+            rows.append(_row(study.told, *effort, len(points), *_scores(points), _spread(points)))
     known = [*AUDIOSET.values()]
     marks = [f"{value:.1f}" for value in [*known, statistics.fmean(known)]]
-    rows.append(_row("BYOL-A, AudioSet (5,000 h)", "", 1, *marks))
-    return "\n".join([*rows, "", _caption(runs)])
+    rows.append(_row("BYOL-A, AudioSet", "", "5,000 an epoch", "", 1, *marks))
+    return "\n".join([*rows, "", _caption(found[BYOL.name][1])])
+
+
+def _hours(run: dict[str, Any], point: dict[str, Any]) -> float:
+    """Return how much sound a run had heard, the same segments at other moments included: equal hours, equal work."""
+    return float(point["samples"] * run["settings"].get("unit_sec", PretrainConfig.unit_sec) / 3600)
 
 
 def ablation_table(folder: Path) -> str:
@@ -87,7 +106,8 @@ def _mean_of(found: dict[str, Any]) -> str:
 def _caption(runs: list[dict[str, Any]]) -> str:
     settings, cpu, torch = runs[0]["settings"], runs[0]["machine"]["cpu"], runs[0]["versions"]["torch"]
     return (
-        "Accuracy in %, ± standard deviation over seeds of training. "
+        "Accuracy in %, ± standard deviation over seeds of training. Minutes: of one core, its fastest seed, on a "
+        "machine that did other work too. "
         f"AudioNTT2020, {settings['feature_d']}-d, {settings['precision']}, {cpu}, torch {torch}: "
         "`python -m benchmarks.quality CORPUS TASKS`."
     )

@@ -2,7 +2,8 @@
 
 ``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
 ``benchmarks/results/FILE.json``, for example ``cpu/two_views``. ``gpu/goals`` is the table of ``gpu_check``, or, while
-there is no ``gpu.json``, the sentence that says so; ``quality/study`` and ``quality/ablations`` are of the study.
+there is no ``gpu.json``, the sentence that says so; ``quality/summary``, ``quality/study`` and ``quality/ablations``
+are of the study.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from benchmarks.tables import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
 NOT_MEASURED = "**GPU figures have not been measured yet.**"
-QUALITY = {"study": quality_table.study_table, "ablations": quality_table.ablation_table}
+QUALITY = {
+    "summary": quality_table.summary_table,
+    "study": quality_table.study_table,
+    "ablations": quality_table.ablation_table,
+}
 MARKER = re.compile(r"<!-- benchmarks:")
 
 
