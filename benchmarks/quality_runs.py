@@ -57,7 +57,7 @@ SIMCLR_SHORT = Study(
     "simclr-short",
     "SimCLR's loss, segments of 0.31 s",
     seeds=3,
-    scored=(SHORT, 600, LONG),
+    scored=(SHORT, 600, LONG, 2000),
     settings=(("objective", "simclr"), ("unit_sec", 0.31)),
 )
 # What training begins with: the random encoder as BatchNorm makes it, whose statistics BYOL-A's own steps take.
