@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ NO_RUNS = "**The study has not been run yet.**"
 
 
 def summary_table(folder: Path) -> str:
-    """Return the last point of each curve between baselines and the mark to pass."""
-    return _study(folder, last_alone=True)
+    """Return the end of each curve, from the last point of all its seeds on, between baselines and the mark to pass."""
+    return _study(folder, ends_alone=True)
 
 
 def study_table(folder: Path) -> str:
     """Return every point of each curve, a mean over seeds with their spread, between baselines and the mark to pass."""
-    return _study(folder, last_alone=False)
+    return _study(folder, ends_alone=False)
 
 
-def _study(folder: Path, last_alone: bool) -> str:
+def _study(folder: Path, ends_alone: bool) -> str:
     found = {study.name: (study, runs) for study in CURVES if (runs := _runs(folder, study.name))}
     if BYOL.name not in found:
         return NO_RUNS
@@ -34,11 +35,12 @@ def _study(folder: Path, last_alone: bool) -> str:
         if baseline is not None:
             rows.append(_row(told, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
     started = [point for run in _runs(folder, START.name) for point in run["curve"]]
-    if started and not last_alone:
+    if started and not ends_alone:
         rows.append(_row(START.told, "", "", "", len(started), *_scores(started), _spread(started)))
     for study, runs in found.values():
-        steps = sorted({point["step"] for run in runs for point in run["curve"]})
-        for step in steps[-1:] if last_alone else steps:
+        seeds = Counter(point["step"] for run in runs for point in run["curve"])
+        settled = max(step for step, count in seeds.items() if count == max(seeds.values()))
+        for step in sorted(step for step in seeds if step >= settled or not ends_alone):
             points = [point for run in runs for point in run["curve"] if point["step"] == step]
             effort = (step, f"{_hours(runs[0], points[0]):.0f}", f"{min(p['seconds'] for p in points) / 60:.0f}")
             rows.append(_row(study.told, *effort, len(points), *_scores(points), _spread(points)))

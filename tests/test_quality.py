@@ -73,6 +73,12 @@ def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, mon
     assert table.count("\n| BYOL-A | 3 | 0 | 0 | 2 |") == 1
     assert "| BYOL-A, AudioSet |  | 5,000 an epoch |  | 1 | 75.0 | 75.0 |" in table
     assert table.count("±") >= 3  # random, and both steps of byol-v1
+    (results / "byol-v1-1.json").write_text(json.dumps(cut | {"seed": 1}))  # the other seed has not come as far
+    summary = quality_table.summary_table(results)
+    assert "\n| BYOL-A | 1 | 0 | 0 | 2 |" in summary
+    assert "\n| BYOL-A | 3 | 0 | 0 | 1 |" in summary
+    (results / "byol-v1-1.json").write_text(json.dumps(again | {"seed": 1}))
+    assert "\n| BYOL-A | 1 |" not in quality_table.summary_table(results)
     page = tmp_path / "page.md"
     page.write_text("<!-- benchmarks:quality/ablations begin -->\n<!-- benchmarks:quality/ablations end -->\n")
     assert readme_table.main(["--readme", str(page), "--results", str(tmp_path)]) == 0
