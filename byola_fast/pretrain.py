@@ -151,12 +151,13 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
+    data = {"clips": clips, "listing": batches.listing}  # by which a resumed run knows its data
     if world.rank:
         torch.manual_seed(config.seed + (world.rank << 32))  # dropout differs between processes
     if saved is not None:
         if saved["clips"] != clips:
             raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
-        if world.first and saved.get("listing", batches.listing) != batches.listing:
+        if world.first and saved.get("listing", data["listing"]) != data["listing"]:
             logger.warning("%s holds other files than the run began with; going on with them", config.audio_dir)
         step, epoch = state.restore(saved)
 
@@ -186,9 +187,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     def save(last: bool) -> None:
         state.check_finite(step, run.told())
-        data = {"clips": clips, "listing": batches.listing}
-        told = {"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data
-        content = state.collect(told)
+        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
         if world.first:
             run.save(content, encoder, **described(), last=last)
             if not last and run.curves_due():
