@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.contenders import backend_of
 from benchmarks.measure import PLACES, Contender, Group, Place, places_on
 from byola_fast import ops
-from byola_fast.ema import EMA
+from byola_fast.networks.ema import EMA
 
 DECAY = 0.99
 CONV, CONV_NEXT, NORM = [(64, 1, 3, 3), (64,)], [(64, 64, 3, 3), (64,)], [(64,), (64,)]

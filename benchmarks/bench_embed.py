@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.contenders import backend_of
 from benchmarks.measure import PLACES, TOLERANCE, Contender, Group, Place, places_on
-from byola_fast.embed import Embedder
-from byola_fast.encoders import AudioNTT2020, pool_frames
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.networks.encoders import AudioNTT2020, pool_frames
 
 BATCH, SECONDS, WIDTH = 1, 10, 512
 CONTENDERS = ("layers", "byola_fast", "byola_fast, bfloat16")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import PLACES, Contender, Group, Place
-from byola_fast.audio import SegmentFolder, list_audio_files
-from byola_fast.batches import Batches
-from byola_fast.pack import pack
-from byola_fast.store import DeviceStore, SegmentStore
+from byola_fast.audio.batches import Batches
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import SegmentFolder, list_audio_files
+from byola_fast.audio.store import DeviceStore, SegmentStore
 
 BATCH, SAMPLES = 256, 15200  # 0.95 s at 16 kHz
 CLIPS, CLIP_SAMPLES = 1000, 64000  # 128 MB, more than most caches hold

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import Group, Measured, Place, Results, gate, measure, write_results
 from benchmarks.tables import terminal_table
-from byola_fast.ops._backends import strict
+from byola_fast.ops._dispatch import strict
 
 HERE = Path(__file__).parent
 BUDGET_S, FULL_BUDGET_S = 6.0, 30.0

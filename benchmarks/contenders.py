@@ -17,8 +17,8 @@ from torch import Tensor
 
 import byola_fast
 from benchmarks.measure import Contender, Place, input_sets
-from byola_fast.ops import _library, reference
-from byola_fast.ops._backends import backend_in_use
+from byola_fast.ops import _schemas, reference
+from byola_fast.ops._dispatch import backend_in_use
 from byola_fast.ops.functional import canvas_size, size_range
 
 MELS, FRAMES = 64, 96
@@ -34,7 +34,7 @@ LoopParams = list[list[tuple[float, int, list[int]]]]  # view, sample: lam, part
 
 def backend_of(device: str, ops: Sequence[str]) -> str:
     """Return the backend that answers for all of these ops on a device, or name those left to the reference."""
-    names = {op: backend_in_use(device.upper(), op)[0] for op in ops if op in _library.OPS}
+    names = {op: backend_in_use(device.upper(), op)[0] for op in ops if op in _schemas.OPS}
     left = [op for op, name in names.items() if name == "reference"]
     others = sorted({name for name in names.values() if name != "reference"})
     if left and others:

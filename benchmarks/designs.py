@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Other ways to build the fused kernel, kept short, to be compared with the one that the package ships.
 
 Each makes both views of a batch from x and a full bank, log-mixup-exp and bilinear, without statistics, fader and sums.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton_device import (
+from byola_fast.ops._triton.shared import (
     approximate,
     box_side,
     division_magic,

@@ -20,7 +20,7 @@ import byola_fast
 from benchmarks import contenders
 from byola_fast import ops
 from byola_fast.ops import reference
-from byola_fast.ops._backends import backend_in_use
+from byola_fast.ops._dispatch import backend_in_use
 
 BATCH = 256
 VIEW_BYTES = 4 * 64 * 96
@@ -275,7 +275,7 @@ def designs(context: Any) -> dict[str, Any]:
     if context.skip("timing other designs of the kernel: they are Triton's, which needs a GPU"):
         return {}
     from benchmarks.designs import DESIGNS, held_normalize_, run_design
-    from byola_fast.ops import _triton_augment_views as kernel
+    from byola_fast.ops._triton import augment_views as kernel
 
     x, bank = (torch.randn(n, 64, 96, device=device) for n in (batch, 2048))
     count, rng = torch.tensor(2048, device=device), torch.tensor([1, 2], device=device)
@@ -366,7 +366,7 @@ def _ema(context: Any, name: str, online: list[Tensor]) -> dict[str, Any]:
         "copy": partial(torch.empty_like(source).copy_, source),
     }
     if not context.skip("the moving average in Triton, for GPUs without nvcc"):
-        from byola_fast.ops import _triton_ema_update as triton_backend
+        from byola_fast.ops._triton import ema_update as triton_backend
 
         again = [t.clone() for t in target]
         triton_backend.ema_update_(again, online, decay)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from byola_fast.gather import concat_ranks
+from byola_fast.runtime.gather import concat_ranks
 
 CLIPS, SECONDS = 600, 1.0
 SMALL = {"feature_d": 512, "batch_size": 64, "n_memory": 256}
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def write_store(folder: Path, clips: int) -> Path:
     """Write a packed store of noises, which needs no library for audio files."""
-    from byola_fast.audio import listing_checksum
-    from byola_fast.parts import PartWriter
+    from byola_fast.audio.reading import listing_checksum
+    from byola_fast.audio.store_format import PartWriter
 
     names, samples = [f"{k:05}.wav" for k in range(clips)], round(SECONDS * 16000)
     level = torch.rand(clips, 1) * 3000
@@ -54,8 +54,8 @@ def write_store(folder: Path, clips: int) -> Path:
 
 def train(out: Path, **settings: Any) -> list[dict[str, Any]]:
     """Train, and return the lines of the log."""
-    from byola_fast.pretrain import pretrain
-    from byola_fast.pretrain_config import PretrainConfig
+    from byola_fast.training.config import PretrainConfig
+    from byola_fast.training.pretrain import pretrain
 
     pretrain(PretrainConfig(out=str(out), tensorboard=False, **settings))
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

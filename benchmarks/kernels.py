@@ -64,8 +64,8 @@ def _names(names: str, kind: str) -> dict[str, str]:
 def _variants() -> dict[str, Variant]:
     import triton.language as tl
 
-    from byola_fast.ops import _triton_augment_views as views_module
-    from byola_fast.ops import _triton_log_mel as mel_module
+    from byola_fast.ops._triton import augment_views as views_module
+    from byola_fast.ops._triton import log_mel as mel_module
 
     f32 = {"COMPUTE": tl.float32}
     views_pointers = (
@@ -187,7 +187,7 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
 
     if kernel is None:
         module, name = variant.kernel.split(".")
-        kernel = getattr(importlib.import_module(f"byola_fast.ops._triton_{module}"), name)
+        kernel = getattr(importlib.import_module(f"byola_fast.ops._triton.{module}"), name)
     floats = ("mixup_ratio", "fader_gain")
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):

@@ -33,14 +33,14 @@ import torch
 
 from benchmarks.measure import machine, versions
 from benchmarks.quality_runs import AUDIOSET, COMMON, STUDIES, Study
-from byola_fast.audio import read_audio
-from byola_fast.checkpoint import CheckpointError
-from byola_fast.evaluate import EvalConfig, run_eval
-from byola_fast.files import as_text, write_whole
-from byola_fast.pack import pack
-from byola_fast.pretrain import pretrain
-from byola_fast.pretrain_config import PretrainConfig
-from byola_fast.tasks import read_task
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import read_audio
+from byola_fast.evaluation.evaluate import EvalConfig, run_eval
+from byola_fast.evaluation.tasks import read_task
+from byola_fast.networks.checkpoint import CheckpointError
+from byola_fast.runtime.files import as_text, write_whole
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.pretrain import pretrain
 
 TASKS = tuple(AUDIOSET)
 BASELINES = ("random", "melstats")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
-from byola_fast.pretrain_config import PretrainConfig
+from byola_fast.training.config import PretrainConfig
 
 NO_RUNS = "**The study has not been run yet.**"
 

@@ -8,17 +8,17 @@ single steps; ``load_encoder`` gives what training made. Importing needs torch a
 """
 
 from byola_fast import ops
-from byola_fast.augment import Augment, augment
-from byola_fast.byol import BYOL
 from byola_fast.doctor import doctor
-from byola_fast.ema import EMA, CosineDecay
-from byola_fast.embed import Embedder, load_encoder
-from byola_fast.encoders import AudioNTT2020, AudioNTT2022, make_encoder
-from byola_fast.frontend import LogMel
-from byola_fast.learners import make_learner
-from byola_fast.memory_bank import MemoryBank
-from byola_fast.normalize import RunningStats
-from byola_fast.params import AugmentParams
+from byola_fast.embedding.embedder import Embedder, load_encoder
+from byola_fast.networks.ema import EMA, CosineDecay
+from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022, make_encoder
+from byola_fast.objectives.byol import BYOL
+from byola_fast.objectives.registry import make_learner
+from byola_fast.spectrograms.log_mel import LogMel
+from byola_fast.spectrograms.statistics import RunningStats
+from byola_fast.views.augment import Augment, augment
+from byola_fast.views.memory_bank import MemoryBank
+from byola_fast.views.params import AugmentParams
 
 __version__ = "0.1.0"
 

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import byola_fast
-from byola_fast.distributed import RankError
-from byola_fast.embed_files import EmbedConfig, run_embed
-from byola_fast.evaluate import EvalConfig, run_eval
-from byola_fast.export import ExportConfig, run_export
+from byola_fast.audio.pack import PackConfig, run_pack
+from byola_fast.embedding.embed_files import EmbedConfig, run_embed
+from byola_fast.embedding.export import ExportConfig, run_export
+from byola_fast.evaluation.evaluate import EvalConfig, run_eval
 from byola_fast.ops import BackendError
-from byola_fast.pack import PackConfig, run_pack
-from byola_fast.pretrain import pretrain
-from byola_fast.pretrain_config import DEMO, PretrainConfig, from_published
-from byola_fast.show import show
-from byola_fast.stats import StatsConfig, run_stats
-from byola_fast.usage import explain, read_yaml
+from byola_fast.runtime.distributed import RankError
+from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
+from byola_fast.training.config import DEMO, PretrainConfig, from_published
+from byola_fast.training.pretrain import pretrain
+from byola_fast.views.show import show
 
 PROG = "byola-fast"
 ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. To begin: byola-fast pretrain --demo"
 RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
+
+
+WORDS = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "two numbers, as [0.6,1.5]",
+    "NoneType": "null",
+}
 
 
 @dataclass
@@ -247,3 +258,49 @@ def _log_to_stderr() -> None:
         logger.addHandler(_Stderr())
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def explain(message: str, flags: Collection[str] = ()) -> str:
+    """Return a message of the parser without its own terms, and with the flag that was probably meant.
+
+    Args:
+        message: of the parser.
+        flags: that the command has, without dashes.
+
+    >>> explain('Parser key "lr": Expected a <class \\'float\\'>. Got value: fast')
+    'lr: expected a number, got fast'
+    >>> explain("unrecognized arguments: --batch_sz 32", ["batch_size", "lr"])
+    'unrecognized arguments: --batch_sz 32; did you mean --batch-size?'
+    """
+    message = " ".join(message.split())
+    if found := re.match(r'Parser key "([^"]+)": ', message):
+        message = f"{found[1]}: {message[found.end() :]}"
+        types = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
+        value = re.search(r"(?:Got|Given) value: (.*)$", message)
+        if types and value:
+            return f"{found[1]}: expected {' or '.join(WORDS.get(name, name) for name in types)}, got {value[1]}"
+    if message.startswith("unrecognized arguments: "):
+        given = [word.split("=")[0][2:] for word in message.split() if word.startswith("--")]
+        meant = [match for name in given for match in get_close_matches(name, list(flags), n=1)]
+        if meant:
+            message += f"; did you mean {', '.join('--' + name.replace('_', '-') for name in meant)}?"
+    return message
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ValueError: not YAML, or anything but names with values.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected lines of 'name: value', got {type(content).__name__}")
+    return content

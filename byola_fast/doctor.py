@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from byola_fast.augment import augment
-from byola_fast.ops import _extension, _library
-from byola_fast.ops._backends import backend_in_use, strict
+from byola_fast.ops import _schemas
+from byola_fast.ops._dispatch import backend_in_use, strict
+from byola_fast.ops._native import cpu
+from byola_fast.views.augment import augment
 
 PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
 VARIABLES = ("BYOLA_FAST_", "CXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TRITON_", "OMP_NUM_THREADS", "TORCH_")
@@ -71,7 +72,7 @@ def doctor() -> Report:
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
     notes = [f"system: {platform.platform()}"]
-    notes.append(f"compiled kernels: {_extension.cache_folder() / _extension.build_name()}")
+    notes.append(f"compiled kernels: {cpu.cache_folder() / cpu.build_name()}")
     told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     notes.append(f"environment: {', '.join(told) or 'nothing set that matters here'}")
     if torch.cuda.is_available():
@@ -81,9 +82,9 @@ def doctor() -> Report:
         notes.append("CUDA: no GPU is available to torch")
     backends, reasons = {}, {}
     for key in devices:
-        for op in _library.OPS:
+        for op in _schemas.OPS:
             backends[key, op], reasons[key, op] = backend_in_use(key, op)
-    kernels = _extension.module()
+    kernels = cpu.module()
     if kernels is not None:
         info = kernels.build_info()
         devices["CPU"] += f"; C++ kernels for {info['simd']}, built by compiler {info['compiler']}"

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byola_fast.clips import BATCH_SEC
-from byola_fast.embed import Embedder, load_encoder
+from byola_fast.embedding.embedder import Embedder, load_encoder
+from byola_fast.embedding.streaming import BATCH_SEC
 from byola_fast.ops import _checks as check
 
 LONGEST_MS = 50.0  # between two timestamps

@@ -1,4 +1,4 @@
-// Registers the CPU kernels under the dispatcher's CPU key; the schemas are declared in byola_fast/ops/_library.py.
+// Registers the CPU kernels under the dispatcher's CPU key; the schemas are declared in byola_fast/ops/_schemas.py.
 // ema_update_cpu.cpp, whose lists need another interface, registers itself.
 #include "library.h"
 

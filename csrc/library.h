@@ -1,4 +1,4 @@
-// Every op of the CPU backend, by its schema in byola_fast/ops/_library.py.
+// Every op of the CPU backend, by its schema in byola_fast/ops/_schemas.py.
 // Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool; views first.
 #pragma once
 

@@ -28,9 +28,10 @@ import numpy as np
 import soundfile
 import torch
 
-from byola_fast import cli, embed_files
-from byola_fast.checkpoint import load_checkpoint
-from byola_fast.store import SegmentStore
+from byola_fast import cli
+from byola_fast.audio.store import SegmentStore
+from byola_fast.embedding import embed_files
+from byola_fast.networks.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RATE = 16000

@@ -81,18 +81,18 @@ def audio_seeds() -> list[bytes]:
 def read_audio_file(path: Path) -> str:
     import torch
 
-    from byola_fast import audio
+    from byola_fast.audio import reading
 
     way = zlib.crc32(path.read_bytes()) % 4
     if way == 0:
-        wav = audio.read_audio(path, 16000)
+        wav = reading.read_audio(path, 16000)
     elif way == 1:
-        wav = audio.read_audio(path, 8000, start_sec=0.01, duration_sec=0.02)
+        wav = reading.read_audio(path, 8000, start_sec=0.01, duration_sec=0.02)
     elif way == 2:
-        wav = torch.cat(list(audio.read_blocks(path, 16000, block_sec=0.01)))
+        wav = torch.cat(list(reading.read_blocks(path, 16000, block_sec=0.01)))
     else:
-        assert audio.audio_duration(path) > 0
-        wav = audio.SegmentFolder([path], unit_sec=0.02).read(0, 0)
+        assert reading.audio_duration(path) > 0
+        wav = reading.SegmentFolder([path], unit_sec=0.02).read(0, 0)
         assert len(wav) == 320
     assert wav.dim() == 1
     assert len(wav)
@@ -106,7 +106,7 @@ def read_audio_file(path: Path) -> str:
 def header_seeds() -> list[bytes]:
     import numpy as np
 
-    from byola_fast.parts import PartWriter
+    from byola_fast.audio.store_format import PartWriter
 
     with tempfile.TemporaryDirectory() as folder, PartWriter(Path(folder), 0, 1) as writer:
         writer.write(np.arange(300, dtype=np.int16))
@@ -127,7 +127,7 @@ def with_checksum(content: bytes) -> bytes:
 
 
 def read_store(path: Path) -> str:
-    from byola_fast.store import SegmentStore
+    from byola_fast.audio.store import SegmentStore
 
     folder = path.parent
     data = next((json.loads(path.read_bytes()).get("data", "") for _ in [0] if zlib.crc32(path.read_bytes()) % 2), "")
@@ -148,7 +148,7 @@ def read_store_or_json(path: Path) -> str:
     try:
         return read_store(path)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError):
-        from byola_fast.parts import read_header
+        from byola_fast.audio.store_format import read_header
 
         read_header(path)
         return "opened"
@@ -165,7 +165,7 @@ def task_seeds() -> list[bytes]:
 
 
 def read_task_file(path: Path) -> str:
-    from byola_fast.tasks import absent_classes, read_task, rounds
+    from byola_fast.evaluation.tasks import absent_classes, read_task, rounds
 
     task, _ = read_task(path, keep_going=bool(zlib.crc32(path.read_bytes()) % 2))
     assert len(task.file_names) == len(task.labels) == len(task.parts)
@@ -177,13 +177,13 @@ def read_task_file(path: Path) -> str:
 
 
 def results_seeds() -> list[bytes]:
-    from byola_fast.results import COLUMNS
+    from byola_fast.evaluation.report import COLUMNS
 
     return [",".join(COLUMNS).encode() + b"\n", b"", b'a,"b\nc",d\n']
 
 
 def read_results(path: Path) -> str:
-    from byola_fast.results import append_result, check_results
+    from byola_fast.evaluation.report import append_result, check_results
 
     check_results(path)
     append_result(path, {"task": "t"})
@@ -193,7 +193,7 @@ def read_results(path: Path) -> str:
 
 def stats_seeds() -> list[bytes]:
     from byola_fast import LogMel
-    from byola_fast.stats import Stats, write_stats
+    from byola_fast.spectrograms.corpus_statistics import Stats, write_stats
 
     with tempfile.TemporaryDirectory() as folder:
         write_stats(Path(folder, "stats.json"), Stats(-7.1, 4.2, 100), LogMel(), 0.95)
@@ -202,7 +202,7 @@ def stats_seeds() -> list[bytes]:
 
 def read_stats_file(path: Path) -> str:
     from byola_fast import LogMel
-    from byola_fast.stats import read_stats
+    from byola_fast.spectrograms.corpus_statistics import read_stats
 
     stats = read_stats(path, LogMel())
     assert math.isfinite(stats.mean + stats.std)
@@ -216,7 +216,7 @@ def list_seeds() -> list[bytes]:
 
 def read_list(path: Path) -> str:
     """A list of what a stopped run of embed has done, and the table made of it."""
-    from byola_fast import embed_files, tables
+    from byola_fast.embedding import embed_files, tables
 
     path.with_suffix(".f32").write_bytes(bytes(36))
     embed_files.fingerprint = lambda _path: (10, 99)  # type: ignore[assignment]
@@ -238,8 +238,8 @@ def log_seeds() -> list[bytes]:
 
 
 def read_log(path: Path) -> str:
-    from byola_fast.pretrain_config import PretrainConfig
-    from byola_fast.run_folder import RunFolder
+    from byola_fast.training.config import PretrainConfig
+    from byola_fast.training.run_folder import RunFolder
 
     run = RunFolder(path.parent)
     try:
@@ -268,8 +268,8 @@ def checkpoint_seeds(suffix: str = ".pth") -> list[bytes]:
     import torch
 
     from byola_fast import LogMel
-    from byola_fast.checkpoint import save_encoder
-    from byola_fast.weights import describe_encoder
+    from byola_fast.networks.checkpoint import save_encoder
+    from byola_fast.networks.encoder_file import describe_encoder
 
     encoder, seeds = tiny_encoder(), []
     config = describe_encoder(encoder, LogMel(n_mels=8), unit_sec=0.95)
@@ -319,7 +319,7 @@ def read_weights(path: Path) -> str:
     import torch
 
     from byola_fast import load_encoder
-    from byola_fast.checkpoint import load_encoder_weights
+    from byola_fast.networks.checkpoint import load_encoder_weights
 
     if zlib.crc32(path.read_bytes()) % 2:
         encoder = tiny_encoder()
@@ -333,7 +333,7 @@ def read_weights(path: Path) -> str:
 def run_seeds() -> list[bytes]:
     import torch
 
-    from byola_fast.pretrain_config import PretrainConfig
+    from byola_fast.training.config import PretrainConfig
 
     content = {"model": {}, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "augment": {}, "rng": []}
     more = {"config": vars(PretrainConfig(audio_dir=".")), "step": 3, "epoch": 0, "clips": 3, "stats": (-7.0, 4.0)}
@@ -348,9 +348,9 @@ def open_run(path: Path) -> str:
     import torch
 
     from byola_fast import AudioNTT2020, Augment, make_learner
-    from byola_fast.distributed import World
-    from byola_fast.pretrain_config import PretrainConfig
-    from byola_fast.run_folder import RunFolder, RunState
+    from byola_fast.runtime.distributed import World
+    from byola_fast.training.config import PretrainConfig
+    from byola_fast.training.run_folder import RunFolder, RunState
 
     run = RunFolder(path.parent)
     try:
@@ -405,8 +405,8 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     target = TARGETS[name]
     with atheris.instrument_imports(include=["byola_fast", "soundfile", "json", "csv", "safetensors"]):
         target.allowed()
-        import byola_fast.embed_files
-        import byola_fast.pretrain  # noqa: F401
+        import byola_fast.embedding.embed_files
+        import byola_fast.training.pretrain  # noqa: F401
     import torch
 
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import torch
 
 context = multiprocessing.get_context("forkserver")  # torch is imported once; no thread or GPU is inherited
 context.set_forkserver_preload(
-    ["byola_fast.pretrain", "torchaudio", "soundfile", "soxr", "rich.progress", "torch._dynamo"]
+    ["byola_fast.training.pretrain", "torchaudio", "soundfile", "soxr", "rich.progress", "torch._dynamo"]
 )
 
 

@@ -62,7 +62,7 @@ def calls(count: int) -> int:
     import torch
 
     import byola_fast
-    from byola_fast.ops._extension import cache_folder
+    from byola_fast.ops._native.cpu import cache_folder
 
     random.seed(0)
     torch.manual_seed(0)

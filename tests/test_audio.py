@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import audio
-from byola_fast.audio import (
+from byola_fast.audio import reading
+from byola_fast.audio.reading import (
     AudioError,
     SegmentFolder,
     audio_duration,
@@ -122,9 +122,9 @@ def test_a_part_equals_the_slice_of_the_whole(tmp_path: Path, form: str, rate: i
 def test_parts_of_a_longer_file_are_reached_by_seeking(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audio, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s here instead of 16; pages of these files hold 1 s
-    monkeypatch.setattr(audio, "MP3_SEEK_FRAMES", 1 << 16)
-    monkeypatch.setattr(audio, "BLOCK_FRAMES", 5000)
+    monkeypatch.setattr(reading, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s here instead of 16; pages of these files hold 1 s
+    monkeypatch.setattr(reading, "MP3_SEEK_FRAMES", 1 << 16)
+    monkeypatch.setattr(reading, "BLOCK_FRAMES", 5000)
     path = write(tmp_path / f"a.{form}", chirp(12.0, RATE), RATE)
     whole = read_audio(path)
     np.testing.assert_allclose(whole.numpy(), soundfile.read(path, dtype="float32")[0], atol=1e-6, rtol=0)

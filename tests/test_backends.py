@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from byola_fast.ops import BackendError, _backends, _library
+from byola_fast.ops import BackendError, _dispatch, _schemas
 
 X = torch.randn(2, 3)
 
@@ -27,8 +27,8 @@ def call():
 @pytest.fixture
 def registry(monkeypatch):
     """A registry of its own."""
-    fresh = _backends._Registry()
-    monkeypatch.setattr(_backends, "_registry", fresh)
+    fresh = _dispatch._Registry()
+    monkeypatch.setattr(_dispatch, "_registry", fresh)
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
     yield fresh
     for stub in fresh.stubs.values():
@@ -51,7 +51,7 @@ def backend(name, value, *, fails=None, delay=0.0, calls=None):
         kept.append(torch.library.Library("byola_fast", "IMPL", "CPU"))
         kept[0].impl("probe", lambda x: torch.full_like(x, prepared))
 
-    made = _backends.Backend(name, "CPU", ("probe",), prepare, register)
+    made = _dispatch.Backend(name, "CPU", ("probe",), prepare, register)
     made.undo = lambda: [library._destroy() for library in kept]
     return made
 
@@ -59,13 +59,13 @@ def backend(name, value, *, fails=None, delay=0.0, calls=None):
 def test_the_first_call_loads_and_later_ones_do_not(registry):
     calls = []
     made = backend("seven", 7.0, calls=calls)
-    _backends.add_backend(made)
+    _dispatch.add_backend(made)
     assert calls == []
     try:
         assert (call() == 7).all()
         assert (call() == 7).all()
         assert calls == ["seven"]
-        assert _backends.backend_in_use("CPU", "probe") == ("seven", "")
+        assert _dispatch.backend_in_use("CPU", "probe") == ("seven", "")
     finally:
         made.undo()
     assert torch.equal(call(), X + 1)
@@ -73,8 +73,8 @@ def test_the_first_call_loads_and_later_ones_do_not(registry):
 
 def test_a_failure_warns_once_and_the_next_best_answers(registry, caplog):
     good = backend("seven", 7.0)
-    _backends.add_backend(backend("broken", 0.0, fails="no compiler: install g++"))
-    _backends.add_backend(good)
+    _dispatch.add_backend(backend("broken", 0.0, fails="no compiler: install g++"))
+    _dispatch.add_backend(good)
     try:
         with caplog.at_level(logging.WARNING, logger="byola_fast"):
             assert (call() == 7).all()
@@ -82,23 +82,23 @@ def test_a_failure_warns_once_and_the_next_best_answers(registry, caplog):
         assert [r.getMessage() for r in caplog.records] == [
             "byola_fast: broken backend not used: no compiler: install g++"
         ]
-        assert _backends.backend_in_use("CPU", "probe") == ("seven", "broken: no compiler: install g++")
+        assert _dispatch.backend_in_use("CPU", "probe") == ("seven", "broken: no compiler: install g++")
     finally:
         good.undo()
 
 
 def test_without_any_backend_the_reference_answers(registry, caplog):
-    _backends.add_backend(backend("broken", 0.0, fails="no compiler"))
+    _dispatch.add_backend(backend("broken", 0.0, fails="no compiler"))
     call()
     assert torch.equal(call(), X + 1)
     assert len(caplog.records) == 1
-    assert _backends.backend_in_use("CPU", "probe") == ("reference", "broken: no compiler")
+    assert _dispatch.backend_in_use("CPU", "probe") == ("reference", "broken: no compiler")
 
 
 def test_strict_turns_a_fallback_into_an_error_at_every_call(registry, monkeypatch):
     monkeypatch.setenv("BYOLA_FAST_STRICT", "1")
-    _backends.add_backend(backend("broken", 0.0, fails="no compiler"))
-    _backends.add_backend(backend("seven", 7.0))
+    _dispatch.add_backend(backend("broken", 0.0, fails="no compiler"))
+    _dispatch.add_backend(backend("seven", 7.0))
     for _ in range(2):
         with pytest.raises(BackendError, match="probe on CPU: broken backend: no compiler"):
             call()
@@ -107,7 +107,7 @@ def test_strict_turns_a_fallback_into_an_error_at_every_call(registry, monkeypat
 def test_threads_that_start_together_load_once(registry):
     calls, answers = [], []
     made = backend("seven", 7.0, delay=0.3, calls=calls)
-    _backends.add_backend(made)
+    _dispatch.add_backend(made)
     threads = [threading.Thread(target=lambda: answers.append(call())) for _ in range(6)]
     try:
         for thread in threads:
@@ -128,7 +128,7 @@ def test_a_graph_compiled_before_anything_was_loaded_gets_the_backend(registry):
         return 2 * torch.ops.byola_fast.probe(x)
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    _backends.add_backend(made)
+    _dispatch.add_backend(made)
     try:
         assert not made.loaded
         assert (compiled(X) == 14).all()
@@ -139,7 +139,7 @@ def test_a_graph_compiled_before_anything_was_loaded_gets_the_backend(registry):
 
 
 def test_every_op_has_a_reference_and_a_fake():
-    for op in _library.OPS:
+    for op in _schemas.OPS:
         name = f"byola_fast::{op}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
         assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from byola_fast import EMA, AudioNTT2020, Augment, Embedder, augment, ops
-from byola_fast.normalize import RunningStats
+from byola_fast.spectrograms.statistics import RunningStats
 
 X = torch.randn(3, 8, 12)
 LAM = torch.tensor([0.1, 0.2, 0.3])

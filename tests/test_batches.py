@@ -20,12 +20,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from byola_fast import workers as processes
-from byola_fast.audio import AudioError, SegmentFolder, list_audio_files
-from byola_fast.batches import AHEAD, Batch, Batches, as_float, open_source
-from byola_fast.pack import pack
-from byola_fast.parts import StoreError
-from byola_fast.store import DeviceStore, SegmentStore
+from byola_fast.audio.batches import AHEAD, Batch, Batches, as_float, open_source
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import AudioError, SegmentFolder, list_audio_files
+from byola_fast.audio.store import DeviceStore, SegmentStore
+from byola_fast.audio.store_format import StoreError
+from byola_fast.runtime import workers as processes
 
 RATE = 16000
 UNIT = 0.05
@@ -235,7 +235,7 @@ def test_other_errors_of_workers_come_through(source: Callable[..., Source], mon
 
 def test_a_program_that_fails_ends_its_workers(sources: dict[str, Path]) -> None:
     code = (
-        "import sys; from byola_fast.batches import Batches, open_source\n"
+        "import sys; from byola_fast.audio.batches import Batches, open_source\n"
         "running = Batches(open_source(sys.argv[1]), 4, seed=0, workers=2).run(10**9); next(running)\n"
         "raise SystemExit('failed')"
     )
@@ -250,7 +250,7 @@ def readers() -> list[str]:
 def test_the_thread_reads_ahead_and_ends_with_its_iterator(
     source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("byola_fast.batches.num_workers", lambda asked: 0)  # a single core
+    monkeypatch.setattr("byola_fast.audio.batches.num_workers", lambda asked: 0)  # a single core
     batches = Batches(source("store"), 4, seed=0)
     read: list[int] = []
     one = batches.read

@@ -8,8 +8,8 @@ from tolerances import assert_close
 from torch import nn
 
 from byola_fast import BYOL, AudioNTT2020
-from byola_fast.heads import MLP
-from byola_fast.objectives import byol_loss, collapse_std
+from byola_fast.objectives.learner import MLP
+from byola_fast.objectives.losses import byol_loss, collapse_std
 
 
 def make_byol(**settings) -> BYOL:

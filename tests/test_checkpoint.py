@@ -14,8 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from byola_fast import BYOL, AudioNTT2020, checkpoint
-from byola_fast.checkpoint import CheckpointError, load_checkpoint, load_encoder_weights, save_checkpoint, save_encoder
+from byola_fast import BYOL, AudioNTT2020
+from byola_fast.networks import checkpoint
+from byola_fast.networks.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_encoder_weights,
+    save_checkpoint,
+    save_encoder,
+)
 
 
 def make_encoder(d: int = 16) -> AudioNTT2020:

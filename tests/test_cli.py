@@ -15,9 +15,9 @@ from test_pretrain import TINY, write_recordings
 
 import byola_fast
 from byola_fast import cli
-from byola_fast import pretrain as trainer
 from byola_fast.cli import main
-from byola_fast.pretrain_config import PretrainConfig, from_published
+from byola_fast.training import pretrain as trainer
+from byola_fast.training.config import PretrainConfig, from_published
 
 FLAGS = [f"--{name}={value}" if value is not False else f"--no-{name}" for name, value in TINY.items()]
 
@@ -206,7 +206,7 @@ def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
     told = [errors.index(words) for words in ("stopping after this step", "stopped by a signal after step")]
     assert told == sorted(told)
     assert errors.count("stopping after this step") == 1
-    assert byola_fast.checkpoint.load_checkpoint(out / "checkpoint.pt")["step"] > 5
+    assert byola_fast.networks.checkpoint.load_checkpoint(out / "checkpoint.pt")["step"] > 5
 
 
 @pytest.mark.parametrize(

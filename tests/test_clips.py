@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel
-from byola_fast.audio import AudioError, read_audio, read_blocks
-from byola_fast.clips import MelStats, embed_blocks, embed_clips
+from byola_fast.audio.reading import AudioError, read_audio, read_blocks
+from byola_fast.embedding.streaming import MelStats, embed_blocks, embed_clips
 
 STATS = (-7.1, 4.2)
 FRONT_ENDS = [{}, {"hop_length": 100, "n_fft": 512, "win_length": 400}, {"hop_length": 600}]

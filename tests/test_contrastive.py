@@ -11,8 +11,8 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from byola_fast import AudioNTT2020
-from byola_fast.contrastive import COLA, MoCo, SimCLR
-from byola_fast.objectives import bilinear_loss, collapse_std, info_nce_loss, nt_xent_loss
+from byola_fast.objectives.contrastive import COLA, MoCo, SimCLR
+from byola_fast.objectives.losses import bilinear_loss, collapse_std, info_nce_loss, nt_xent_loss
 
 
 def make(learner: type, **settings):

@@ -12,7 +12,7 @@ import torch
 from layouts import threads
 
 import byola_fast
-from byola_fast.ops import _extension
+from byola_fast.ops._native import cpu
 
 MOST_ULP = 4
 CHECK = """
@@ -22,7 +22,7 @@ import torch
 import oracle
 from tolerances import assert_close
 from byola_fast import augment, ops
-from byola_fast.ops import _extension
+from byola_fast.ops._native import cpu
 from test_cpu_math import check_math
 torch.manual_seed(1)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -37,7 +37,7 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             if shape[2] < 9:
                 assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, mode=mode), wide)
 check_math()
-print(_extension.module().build_info()["simd"])
+print(cpu.module().build_info()["simd"])
 """
 
 
@@ -56,7 +56,7 @@ def ulps(actual, expected):
 
 
 def check_math():
-    kernels = _extension.module()
+    kernels = cpu.module()
     x = np.concatenate([every_binade(), -every_binade(), np.linspace(-104, 88.72, 400_001).astype(np.float32)])
     y = x.copy()
     kernels.exp_(y)

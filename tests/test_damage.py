@@ -13,18 +13,19 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import AudioNTT2020, LogMel, embed_files, load_encoder
-from byola_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
-from byola_fast.embed_files import EmbedConfig, run_embed
-from byola_fast.pack import pack
-from byola_fast.parts import StoreError
-from byola_fast.pretrain_config import PretrainConfig
-from byola_fast.results import check_results
-from byola_fast.run_folder import RunFolder
-from byola_fast.stats import Stats, read_stats, write_stats
-from byola_fast.store import SegmentStore
-from byola_fast.weights import describe_encoder
-from byola_fast.workers import read_in_processes
+from byola_fast import AudioNTT2020, LogMel, load_encoder
+from byola_fast.audio.pack import pack
+from byola_fast.audio.store import SegmentStore
+from byola_fast.audio.store_format import StoreError
+from byola_fast.embedding import embed_files
+from byola_fast.embedding.embed_files import EmbedConfig, run_embed
+from byola_fast.evaluation.report import check_results
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
+from byola_fast.runtime.workers import read_in_processes
+from byola_fast.spectrograms.corpus_statistics import Stats, read_stats, write_stats
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.run_folder import RunFolder
 
 RATE = 16000
 
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_other_types_is_refused(tmp_path, changed):
     save_checkpoint(tmp_path / "checkpoint.pt", content | changed)
     run = RunFolder(tmp_path)
     if "optimizer" in changed:
-        from byola_fast.run_folder import RunState
+        from byola_fast.training.run_folder import RunState
 
         one = torch.nn.Linear(1, 1)
         state = RunState(None, one, torch.optim.Adam(one.parameters()), one)  # type: ignore[arg-type]

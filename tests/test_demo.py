@@ -8,9 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast.audio import audio_duration, list_audio_files, read_audio
-from byola_fast.demo import CLIPS, write_demo_corpus
-from byola_fast.frontend import LogMel
+from byola_fast.audio.demo_corpus import CLIPS, write_demo_corpus
+from byola_fast.audio.reading import audio_duration, list_audio_files, read_audio
+from byola_fast.spectrograms.log_mel import LogMel
 
 
 @pytest.fixture(scope="module")

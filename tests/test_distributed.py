@@ -15,11 +15,11 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from byola_fast import BYOL, AudioNTT2020, Augment
-from byola_fast import pretrain as trainer
-from byola_fast.checkpoint import load_checkpoint
-from byola_fast.distributed import RankError, World, explain_loss, join, pick_device
-from byola_fast.pretrain import pretrain
-from byola_fast.pretrain_config import PretrainConfig
+from byola_fast.networks.checkpoint import load_checkpoint
+from byola_fast.runtime.distributed import RankError, World, explain_loss, join, pick_device
+from byola_fast.training import pretrain as trainer
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 from test_evaluate import PITCHES, make_task
 from test_recipes import TREES, write
 
-from byola_fast import cli, recipes
+from byola_fast import cli
+from byola_fast.evaluation import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,7 +65,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             code = cli.main([*rest, *MORE.get(rest[0], [])])
             assert code == 0, f"{command}: {code}, {capsys.readouterr().err[-500:]}"
             ran.add(rest[0])
-        elif command.startswith("python -m byola_fast.recipes"):
+        elif command.startswith("python -m byola_fast.evaluation.recipes"):
             assert not recipes.main(rest[2:])
             ran.add("recipes")
         elif first == "torchrun":

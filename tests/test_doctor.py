@@ -7,14 +7,14 @@ import re
 
 import byola_fast
 from byola_fast.doctor import first_call
-from byola_fast.ops import _library
+from byola_fast.ops import _schemas
 
 
 def test_every_op_on_every_device_is_named_and_readable(monkeypatch):
     report = byola_fast.doctor()
-    assert {op for key, op in report.backends if key == "CPU"} == set(_library.OPS)
+    assert {op for key, op in report.backends if key == "CPU"} == set(_schemas.OPS)
     text = str(report)
-    for op in _library.OPS:
+    for op in _schemas.OPS:
         assert op in text
     assert f"byola_fast {byola_fast.__version__}" in text
     assert ("CUDA" in report.devices) or "no GPU" in text
@@ -31,7 +31,7 @@ def test_ops_made_of_others_say_of_which():
     report = byola_fast.doctor()
     assert report.reasons["CPU", "augment_views"] == "made of augment_views_out"
     assert report.reasons["CPU", "log_mel_backward"] == "plain PyTorch, no kernel for this device"
-    assert set(_library.MADE_OF) <= set(_library.OPS)
+    assert set(_schemas.MADE_OF) <= set(_schemas.OPS)
 
 
 def test_strict_is_reported(monkeypatch):

@@ -11,7 +11,7 @@ from tolerances import assert_close
 from torch import nn
 
 from byola_fast import EMA
-from byola_fast.ema import CosineDecay
+from byola_fast.networks.ema import CosineDecay
 
 
 def make_net() -> nn.Module:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byola_fast import ops
-from byola_fast.ops import _backends, _library
+from byola_fast.ops import _dispatch, _schemas
 
 
 def by_the_backend(target, online, decay):
@@ -18,7 +18,7 @@ def by_the_backend(target, online, decay):
 
 
 def by_the_reference(target, online, decay):
-    _library.ema_update__checked(target, online, torch.as_tensor(decay))
+    _schemas.ema_update__checked(target, online, torch.as_tensor(decay))
 
 
 WAYS = [ops.ema_update_, by_the_backend, by_the_reference]
@@ -195,8 +195,8 @@ def test_a_decay_that_is_no_number():
 
 def test_the_backend_checks_by_itself():
     """Else the cases above would test Python's checks twice."""
-    backend, _why = _backends.backend_in_use("CPU", "ema_update_")
-    assert backend == "cpp" or not _backends.strict()
+    backend, _why = _dispatch.backend_in_use("CPU", "ema_update_")
+    assert backend == "cpp" or not _dispatch.strict()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byola_fast import ops
-from byola_fast.ops import BackendError, _backends, _extension, _extension_cuda, reference
+from byola_fast.ops import BackendError, _dispatch, reference
+from byola_fast.ops._native import cpu, cuda
 
-NVCC = _extension_cuda.find_nvcc()
+NVCC = cuda.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine (PATH, CUDA_HOME)")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to run on")
 
@@ -62,7 +63,7 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     (folder / "update.cpp").write_text(EMULATION)
     compiler, library = os.environ.get("CXX", "c++"), folder / "update.so"
-    flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-I", str(_extension.source_folder())]
+    flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-I", str(cpu.source_folder())]
     subprocess.run([compiler, *flags, str(folder / "update.cpp"), "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).update
     function.restype = ctypes.c_int64
@@ -152,8 +153,8 @@ REGISTERS = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
 @needs_nvcc
 def test_compiles_for_every_architecture_without_spills(tmp_path):
     architectures = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in REGISTERS]
-    source = _extension.source_folder() / "ema_update_cuda.cu"
-    command = [NVCC, "-std=c++17", *_extension_cuda.FLAGS, "-Xptxas", "-v", *architectures]
+    source = cpu.source_folder() / "ema_update_cuda.cu"
+    command = [NVCC, "-std=c++17", *cuda.FLAGS, "-Xptxas", "-v", *architectures]
     command += ["-c", source, "-o", tmp_path / "ema_update.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -171,8 +172,8 @@ def test_compiles_for_every_architecture_without_spills(tmp_path):
 
 BUILT = """
 import torch, byola_fast
-from byola_fast.ops import _backends
-print(*_backends.backend_in_use("CUDA", "ema_update_"))
+from byola_fast.ops import _dispatch
+print(*_dispatch.backend_in_use("CUDA", "ema_update_"))
 print(torch._C._dispatch_dump("byola_fast::ema_update_"))
 """
 
@@ -190,23 +191,23 @@ def test_the_build_is_left_alone_where_it_is_of_no_use(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("BYOLA_FAST_CUDA_EXTENSION", raising=False)
     with pytest.raises(BackendError, match="no GPU is available to torch"):
-        _extension_cuda.prepare()
+        cuda.prepare()
     monkeypatch.setenv("BYOLA_FAST_CUDA_EXTENSION", "1")
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_extension_cuda, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
     with pytest.raises(BackendError, match="nvcc was not found: install the CUDA toolkit, put nvcc on PATH"):
-        _extension_cuda.prepare()
+        cuda.prepare()
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(BackendError, match="this torch was built without CUDA"):
-        _extension_cuda.prepare()
+        cuda.prepare()
 
 
 def test_it_is_preferred_and_can_be_left_out(monkeypatch):
     for chosen, expected in (("", ["cuda"]), ("1", ["cuda"]), ("0", [])):
         added = []
-        monkeypatch.setattr(_backends, "add_backend", added.append)
+        monkeypatch.setattr(_dispatch, "add_backend", added.append)
         monkeypatch.setenv("BYOLA_FAST_CUDA_EXTENSION", chosen)
-        _extension_cuda.install()
+        cuda.install()
         assert [backend.name for backend in added] == expected
         assert all((backend.key, backend.ops) == ("CUDA", ("ema_update_",)) for backend in added)
 
@@ -220,18 +221,18 @@ def test_nvcc_is_found_where_it_may_be(monkeypatch, tmp_path):
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv("CUDA_HOME", raising=False)
         monkeypatch.delenv("CUDA_PATH", raising=False)
-        assert _extension_cuda.find_nvcc() == tmp_path / "path" / "bin" / "nvcc"
+        assert cuda.find_nvcc() == tmp_path / "path" / "bin" / "nvcc"
         monkeypatch.setenv(variable, str(tmp_path / "home"))
-        assert _extension_cuda.find_nvcc() == tmp_path / "home" / "bin" / "nvcc"
-    assert _extension_cuda.cuda_home(tmp_path / "home" / "bin" / "nvcc") == (tmp_path / "home").resolve()
+        assert cuda.find_nvcc() == tmp_path / "home" / "bin" / "nvcc"
+    assert cuda.cuda_home(tmp_path / "home" / "bin" / "nvcc") == (tmp_path / "home").resolve()
 
 
 def test_another_architecture_has_a_build_of_its_own(monkeypatch):
     names = set()
     for chosen in ("8.0", "9.0", "8.0;9.0+PTX"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
-        assert _extension_cuda.architectures() == chosen
-        names.add(_extension_cuda.build_name())
+        assert cuda.architectures() == chosen
+        names.add(cuda.build_name())
     assert len(names) == 3
     assert all(re.fullmatch(r"[\w.+-]+", name) for name in names)
 

@@ -12,8 +12,8 @@ from test_weights import layout
 from tolerances import assert_close
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel, load_encoder
-from byola_fast.checkpoint import CheckpointError, save_encoder
-from byola_fast.weights import describe_encoder
+from byola_fast.networks.checkpoint import CheckpointError, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
 
 STATS = (-7.1, 4.2)
 

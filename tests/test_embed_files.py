@@ -14,13 +14,13 @@ import torch
 from tolerances import assert_close
 
 from byola_fast import AudioNTT2020, LogMel, load_encoder
-from byola_fast import embed_files as module
-from byola_fast.audio import read_audio
-from byola_fast.checkpoint import save_encoder
-from byola_fast.distributed import RankError, World
-from byola_fast.embed_files import EmbedConfig, run_embed
-from byola_fast.pack import pack
-from byola_fast.weights import describe_encoder
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import read_audio
+from byola_fast.embedding import embed_files as module
+from byola_fast.embedding.embed_files import EmbedConfig, run_embed
+from byola_fast.networks.checkpoint import save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
+from byola_fast.runtime.distributed import RankError, World
 
 LENGTHS = {"a/one.wav": 15200, "a/two.flac": 9000, "b/three.wav": 15200, "four.wav": 48000, "z.wav": 700}
 

@@ -11,7 +11,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from byola_fast import AudioNTT2020, AudioNTT2022, make_encoder
-from byola_fast.encoders import AudioNTT
+from byola_fast.networks.encoders import AudioNTT
 
 ENCODERS = [AudioNTT2020, AudioNTT2022]
 

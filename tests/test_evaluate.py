@@ -13,12 +13,12 @@ import soundfile
 import torch
 
 from byola_fast import AudioNTT2020, LogMel, cli
-from byola_fast import evaluate as module
-from byola_fast.checkpoint import save_encoder
-from byola_fast.evaluate import EvalConfig, run_eval
-from byola_fast.probe import class_scores, fit_probe, headline, macro
-from byola_fast.tasks import NAMED, Round, Task, TaskError, read_task, rounds
-from byola_fast.weights import describe_encoder
+from byola_fast.evaluation import evaluate as module
+from byola_fast.evaluation.evaluate import EvalConfig, run_eval
+from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
+from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
+from byola_fast.networks.checkpoint import save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
 
 PITCHES = {"low": 200.0, "mid": 800.0, "high": 3000.0}
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from byola_fast import AudioNTT2020, AudioNTT2022, LogMel
-from byola_fast import export as exporter
-from byola_fast.checkpoint import CheckpointError, save_encoder
 from byola_fast.cli import main
-from byola_fast.embed import Embedder
-from byola_fast.export import export_encoder, shortest_export
-from byola_fast.weights import describe_encoder
+from byola_fast.embedding import export as exporter
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.embedding.export import export_encoder, shortest_export
+from byola_fast.networks.checkpoint import CheckpointError, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
 
 SIZES = [(1, 0), (1, 1), (2, 16000), (5, 40001)]  # batch, samples beyond the least
 RUN_ELSEWHERE = """

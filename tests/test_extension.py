@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from byola_fast.ops import BackendError, _extension
+from byola_fast.ops import BackendError
+from byola_fast.ops._native import cpu
 
 TINY = """
 #include <Python.h>
@@ -22,9 +23,9 @@ PyMODINIT_FUNC PyInit_byola_fast_cpu(void) { return PyModule_Create(&definition)
 PREPARE = """
 import sys, logging
 from pathlib import Path
-from byola_fast.ops import _extension
-_extension.source_folder = lambda: Path(sys.argv[1])
-print(_extension.prepare())
+from byola_fast.ops._native import cpu
+cpu.source_folder = lambda: Path(sys.argv[1])
+print(cpu.prepare())
 """
 AUGMENT = """
 import torch, byola_fast
@@ -40,10 +41,10 @@ def tiny(tmp_path, monkeypatch):
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "library.cpp").write_text(TINY)
-    monkeypatch.setattr(_extension, "source_folder", lambda: folder)
+    monkeypatch.setattr(cpu, "source_folder", lambda: folder)
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
-    monkeypatch.setattr(_extension, "_module", _extension.module())  # put back what a test loads in its place
+    monkeypatch.setattr(cpu, "_module", cpu.module())  # put back what a test loads in its place
     return folder
 
 
@@ -56,14 +57,14 @@ def run(code, *arguments, **environment):
 
 
 def test_a_build_is_announced_timed_and_cached(tiny, capsys):
-    library = _extension.prepare()
+    library = cpu.prepare()
     assert library.exists()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
     assert told[0].endswith(" (half a minute or so)")
     assert told[1].startswith("byola_fast: compiled in ")
-    assert _extension.prepare() == library
+    assert cpu.prepare() == library
     assert capsys.readouterr().err == ""
 
 
@@ -91,59 +92,59 @@ def test_a_build_killed_half_way_is_done_again(tiny):
     (tiny / "slow.cpp").write_text("#include <regex>\n#include <map>\n#include <iostream>\n")
     command = [sys.executable, "-c", PREPARE, str(tiny)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    folder = _extension.cache_folder() / _extension.build_name()
+    folder = cpu.cache_folder() / cpu.build_name()
     deadline = time.monotonic() + 60
     while not (folder / "build.ninja").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (folder / _extension.MARKER).exists()
+    assert not (folder / cpu.MARKER).exists()
     (folder / "lock").touch()  # what some versions of torch leave behind
-    (folder / f"{_extension.NAME}.so").write_bytes(b"half a library")
+    (folder / f"{cpu.NAME}.so").write_bytes(b"half a library")
     (tiny / "slow.cpp").unlink()
-    half = _extension.cache_folder() / _extension.build_name()
+    half = cpu.cache_folder() / cpu.build_name()
     half.mkdir(parents=True)
     (half / "lock").touch()
-    (half / f"{_extension.NAME}.so").write_bytes(b"half a library")
-    _extension.register(_extension.prepare())
+    (half / f"{cpu.NAME}.so").write_bytes(b"half a library")
+    cpu.register(cpu.prepare())
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(_extension.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    library = _extension.prepare()
+    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    library = cpu.prepare()
     assert library.is_relative_to(tmp_path / "tmp")
     assert [record.getMessage().startswith("byola_fast: cache folder") for record in caplog.records] == [True]
 
 
 def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
     """As on Lustre mounted without flock: every op raised OSError."""
-    lock = _extension.fcntl.flock
+    lock = cpu.fcntl.flock
 
     def no_locks(file, kind):
-        inside = os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(_extension.cache_folder()))
+        inside = os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(cpu.cache_folder()))
         if inside:
             raise OSError(38, "Function not implemented")
         lock(file, kind)
 
-    monkeypatch.setattr(_extension.fcntl, "flock", no_locks)
-    monkeypatch.setattr(_extension.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    assert _extension.prepare().is_relative_to(tmp_path / "tmp")
+    monkeypatch.setattr(cpu.fcntl, "flock", no_locks)
+    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    assert cpu.prepare().is_relative_to(tmp_path / "tmp")
 
 
 def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
-    library = _extension.prepare()
-    monkeypatch.setattr(_extension, "_writable", lambda folder: pytest.fail("wrote to a finished build"))
-    assert _extension.prepare() == library
+    library = cpu.prepare()
+    monkeypatch.setattr(cpu, "_writable", lambda folder: pytest.fail("wrote to a finished build"))
+    assert cpu.prepare() == library
 
 
 def test_no_folder_at_all_says_what_would_help(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(_extension.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     with pytest.raises(BackendError, match="set BYOLA_FAST_CACHE"):
-        _extension.prepare()
+        cpu.prepare()
 
 
 def test_a_missing_compiler_leaves_a_working_package_and_one_line(tmp_path):
@@ -164,8 +165,8 @@ def test_a_missing_compiler_leaves_a_working_package_and_one_line(tmp_path):
 def test_a_compiler_error_is_named_and_kept(tiny):
     (tiny / "library.cpp").write_text("this is not C++\n")
     with pytest.raises(BackendError, match=r"compiling failed: .*library.cpp.* error: .*build.log"):
-        _extension.prepare()
-    folder = _extension.cache_folder() / _extension.build_name()
+        cpu.prepare()
+    folder = cpu.cache_folder() / cpu.build_name()
     assert "this is not C++" in (folder / "build.log").read_text()
 
 
@@ -177,30 +178,30 @@ def test_an_environment_that_is_not_activated_finds_ninja(tiny):
 
 
 def test_another_torch_python_cpu_or_source_has_a_build_of_its_own(tiny, monkeypatch):
-    names = {_extension.build_name()}
+    names = {cpu.build_name()}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.11.0")
-        names.add(_extension.build_name())
+        names.add(cpu.build_name())
     with monkeypatch.context() as patch:
         patch.setattr(sys, "version_info", type("V", (), {"major": 3, "minor": 99})())
-        names.add(_extension.build_name())
+        names.add(cpu.build_name())
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
-        names.add(_extension.build_name())
+        names.add(cpu.build_name())
     (tiny / "library.cpp").write_text(TINY + "\n")
-    names.add(_extension.build_name())
+    names.add(cpu.build_name())
     (tiny / "more.h").touch()
-    names.add(_extension.build_name())
+    names.add(cpu.build_name())
     assert len(names) == 6
 
 
 def test_missing_sources_say_how_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "a" / "b" / "c.py"))
     with pytest.raises(BackendError, match="install from a checkout"):
-        _extension.source_folder()
+        cpu.source_folder()
 
 
 def test_the_sources_hold_no_threads_that_need_a_flag():
     """at::parallel_for is serial without -fopenmp, in silence; the kernels use the stable one, which never is."""
-    for path in _extension.source_folder().glob("*_cpu.cpp"):
+    for path in cpu.source_folder().glob("*_cpu.cpp"):
         assert "at::parallel_for" not in path.read_text()

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from byola_fast import EMA, AudioNTT2020, AudioNTT2022, Augment, LogMel, RunningStats, augment, make_learner
-from byola_fast.batches import as_float
-from byola_fast.ema import CosineDecay
-from byola_fast.embed import Embedder
+from byola_fast.audio.batches import as_float
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.networks.ema import CosineDecay
 
 GPU = torch.device("cuda", 0)
 FAKE = FakeTensorMode()

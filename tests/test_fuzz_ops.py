@@ -23,8 +23,8 @@ from tolerances import assert_close
 from torch import Tensor
 
 from byola_fast import RunningStats, ops
-from byola_fast.normalize import batch_stats
 from byola_fast.ops import functional, reference
+from byola_fast.spectrograms.statistics import batch_stats
 
 MODES = ["bilinear", "bicubic"]
 SHAPES = st.tuples(st.integers(0, 5), st.integers(1, 24), st.integers(1, 40))

@@ -14,9 +14,9 @@ import torch
 from tolerances import assert_close
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel
-from byola_fast.checkpoint import CheckpointError, save_encoder
 from byola_fast.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
-from byola_fast.weights import describe_encoder
+from byola_fast.networks.checkpoint import CheckpointError, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder
 
 STATS = (-7.1, 4.2)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast import BYOL, AudioNTT2020, AudioNTT2022, make_learner
-from byola_fast.contrastive import COLA, MoCo, SimCLR
-from byola_fast.distributed import join
-from byola_fast.heads import Learner, Output
+from byola_fast.objectives.contrastive import COLA, MoCo, SimCLR
+from byola_fast.objectives.learner import Learner, Output
+from byola_fast.runtime.distributed import join
 
 OBJECTIVES = {"byol": BYOL, "simclr": SimCLR, "moco": MoCo, "cola": COLA}
 SMALL = {"proj_size": 8, "proj_dim": 16}

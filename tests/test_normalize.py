@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import RunningStats
-from byola_fast.normalize import batch_stats, compute_stats
+from byola_fast.spectrograms.statistics import batch_stats, compute_stats
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 from torch import Tensor
 
-from byola_fast.objectives import (
+from byola_fast.objectives.losses import (
     bilinear_loss,
     byol_loss,
     collapse_std,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from byola_fast import ops
-from byola_fast.ops import _library
+from byola_fast.ops import _schemas
 
 OPS = torch.ops.byola_fast
 
@@ -70,7 +70,7 @@ def samples(device):
     yield "ema_update_", (pair, [t + 1 for t in pair], torch.tensor(0.9, device=device))
 
 
-@pytest.mark.parametrize("op", _library.OPS)
+@pytest.mark.parametrize("op", _schemas.OPS)
 def test_opcheck(op, device):
     calls = [arguments for name, arguments in samples(device) if name == op]
     assert calls

@@ -17,12 +17,12 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import files
-from byola_fast import pack as packing
-from byola_fast.audio import AudioError, SegmentFolder, list_audio_files
-from byola_fast.pack import PackConfig, pack, run_pack
-from byola_fast.parts import PartWriter, StoreError
-from byola_fast.store import SegmentStore
+from byola_fast.audio import pack as packing
+from byola_fast.audio.pack import PackConfig, pack, run_pack
+from byola_fast.audio.reading import AudioError, SegmentFolder, list_audio_files
+from byola_fast.audio.store import SegmentStore
+from byola_fast.audio.store_format import PartWriter, StoreError
+from byola_fast.runtime import files
 
 RATE = 16000
 

@@ -12,9 +12,9 @@ import torch
 from tolerances import assert_close
 
 from byola_fast import ops
-from byola_fast.audio import AudioError
-from byola_fast.pictures import draw_training, draw_views
-from byola_fast.show import explain_views, show
+from byola_fast.audio.reading import AudioError
+from byola_fast.views.pictures import draw_training, draw_views
+from byola_fast.views.show import explain_views, show
 
 
 def looks_drawn(path, width: int, height: int) -> np.ndarray:

@@ -11,15 +11,16 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import BYOL, AudioNTT2020, Augment, watch
-from byola_fast import pretrain as trainer
-from byola_fast.audio import AudioError
-from byola_fast.checkpoint import load_checkpoint, load_encoder_weights
-from byola_fast.pack import pack
-from byola_fast.pretrain import pretrain
-from byola_fast.pretrain_config import PretrainConfig
-from byola_fast.stats import StatsConfig, run_stats
-from byola_fast.watch import CollapseWatch
+from byola_fast import BYOL, AudioNTT2020, Augment
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import AudioError
+from byola_fast.networks.checkpoint import load_checkpoint, load_encoder_weights
+from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
+from byola_fast.training import pretrain as trainer
+from byola_fast.training import watch
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.pretrain import pretrain
+from byola_fast.training.watch import CollapseWatch
 
 BROKEN = ("empty.flac", "text.wav", "headless.mp3")
 TINY = {"feature_d": 16, "proj_size": 8, "proj_dim": 32, "n_memory": 16, "unit_sec": 0.25, "workers": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from byola_fast import progress
+from byola_fast.runtime import progress
 
 
 @pytest.fixture

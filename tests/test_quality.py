@@ -10,7 +10,7 @@ from test_evaluate import PITCHES, make_task
 
 from benchmarks import quality, quality_table, readme_table
 from benchmarks.quality_runs import STUDIES, Study
-from byola_fast.pretrain_config import PretrainConfig
+from byola_fast.training.config import PretrainConfig
 
 TINY = {"feature_d": 16, "proj_size": 8, "proj_dim": 32, "batch_size": 6, "n_memory": 16, "workers": 0}
 KNOWN = {"tones": 75.0}

@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-from byola_fast.recipes import RECIPES, main, write_task
-from byola_fast.tasks import read_task
+from byola_fast.evaluation.recipes import RECIPES, main, write_task
+from byola_fast.evaluation.tasks import read_task
 
 
 def write(root, files: dict[str, str]):
@@ -140,4 +140,4 @@ def test_refused(tmp_path, capsys):
         write_task("speech_commands", tmp_path, tmp_path / "t.csv")
     assert not (tmp_path / "t.csv").exists()
     assert main(["esc50"]) == 2
-    assert "usage: python -m byola_fast.recipes DATASET FOLDER TASK.csv" in capsys.readouterr().err
+    assert "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv" in capsys.readouterr().err

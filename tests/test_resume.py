@@ -17,12 +17,14 @@ import torch
 from test_pretrain import TINY, read_log, write_recordings
 from torch import Tensor
 
-from byola_fast import BYOL, checkpoint, cli, run_folder
-from byola_fast import pretrain as trainer
-from byola_fast.checkpoint import CheckpointError, load_checkpoint
-from byola_fast.pretrain import pretrain
-from byola_fast.pretrain_config import PretrainConfig, differing_settings
-from byola_fast.run_folder import RunFolder
+from byola_fast import BYOL, cli
+from byola_fast.networks import checkpoint
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint
+from byola_fast.training import pretrain as trainer
+from byola_fast.training import run_folder
+from byola_fast.training.config import PretrainConfig, differing_settings
+from byola_fast.training.pretrain import pretrain
+from byola_fast.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import nn
 
 from byola_fast import AudioNTT2020, Augment, make_learner
-from byola_fast.step import StageTimes, graph_step, use_graph
+from byola_fast.training.cuda_graph import StageTimes, graph_step, use_graph
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

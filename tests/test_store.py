@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from byola_fast.audio import SegmentFolder, list_audio_files, read_audio
-from byola_fast.pack import pack
-from byola_fast.parts import StoreError
-from byola_fast.store import SegmentStore
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import SegmentFolder, list_audio_files, read_audio
+from byola_fast.audio.store import SegmentStore
+from byola_fast.audio.store_format import StoreError
 
 RATE = 16000
 HALF_STEP = 0.5 / 32768 + 1e-6  # rounding to int16, and the folder's resampling of a part

@@ -56,7 +56,9 @@ def test_every_kernel_has_a_budget():
     assert set(BUDGETS) == set(kernels.variants())
     compiled = {variant.kernel for variant in kernels.variants().values()}
     for file in set(_triton.LAUNCHERS.values()):
-        source = sys.modules.get(f"byola_fast.ops.{file}") or __import__(f"byola_fast.ops.{file}", fromlist=["_"])
+        source = sys.modules.get(f"byola_fast.ops._triton.{file}") or __import__(
+            f"byola_fast.ops._triton.{file}", fromlist=["_"]
+        )
         defined = {name for name in vars(source) if name.endswith("_kernel")}
         assert defined <= {kernel.split(".")[1] for kernel in compiled}
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byola_fast.ops import _triton_ema_update as kernels
 from byola_fast.ops import reference
+from byola_fast.ops._triton import ema_update as kernels
 
 PAIRS = [
     (torch.float32, torch.float32),

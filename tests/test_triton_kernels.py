@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from byola_fast import AugmentParams, ops
-from byola_fast.ops import (
-    _triton_augment_views,
-    _triton_device,
-    _triton_log_mel,
-    _triton_log_mixup_exp,
-    _triton_resize_crop,
-)
-from byola_fast.ops._backends import backend_in_use
+from byola_fast.ops._dispatch import backend_in_use
+from byola_fast.ops._triton import augment_views, log_mel, log_mixup_exp, resize_crop, shared
 from byola_fast.ops.reference import log_mel_reference
 
 MODES = ["bilinear", "bicubic"]
@@ -34,11 +28,11 @@ RNG = torch.tensor([11, 5], device=DEVICE)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Blocks of few rows and columns, and two programs, so that small inputs take many turns of every loop."""
-    for module in (_triton_augment_views, _triton_resize_crop):
+    for module in (augment_views, resize_crop):
         monkeypatch.setattr(module, "ROWS", 4)
         monkeypatch.setattr(module, "COLUMNS", 8)
-    monkeypatch.setattr(_triton_augment_views, "STAGED_ROWS", 4)
-    monkeypatch.setattr(_triton_augment_views, "resident_programs", lambda x, per_sm: 2)
+    monkeypatch.setattr(augment_views, "STAGED_ROWS", 4)
+    monkeypatch.setattr(augment_views, "resident_programs", lambda x, per_sm: 2)
 
 
 def draw(batch, shape, **kwargs):
@@ -59,7 +53,7 @@ def test_the_kernels_are_in_use():
 @pytest.mark.parametrize("most_column_blocks", [0, 8])
 @pytest.mark.parametrize("mode", MODES)
 def test_views_of_many_tiles(mode, most_column_blocks, small_tiles, monkeypatch):
-    monkeypatch.setattr(_triton_augment_views, "MOST_COLUMN_BLOCKS", most_column_blocks)
+    monkeypatch.setattr(augment_views, "MOST_COLUMN_BLOCKS", most_column_blocks)
     x = torch.randn(3, 11, 19, device=DEVICE)
     canvas = (15, 30)
     params = draw(3, (11, 19), virtual_crop_scale=(1.4, 1.6))
@@ -98,23 +92,23 @@ def test_positions_beyond_32_bits(mode, monkeypatch):
     x = torch.randn(2, 7, 9, device=DEVICE)
     crop = torch.tensor([[0, 1, 7, 12], [1, 0, 5, 3]], device=DEVICE)
     narrow = ops.resize_crop(x, crop, (8, 8), mode)
-    for module in (_triton_resize_crop, _triton_augment_views):
+    for module in (resize_crop, augment_views):
         monkeypatch.setattr(module, "is_wide", lambda *products: True)
     assert torch.equal(ops.resize_crop(x, crop, (8, 8), mode), narrow)
-    assert _triton_device.is_wide(2**31)
-    assert not _triton_device.is_wide(2**31 - 1, 5)
+    assert shared.is_wide(2**31)
+    assert not shared.is_wide(2**31 - 1, 5)
 
 
 def test_what_32_bits_do_not_reach_within_a_sample_is_copied():
     x = torch.empty(1).expand(2, 3, 4)
-    assert _triton_device.indexable(x) is x
+    assert shared.indexable(x) is x
     far = torch.empty(0).as_strided((0, 3, 4), (1, 2**30, 2**29))
-    assert _triton_device.indexable(far).is_contiguous()
+    assert shared.indexable(far).is_contiguous()
 
 
 def test_the_interpreter_has_no_instructions_of_a_gpu():
     of_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert _triton_device.approximate(of_a_gpu) is not _triton_device.INTERPRETED
+    assert shared.approximate(of_a_gpu) is not shared.INTERPRETED
 
 
 class Recorder:
@@ -132,20 +126,20 @@ def test_grids_of_any_size_fit_a_gpu(monkeypatch):
     """Along its second and third axis a grid has at most 65,535 programs; no other launcher has these axes."""
     seen = Recorder()
     for module, name in (
-        (_triton_log_mixup_exp, "log_mixup_exp_kernel"),
-        (_triton_log_mixup_exp, "log_mixup_exp_backward_kernel"),
-        (_triton_resize_crop, "resize_crop_kernel"),
-        (_triton_resize_crop, "resize_axis_backward_kernel"),
+        (log_mixup_exp, "log_mixup_exp_kernel"),
+        (log_mixup_exp, "log_mixup_exp_backward_kernel"),
+        (resize_crop, "resize_crop_kernel"),
+        (resize_crop, "resize_axis_backward_kernel"),
     ):
         monkeypatch.setattr(module, name, seen)
     long, many = (torch.empty(shape, device="meta") for shape in ((1, 2**28), (2**18, 5)))
     for x in (long, many):
-        _triton_log_mixup_exp.log_mixup_exp(x, x, x[:, 0])
-        _triton_log_mixup_exp.log_mixup_exp_backward(x, x, x, x[:, 0])
+        log_mixup_exp.log_mixup_exp(x, x, x[:, 0])
+        log_mixup_exp.log_mixup_exp_backward(x, x, x, x[:, 0])
     for shape in ((1, 2**22, 2), (1, 2, 2**22), (2**18, 1, 1)):
         x, crop = torch.empty(shape, device="meta"), torch.empty(shape[0], 4, device="meta")
-        _triton_resize_crop.resize_crop(x, crop, shape[1:], shape[1:], "bilinear")
-        _triton_resize_crop.resize_crop_backward(x, crop, shape[1:], shape[1:], "bilinear")
+        resize_crop.resize_crop(x, crop, shape[1:], shape[1:], "bilinear")
+        resize_crop.resize_crop_backward(x, crop, shape[1:], shape[1:], "bilinear")
     assert len(seen.grids) == 13
     for first, *others in seen.grids:
         assert first < 2**31
@@ -154,7 +148,7 @@ def test_grids_of_any_size_fit_a_gpu(monkeypatch):
 
 @given(size=st.integers(1, 2**20), n=st.integers(0, 2**31 - 1))
 def test_division_by_multiplication(size, n):
-    magic, shift = _triton_device.division_magic(size)
+    magic, shift = shared.division_magic(size)
     divisor = max(size - 1, 1)
     for number in {n, n // divisor * divisor, max(n // divisor * divisor - 1, 0), 2**31 - 1}:
         assert (number * magic) >> shift == number // divisor
@@ -198,12 +192,12 @@ def test_a_crop_wholly_in_the_margin_is_the_fader_alone(mode):
 
 
 def test_sums_of_many_views_are_added_up_beforehand(monkeypatch):
-    from byola_fast.ops import _triton_normalize
+    from byola_fast.ops._triton import normalize
 
     x = torch.randn(50, 3, device=DEVICE)
     sums = ops.sample_sums(x)
     at_once = ops.normalize(x, sums)
-    monkeypatch.setattr(_triton_normalize, "FEW_SUMS", 10)
+    monkeypatch.setattr(normalize, "FEW_SUMS", 10)
     assert_close(ops.normalize(x, sums), oracle.normalize(x.double()))
     assert_close(at_once, oracle.normalize(x.double()))
 
@@ -249,7 +243,7 @@ def log_mel_exact(wav, window, bank, bands, stats, n_fft, hop_length, center):
     ],
 )
 def test_log_mel_of_every_length(n_fft, hop_length, samples, dtype, window, center):
-    assert _triton_log_mel.takes(dtype, samples, n_fft, hop_length)
+    assert log_mel.takes(dtype, samples, n_fft, hop_length)
     stats = torch.tensor([-3.0, 2.0], device=DEVICE)
     arguments = (*log_mel_case(n_fft, hop_length, samples, dtype, 2, window, stats=stats), center)
     lms = torch.ops.byola_fast.log_mel(*arguments)
@@ -259,13 +253,13 @@ def test_log_mel_of_every_length(n_fft, hop_length, samples, dtype, window, cent
 
 
 def test_what_the_log_mel_kernel_does_not_take_is_plain_pytorch(monkeypatch):
-    monkeypatch.setattr(_triton_log_mel, "log_mel_kernel", None)
+    monkeypatch.setattr(log_mel, "log_mel_kernel", None)
     for n_fft, hop_length, dtype in ((100, 30, torch.float32), (64, 129, torch.float32), (64, 30, torch.float64)):
-        assert not _triton_log_mel.takes(dtype, 500, n_fft, hop_length)
+        assert not log_mel.takes(dtype, 500, n_fft, hop_length)
         arguments = (*log_mel_case(n_fft, hop_length, 500, dtype), True)
-        assert torch.equal(_triton_log_mel.log_mel(*arguments), log_mel_reference(*arguments))
-    assert not _triton_log_mel.takes(torch.int16, 2**31 - 1, 64, 30)
-    empty = _triton_log_mel.log_mel(*log_mel_case(64, 30, 500, batch=0), True)
+        assert torch.equal(log_mel.log_mel(*arguments), log_mel_reference(*arguments))
+    assert not log_mel.takes(torch.int16, 2**31 - 1, 64, 30)
+    empty = log_mel.log_mel(*log_mel_case(64, 30, 500, batch=0), True)
     assert empty.shape == (0, 21, 17)
 
 
@@ -298,7 +292,7 @@ def test_bands_outside_the_spectrum_read_nothing_out_of_bounds():
 
 
 def test_log_mel_tables_are_made_once():
-    table = _triton_log_mel.turns(256, DEVICE)
-    assert _triton_log_mel.turns(256, DEVICE) is table
+    table = log_mel.turns(256, DEVICE)
+    assert log_mel.turns(256, DEVICE) is table
     angle = -2 * math.pi / 256 * torch.arange(8)[:, None].double() * torch.arange(16)
     torch.testing.assert_close(table.cpu().double(), torch.stack([angle.cos(), angle.sin()], 1), rtol=0, atol=6e-8)

@@ -47,7 +47,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     for file in sorted(set(_triton.LAUNCHERS.values())):
-        module = importlib.import_module(f"byola_fast.ops.{file}")
+        module = importlib.import_module(f"byola_fast.ops._triton.{file}")
         for kernel in (value for value in vars(module).values() if isinstance(value, JITFunction)):
             kernel.device_caches.clear()  # of a real GPU
         if hasattr(module, "approximate"):
@@ -56,7 +56,7 @@ def launched(monkeypatch):
             monkeypatch.setattr(module, "resident_programs", lambda x, per_sm: 132 * per_sm)
     yield seen
     for file in set(_triton.LAUNCHERS.values()):
-        for kernel in vars(importlib.import_module(f"byola_fast.ops.{file}")).values():
+        for kernel in vars(importlib.import_module(f"byola_fast.ops._triton.{file}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
 
@@ -68,7 +68,7 @@ def variants(launched):
 def make_views(
     batch, shape, size, *, mode="bilinear", mixup="log", dtype=torch.float32, bank=None, offset=0, pool=None
 ):
-    from byola_fast.ops import _triton_augment_views as module
+    from byola_fast.ops._triton import augment_views as module
 
     rows = None if bank is None else torch.zeros(bank, *shape, dtype=torch.float16)
     others = None if pool is None else torch.zeros(pool, *shape, dtype=dtype)
@@ -96,7 +96,7 @@ def test_two_views(batch, shape, size, settings, mode, launched):
 
 
 def test_another_batch_compiles_nothing_anew(launched):
-    from byola_fast.ops import _triton_bank_push, _triton_log_mel
+    from byola_fast.ops._triton import bank_push, log_mel
 
     for batch, offset in ((32, 0), (31, 1), (1, 31)):
         make_views(batch, (16, 16), (16, 16), bank=64, offset=offset, pool=batch)
@@ -104,9 +104,9 @@ def test_another_batch_compiles_nothing_anew(launched):
     launched.clear()
     for batch, samples in ((32, 1600), (31, 1632), (1, 1616)):
         bank, cursor = torch.zeros(16, 4, 4), torch.zeros(3).long()
-        _triton_bank_push.bank_push_(bank, cursor, torch.zeros(batch, 4, 4), None)
+        bank_push.bank_push_(bank, cursor, torch.zeros(batch, 4, 4), None)
         given = torch.zeros(64), torch.zeros(5, 33), torch.zeros(5, 2).int(), None, 64, 16, True
-        _triton_log_mel.log_mel(torch.zeros(batch, samples), *given)
+        log_mel.log_mel(torch.zeros(batch, samples), *given)
     assert variants(launched) <= 4  # log-mels of a number of frames that is a multiple of 16, and not
 
 
@@ -114,43 +114,41 @@ def test_another_batch_compiles_nothing_anew(launched):
     ("hop_length", "mels", "dtype"), [(1, 1, torch.float32), (64, 1, torch.int16), (128, 80, torch.bfloat16)]
 )
 def test_log_mels(hop_length, mels, dtype, launched):
-    from byola_fast.ops import _triton_log_mel
+    from byola_fast.ops._triton import log_mel
 
     given = torch.zeros(9), torch.zeros(mels, 33), torch.zeros(mels, 2).long(), torch.zeros(2), 64, hop_length
-    _triton_log_mel.log_mel(torch.zeros(1, 64).to(dtype), *given, False)
+    log_mel.log_mel(torch.zeros(1, 64).to(dtype), *given, False)
     assert len(launched) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 7), (2, 7, 1)])
 def test_all_others(shape, dtype, launched):
-    from byola_fast.ops import _triton_bank_push, _triton_draw_params, _triton_log_mixup_exp, _triton_normalize
-    from byola_fast.ops import _triton_resize_crop as resize
+    from byola_fast.ops._triton import bank_push, draw_params, log_mixup_exp, normalize
+    from byola_fast.ops._triton import resize_crop as resize
 
     x, lam, canvas = torch.zeros(shape, dtype=dtype), torch.rand(shape[0]), [shape[1], int(1.5 * shape[2])]
-    crop, sums = torch.ones(shape[0], 4, dtype=torch.int64), _triton_normalize.sample_sums(x)
-    _triton_log_mixup_exp.log_mixup_exp(x, x, lam)
-    _triton_log_mixup_exp.log_mixup_exp_backward(x, x, x, lam)
+    crop, sums = torch.ones(shape[0], 4, dtype=torch.int64), normalize.sample_sums(x)
+    log_mixup_exp.log_mixup_exp(x, x, lam)
+    log_mixup_exp.log_mixup_exp_backward(x, x, x, lam)
     for mode in ("bilinear", "bicubic"):
         resize.resize_crop(x.transpose(1, 2), crop, [1, 1], [shape[2], shape[1]], mode)
         resize.resize_crop_backward(torch.zeros(shape[0], 2, 1, dtype=dtype), crop, list(shape[1:]), canvas, mode)
-    _triton_normalize.normalize(x, sums)
-    stats = _triton_normalize.batch_stats(sums, dtype)
+    normalize.normalize(x, sums)
+    stats = normalize.batch_stats(sums, dtype)
     state = [torch.zeros(()), torch.zeros(()), torch.tensor(0), torch.tensor(0)]
-    _triton_normalize.running_stats_(*state, sums, 1)
-    _triton_bank_push.bank_push_(torch.zeros(1, *shape[1:]), torch.zeros(3).long(), x, stats)
+    normalize.running_stats_(*state, sums, 1)
+    bank_push.bank_push_(torch.zeros(1, *shape[1:]), torch.zeros(3).long(), x, stats)
     for count in (None, torch.tensor(1)):
         ranges = [0, 1], [2**45, 2**20], canvas, 1.0, 0.0
-        _triton_draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges)
+        draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges)
     assert len(launched) == 16
 
 
 @pytest.mark.parametrize("online", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_moving_average(online, launched):
-    from byola_fast.ops import _triton_ema_update
+    from byola_fast.ops._triton import ema_update
 
     target = [torch.zeros(5)[1:], torch.zeros(4)]
-    _triton_ema_update.ema_update_(
-        target, [torch.zeros(4, dtype=online), torch.zeros(4, dtype=online)], torch.tensor(0.5)
-    )
+    ema_update.ema_update_(target, [torch.zeros(4, dtype=online), torch.zeros(4, dtype=online)], torch.tensor(0.5))
     assert variants(launched) == 2  # aligned and not

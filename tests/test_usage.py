@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from byola_fast.cli import main
-from byola_fast.usage import read_yaml
+from byola_fast.cli import main, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Augment, LogMel, make_learner
-from byola_fast.checkpoint import CheckpointError, save_checkpoint, save_encoder
-from byola_fast.frontend import FRONT_END
-from byola_fast.weights import describe_encoder, read_encoder
+from byola_fast.networks.checkpoint import CheckpointError, save_checkpoint, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder, read_encoder
+from byola_fast.spectrograms.log_mel import FRONT_END
 
 
 def layout(blocks: int, mels: int, widths: tuple[int, int]) -> dict[str, Tensor]:

@@ -1,14 +1,14 @@
-"""Ops on log-mel spectrograms: the contract is in ``functional``, the schemas in ``_library``.
+"""Ops on log-mel spectrograms: the contract is in ``functional``, the schemas in ``_schemas``.
 
 A call takes three hops: ``ops.log_mixup_exp`` -> ``torch.ops.byola_fast.log_mixup_exp`` -> the backend's kernel.
 """
 
 from byola_fast.ops import _autograd as _autograd
-from byola_fast.ops import _extension as _extension
-from byola_fast.ops import _extension_cuda as _extension_cuda
-from byola_fast.ops import _library as _library
+from byola_fast.ops import _schemas as _schemas
 from byola_fast.ops import _triton
-from byola_fast.ops._backends import BackendError
+from byola_fast.ops._dispatch import BackendError
+from byola_fast.ops._native import cpu as _cpu
+from byola_fast.ops._native import cuda as _cuda
 from byola_fast.ops.frontend import log_mel, mel_bands, num_frames
 from byola_fast.ops.functional import (
     augment_views,
@@ -38,6 +38,6 @@ __all__ = [
     "sample_sums",
 ]
 
-_extension_cuda.install()
+_cuda.install()
 _triton.install()
-_extension.install()
+_cpu.install()

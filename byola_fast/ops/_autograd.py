@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byola_fast.ops import _library
+from byola_fast.ops import _schemas
 from byola_fast.ops.reference import EPS, compute_dtype, mean_std_reference
 
 ops = torch.ops.byola_fast
@@ -15,7 +15,7 @@ ops = torch.ops.byola_fast
 
 def _register(name: str, backward: Any, setup_context: Any) -> None:
     torch.library.register_autograd(
-        f"{_library.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library.library
+        f"{_schemas.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_schemas.library
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._library import log_mel_in_chunks
+from byola_fast.ops._schemas import log_mel_in_chunks
 from byola_fast.ops.reference import log_mel_reference, num_frames_reference
 
 LARGEST_FACTOR = 64  # of n_fft; torch's transform has algorithms for larger primes, the kernels have not

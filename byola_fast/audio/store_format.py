@@ -1,0 +1,303 @@
+"""The files of a packed store: for each part one of samples and one header, read with every number checked.
+
+    part-00000-of-00002.json               header: names, offsets, sizes, checksums
+    part-00000-of-00002-<checksum>.int16   samples of all clips, one after the other, little-endian, nothing else
+
+The header's first line holds the checksum of the lines after it. It is written last and takes its name in one step, and
+the data file is named for its checksum: whenever writing stops, the header that is there still names the data it was
+written for. File number k of the sorted listing is clip ``k // parts`` of part ``k % parts``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from byola_fast.runtime.files import SHOWN, lock, some_of, sync_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+FORMAT, VERSION = "byola_fast packed store", 1
+HEADER_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
+PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}[.-].*(json|int16|tmp)$")
+
+
+class StoreError(ValueError):
+    """A packed store cannot be used, or not be written; the message names the file and says why.
+
+    Attributes:
+        path: the file or folder.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What is known of one part of a store.
+
+    Attributes:
+        part: its number, from 0.
+        parts: how many make the store.
+        sample_rate: of all clips, in Hz.
+        files: audio files of the whole listing, in all parts.
+        listing_sha256: of the names of the whole listing; equal in all parts of one store.
+        data: name of the file of samples.
+        samples: how many it holds.
+        samples_sha256: of its bytes.
+        clipped: samples that were beyond full scale and are held at it.
+        names: of this part's files, relative to the folder that was packed, with "/".
+        offsets: where clips begin, in samples, and where the last one ends; clip j is ``offsets[j]`` to
+            ``offsets[j + 1]``, and is empty where its file is broken.
+        source_bytes: size of each file as it was packed.
+        source_times: when it had last changed, in ns.
+        broken: why, by name, for every file that gave no samples.
+    """
+
+    part: int
+    parts: int
+    sample_rate: int
+    files: int
+    listing_sha256: str
+    data: str
+    samples: int
+    samples_sha256: str
+    clipped: int
+    names: list[str]
+    offsets: list[int]
+    source_bytes: list[int]
+    source_times: list[int]
+    broken: dict[str, str]
+
+
+def part_name(part: int, parts: int) -> str:
+    """Return what the names of the files of a part begin with.
+
+    >>> part_name(2, 4)
+    'part-00002-of-00004'
+    """
+    return f"part-{part:05}-of-{parts:05}"
+
+
+def read_header(path: Path) -> PartHeader:
+    """Read the header of a part and check it, in itself and against the size of its data file.
+
+    Raises:
+        StoreError: the header or the data file is missing, damaged, changed or of another version.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise StoreError(path, error.strerror or str(error)) from error
+    first, _, rest = text.partition(b"\n")
+    if not (match := re.fullmatch(rb'\{"header_sha256": "([0-9a-f]{64})",', first)):
+        raise StoreError(path, "not the header of a packed store")
+    if hashlib.sha256(rest).hexdigest() != match[1].decode():
+        raise StoreError(path, "damaged, or changed since it was written; pack again")
+    try:
+        content = json.loads(text)
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise StoreError(path, f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise StoreError(path, "not JSON: nested too deeply") from error
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        found = f"{content.get('format')} {content.get('version')}"
+        raise StoreError(path, f"expected {FORMAT} {VERSION}, got {found}; pack again")
+    names = {field.name for field in fields(PartHeader)}
+    if missing := sorted(names - content.keys()):
+        raise StoreError(path, f"damaged: no {', '.join(missing)}")
+    header = PartHeader(**{name: content[name] for name in names})
+    if problem := _problem(header, path.name):
+        raise StoreError(path, f"damaged: {problem}")
+    data = path.parent / header.data
+    try:
+        size = data.stat().st_size
+    except OSError as error:
+        raise StoreError(data, f"{error.strerror or error} (the samples of {path.name})") from error
+    if size != 2 * header.samples:
+        raise StoreError(data, f"expected {2 * header.samples} bytes, as {path.name} says, got {size}; pack again")
+    return header
+
+
+def _problem(header: PartHeader, name: str) -> str:
+    """Say which numbers of a header cannot be; "" where all can."""
+    counts = (header.part, header.parts, header.sample_rate, header.files, header.samples, header.clipped)
+    if not all(_is_count(number) for number in counts) or header.sample_rate < 1:
+        return "a number is none, or out of range"
+    if not header.part < header.parts or name != f"{part_name(header.part, header.parts)}.json":
+        return f"says that it is part {header.part} of {header.parts}"
+    if not isinstance(header.data, str) or not re.fullmatch(r"[\w.-]+\.int16", header.data):
+        return "data is not the name of a file beside it"
+    if not isinstance(header.listing_sha256, str) or not isinstance(header.samples_sha256, str):
+        return "a checksum is no text"
+    names, offsets, broken = header.names, header.offsets, header.broken
+    if not isinstance(names, list) or not set(map(type, names)) <= {str}:
+        return "names are no list of names"
+    if len(names) != len(range(header.part, header.files, header.parts)):
+        return f"{len(names)} names, which is not this part's share of {header.files} files"
+    lengths = ((offsets, len(names) + 1), (header.source_bytes, len(names)), (header.source_times, len(names)))
+    for numbers, length in lengths:  # millions: a type of each and no more
+        if not isinstance(numbers, list) or len(numbers) != length or not set(map(type, numbers)) <= {int}:
+            return "offsets or sources are no list of numbers, one for each name"
+    if offsets[0] != 0 or offsets[-1] != header.samples or offsets != sorted(offsets):
+        return "offsets do not rise from 0 to the number of samples"
+    empty = {name for name, (a, b) in zip(names, pairwise(offsets), strict=True) if a == b}
+    if not isinstance(broken, dict) or broken.keys() != empty or not all(isinstance(x, str) for x in broken.values()):
+        return "broken does not give a reason for every empty clip"
+    return ""
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 62
+
+
+def is_store(folder: Path) -> bool:
+    """Say whether a folder holds a packed store, or what was to become one."""
+    return folder.is_dir() and any(PART_NAME.match(path.name) for path in folder.iterdir())
+
+
+def find_headers(folder: Path) -> list[Path]:
+    """Return the headers of all parts of a store, in order.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        StoreError: no store, one with missing parts (names them), or parts of several stores.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    files = sorted(path.name for path in folder.iterdir() if PART_NAME.match(path.name))
+    found = {match.groups() for name in files if (match := HEADER_NAME.fullmatch(name))}
+    unfinished = [name for name in files if name.endswith(".tmp") or (not found and name.endswith(".int16"))]
+    told = f"; packing has not finished: {some_of(unfinished)}" if unfinished else ""
+    if not found:
+        raise StoreError(folder, f"no packed store in this folder{told}")
+    counts = sorted({int(parts) for _part, parts in found})
+    if len(counts) > 1:
+        raise StoreError(folder, f"parts of several stores, of {' and of '.join(map(str, counts))} parts; remove one")
+    parts, present = counts[0], {int(part) for part, _parts in found}
+    if missing := list(islice((part for part in range(parts) if part not in present), SHOWN + 1)):
+        names = [part_name(part, parts) for part in missing]
+        raise StoreError(folder, f"{parts - len(present)} of {parts} parts missing: {some_of(names)}{told}")
+    return [folder / f"{part_name(part, parts)}.json" for part in sorted(present)]
+
+
+def old_data(folder: Path, header: PartHeader) -> list[Path]:
+    """Return the files of samples of former packings of a part, which a killed process may have left."""
+    files = folder.glob(f"{part_name(header.part, header.parts)}-*.int16")
+    return [path for path in files if path.name != header.data]
+
+
+class PartWriter:
+    """Write the samples of a part, and put it in place at the end: a context manager.
+
+    Until ``finish`` has run, and whenever the process is killed, what was there before stays whole. What a killed
+    process leaves behind are files ``*.tmp``, which the next attempt replaces.
+
+    Args:
+        folder: of the store; made where it does not exist.
+        part: from 0.
+        parts: how many make the store.
+
+    Raises:
+        StoreError: here or later, the folder cannot be written to or the disk is full; another process is writing this
+            part; the folder holds a store of another number of parts.
+    """
+
+    def __init__(self, folder: Path, part: int, parts: int) -> None:
+        self.folder, self.name = folder, part_name(part, parts)
+        self.samples, self._checksum, self._finished = 0, hashlib.sha256(), False
+        self._temporary = folder / f"{self.name}.int16.tmp", folder / f"{self.name}.json.tmp"
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            others = {int(match[2]) for path in folder.iterdir() if (match := HEADER_NAME.fullmatch(path.name))}
+            if others - {parts}:
+                told = (
+                    f"holds a store of {max(others - {parts})} parts, not {parts}; remove it or choose another folder"
+                )
+                raise StoreError(folder, told)
+            self._file = _open_locked(self._temporary[0])
+
+    def write(self, wav: npt.NDArray[np.int16]) -> None:
+        """Add the samples of a clip."""
+        with self._told():
+            content = wav.astype("<i2", copy=False).data
+            self._file.write(content)
+            self._checksum.update(content)
+            self.samples += len(wav)
+
+    def finish(self, **described: Any) -> PartHeader:
+        """Flush the samples to the disk and put them and their header in place; takes the header's other fields."""
+        checksum = self._checksum.hexdigest()
+        data = f"{self.name}-{checksum[:12]}.int16"
+        header = PartHeader(data=data, samples=self.samples, samples_sha256=checksum, **described)
+        content = json.dumps({"format": FORMAT, "version": VERSION} | vars(header))[1:].encode() + b"\n"
+        first = f'{{"header_sha256": "{hashlib.sha256(content).hexdigest()}",\n'.encode()
+        with self._told():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            with open(self._temporary[1], "wb") as file:
+                file.write(first + content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self._temporary[0], self.folder / data)
+            os.replace(self._temporary[1], self.folder / f"{self.name}.json")
+            self._finished = True
+            sync_folder(self.folder)
+        self.remove_old(header)
+        return header
+
+    def remove_old(self, header: PartHeader) -> None:
+        """Remove the samples of former packings of this part."""
+        with self._told():
+            for path in old_data(self.folder, header):
+                path.unlink()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with suppress(OSError):  # a full disk fails the last flush once more
+            if not self._finished:
+                for path in self._temporary:
+                    path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.close()  # and let go of the lock
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = "; what was packed before is unchanged" if (self.folder / f"{self.name}.json").exists() else ""
+            raise StoreError(self.folder, f"cannot be written: {error.strerror or error}{kept}") from error
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file for this process alone; a lock ends with its process, however that ends."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115  the caller closes it
+        if not lock(file):
+            file.close()
+            raise StoreError(path, "another process is packing this part at the moment")
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # else it was put in place meanwhile
+                file.truncate(0)
+                return file
+        file.close()

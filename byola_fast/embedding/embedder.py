@@ -1,0 +1,185 @@
+"""From sound to embedding: a front end, its statistics and an encoder in one module."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byola_fast.networks.checkpoint import CheckpointError
+from byola_fast.networks.encoder_file import read_encoder
+from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022, pool_frames
+from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import EPS, compute_dtype
+from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
+
+
+class FrameEmbeddings(NamedTuple):
+    """One embedding for each moment.
+
+    Attributes:
+        frames: ``(B, T', feature_d)``.
+        timestamps: ``(T',)`` float32, the middle of what each covers, in ms from the start of the waveform.
+    """
+
+    frames: Tensor
+    timestamps: Tensor
+
+
+class Embedder(nn.Module):
+    """Turn waveforms into embeddings: log-mel spectrogram, pre-normalisation, encoder.
+
+        wav (B, samples) -> LogMel -> (lms - mean) / std -> encoder -> (B, feature_d)
+
+    Args:
+        encoder: the network; its weights take channels-last layout, twice as fast.
+        stats: (mean, std) of the log-mels that it was trained on.
+        to_lms: the front end that it was trained with; ``LogMel()`` for the encoder's number of mels where None.
+
+    Attributes:
+        sample_rate: of the waveforms, in Hz.
+        feature_d: width of the embeddings.
+        stats: (mean, std).
+        hop: samples from one frame-level embedding to the next: 1280 for AudioNTT2020, 640 for AudioNTT2022.
+        frame_period_ms: the same in ms: 80 and 40.
+        min_samples: shorter waveforms are padded with zeros, at their end, to this length: one frame-level embedding.
+
+    Shape:
+        ``(B, samples)`` to ``(B, feature_d)`` and ``(samples,)`` to ``(feature_d,)``, on the device of the module.
+        With ``frames=True``: frames ``(B, T', feature_d)`` or ``(T', feature_d)``, timestamps ``(T',)``. The end of a
+        waveform that fills no whole frame, less than ``hop`` samples, has no embedding of its own.
+        Waveforms of different lengths are separate calls: padding would change the embedding.
+
+    Raises:
+        TypeError: the waveform is no floating-point tensor. ValueError: another rank, or no samples; an encoder and a
+        front end that do not match; statistics that are not finite.
+
+    Numerics:
+        Half-precision waveforms are computed in float32 up to the encoder, which computes in the dtype of its weights
+        and returns it. NaN and infinity stay in their own waveform. In eval mode (where ``load_encoder`` leaves it) the
+        result does not depend on the rest of the batch. Memory grows with the length: about 0.2 GB for each minute of
+        sound in a batch, in float32; ``byola_fast.embedding.streaming.embed_blocks`` takes sound of any length in
+        pieces.
+
+    Autograd:
+        To the waveform; to the weights where they require it, which ``load_encoder`` turns off.
+
+    Source:
+        BYOL-A, arXiv:2103.06695 and arXiv:2204.07402.
+
+    >>> embedder = Embedder(AudioNTT2020(d=32), stats=(-7.1, 4.2)).eval()
+    >>> embedder(torch.zeros(2, 16000)).shape
+    torch.Size([2, 32])
+    >>> frames, timestamps = embedder(torch.zeros(2, 16000), frames=True)
+    >>> frames.shape, timestamps[:3]
+    (torch.Size([2, 12, 32]), tensor([ 35., 115., 195.]))
+    """
+
+    def __init__(
+        self, encoder: AudioNTT2020 | AudioNTT2022, *, stats: tuple[float, float], to_lms: LogMel | None = None
+    ) -> None:
+        super().__init__()
+        to_lms = LogMel(n_mels=encoder.n_mels) if to_lms is None else to_lms
+        if to_lms.n_mels != encoder.n_mels:
+            raise ValueError(f"to_lms: expected {encoder.n_mels} mels, as the encoder, got {to_lms.n_mels}")
+        if not to_lms.center:
+            raise ValueError("to_lms: expected center=True, which says where in time a frame lies, got False")
+        mean, std = (float(value) for value in stats) if check.is_pair(stats) else (math.nan, math.nan)
+        if not math.isfinite(mean) or not 0 <= std < math.inf:
+            raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
+        self.to_lms, self.stats = to_lms, (mean, std)
+        self.encoder = encoder.to(memory_format=torch.channels_last)  # twice as fast
+        self.sample_rate, self.feature_d = to_lms.sample_rate, encoder.feature_d
+        self.hop = to_lms.hop_length * encoder.frame_stride
+        self.frame_period_ms = 1000 * self.hop / self.sample_rate
+        self.min_samples = max((encoder.frame_stride - 1) * to_lms.hop_length, to_lms.n_fft // 2 + 1)
+
+    def log_mels(self, wav: Tensor) -> Tensor:
+        """Return what the encoder takes: normalised log-mels ``(B, 1, F, T)`` of ``(B, samples)``, in its dtype."""
+        short = self.min_samples - wav.shape[-1]
+        wide = wav.to(compute_dtype(wav.dtype))
+        lms = self.to_lms(F.pad(wide, (0, short)) if short > 0 else wide)
+        mean, std = self.stats
+        return ((lms - mean) / max(std, EPS)).to(next(self.encoder.parameters(), lms).dtype)
+
+    def timestamps(self, count: int) -> Tensor:
+        """Return the middles of the first ``count`` frame-level embeddings, in ms, on the device of the module."""
+        stride, hop_ms = self.encoder.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
+        return (torch.arange(count, device=self.to_lms.window.device) * stride + (stride - 1) / 2) * hop_ms
+
+    def forward(self, wav: Tensor, *, frames: bool = False) -> Any:
+        """Return the embedding of each waveform, or with ``frames`` its ``FrameEmbeddings``; see the class."""
+        check.is_float("wav", wav)
+        if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
+            raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
+        local = self.encoder.forward_frames(self.log_mels(wav if wav.ndim == 2 else wav[None]))
+        answer = local if frames else pool_frames(local)
+        answer = answer if wav.ndim == 2 else answer[0]
+        return FrameEmbeddings(answer, self.timestamps(local.shape[1])) if frames else answer
+
+    def extra_repr(self) -> str:
+        return f"sample_rate={self.sample_rate}, feature_d={self.feature_d}, stats={self.stats}"
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    stats: tuple[float, float] | None = None,
+    to_lms: LogMel | None = None,
+) -> Embedder:
+    """Load an encoder, with its front end and statistics, from a file of weights: wav in, embedding out.
+
+    Args:
+        path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
+            online encoder is taken), or a state dict of published layout (``features.N.*``, ``fc.N.*``; bare, wrapped
+            or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes.
+        device: where it goes; the CPU where None.
+        stats: (mean, std) of the log-mels of the training data, for files that hold none, as those of published layout;
+            stands above those in the file.
+        to_lms: the front end, likewise; where neither is given, ``LogMel()`` for the encoder's number of mels.
+
+    Returns:
+        An ``Embedder`` in eval mode whose weights require no gradient. ``.requires_grad_(True)`` undoes that for
+        fine-tuning.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not understood (see ``read_encoder``); its front end is out of
+        range; or it holds no statistics and none were given. Nothing in a file is executed.
+
+    >>> import tempfile
+    >>> from byola_fast.networks.checkpoint import save_encoder
+    >>> from byola_fast.networks.encoder_file import describe_encoder
+    >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
+    >>> encoder = AudioNTT2020(d=32)
+    >>> save_encoder(path, encoder, config=describe_encoder(encoder, LogMel()), stats=(-7.1, 4.2))
+
+    >>> embedder = load_encoder(path)
+    >>> wav = torch.randn(3, 2 * embedder.sample_rate)  # mono, at that rate, in [-1, 1]
+    >>> embedder(wav).shape
+    torch.Size([3, 32])
+    """
+    encoder, config, saved_stats = read_encoder(path)
+    if stats is None:
+        stats = saved_stats
+    if stats is None:
+        raise CheckpointError(
+            f"{path}: holds no statistics of the log-mels that it was trained on; give stats=(mean, std), as published "
+            "with the weights or taken of that data"
+        )
+    if to_lms is None:
+        settings = {name: config[name] for name in FRONT_END if name in config} | {"n_mels": encoder.n_mels}
+        if "f_max" not in settings and isinstance(rate := settings.get("sample_rate"), int):
+            settings["f_max"] = min(7800.0, rate / 2)
+        try:
+            to_lms = LogMel(**settings)
+        except (TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:  # the last two: of any size
+            raise CheckpointError(f"{path}: config: {error}") from error
+        if not to_lms.center:
+            raise CheckpointError(f"{path}: config: expected center True, as embeddings have times, got False")
+    embedder = Embedder(encoder.requires_grad_(False), stats=stats, to_lms=to_lms)
+    return embedder.eval().to(torch.device("cpu" if device is None else device))

@@ -1,0 +1,261 @@
+"""Embeddings of many audio files of any length: decoded by processes, batched by equal length, streamed where long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byola_fast.audio.reading import AudioError, read_audio, read_blocks
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.networks.encoders import pool_frames
+from byola_fast.runtime.workers import num_workers, read_in_processes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+BATCH_SEC = 60.0  # of sound in a batch: 0.2 GB, and on a CPU as fast as any
+WAITING = 8  # batches of sound that wait for others of their length
+
+
+class MelStats(nn.Module):
+    """Stand in for an encoder with the log-mels themselves: mean, standard deviation and maximum over time.
+
+    The baseline that an encoder has to beat. ``Embedder`` and ``embed_clips`` take it in place of one; the embedding of
+    a clip is ``pool``'s.
+
+    Shape:
+        ``(B, 1, F, T)`` to frames ``(B, T, F)``; pooled ``(B, 3 F)``.
+
+    >>> MelStats(64).pool(torch.zeros(2, 96, 64)).shape
+    torch.Size([2, 192])
+    """
+
+    frame_stride = 1
+
+    def __init__(self, n_mels: int = 64) -> None:
+        super().__init__()
+        self.n_mels, self.feature_d = n_mels, 3 * n_mels
+
+    def forward_frames(self, x: Tensor) -> Tensor:
+        return x[:, 0].transpose(1, 2)
+
+    def pool(self, frames: Tensor) -> Tensor:
+        return torch.cat([frames.mean(1), frames.std(1, correction=0), frames.amax(1)], dim=1)
+
+
+class Piece(NamedTuple):
+    """Embeddings of a clip, or of a part of it.
+
+    Attributes:
+        number: of the clip in the list.
+        rows: ``(n, d)`` float32 on the CPU, one row for a clip, or its frames; empty where it could not be read.
+        samples: of sound that it covers.
+        last: whether the clip ends with it.
+        error: why the clip could not be read; rows that came before it do not count.
+    """
+
+    number: int
+    rows: Tensor
+    samples: int
+    last: bool
+    error: AudioError | None = None
+
+
+def embed_clips(
+    embedder: Embedder,
+    files: Sequence[Path],
+    *,
+    frames: bool = False,
+    pad_sec: float = 0.0,
+    batch_sec: float = BATCH_SEC,
+    workers: int | None = None,
+) -> Generator[Piece]:
+    """Yield the embeddings of audio files, in whatever order they come to be ready.
+
+    Clips of the same length share a batch. A clip longer than a batch is read, embedded and pooled piece by piece, in
+    memory that does not grow with its length; the result is that of the whole but for rounding.
+
+    Args:
+        embedder: in eval mode, on the device that computes.
+        files: of any format, rate and channel count.
+        frames: yield frame-level embeddings in place of one for each clip; long clips give several pieces, in order
+            and with no other clip's between them.
+        pad_sec: shorter clips get zeros at their end, up to this length in seconds.
+        batch_sec: sound in a batch, in seconds.
+        workers: processes that decode; by default one fewer than there are CPU cores, at most 8; 0 decodes in this one.
+
+    Raises:
+        ValueError: an argument out of range. ChildProcessError: a process that decodes was killed.
+    """
+    if not pad_sec >= 0 or not 0 < batch_sec < math.inf:
+        raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
+    workers = min(num_workers(workers), len(files))
+    rate = embedder.sample_rate
+    most = max(round(batch_sec * rate), 1)
+    least = max(round(pad_sec * rate), embedder.min_samples)
+    waiting: dict[int, list[tuple[int, Tensor, int]]] = {}
+    held = 0
+    reading = read_in_processes(_Reader(files, rate, most), range(len(files)), workers)
+    with closing(reading) as decoded:
+        for number, (array, error) in enumerate(decoded):
+            if error is not None:
+                yield _broken(embedder, number, error)
+                continue
+            if len(array) > most:
+                yield from _embed_long(embedder, files[number], number, frames, batch_sec)
+                continue
+            wav = F.pad(torch.from_numpy(array), (0, max(0, least - len(array))))
+            group = waiting.setdefault(len(wav), [])
+            group.append((number, wav, len(array)))
+            held += len(wav)
+            if len(group) * len(wav) >= most:
+                length = len(wav)
+            elif held > WAITING * most:
+                length = max(waiting, key=lambda each: each * len(waiting[each]))
+            else:
+                continue
+            batch = waiting.pop(length)
+            held -= length * len(batch)
+            yield from _embed_batch(embedder, batch, frames)
+    for length in sorted(waiting):
+        yield from _embed_batch(embedder, waiting[length], frames)
+
+
+def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: float = BATCH_SEC) -> Iterator[Tensor]:
+    """Yield the frame-level embeddings of a waveform that comes in blocks: those of the whole, but for rounding.
+
+    Sound is embedded about ``block_sec`` at a time, together with a margin to both sides that holds all that the
+    spectrum and the convolutions see, and of which the embeddings are left out.
+
+    Args:
+        embedder: in eval mode.
+        blocks: ``(samples,)`` each, one after the other, as ``read_blocks`` gives them; of any lengths.
+        block_sec: sound that is embedded at a time, in seconds.
+
+    Shape:
+        ``(n, d)`` each, on the device of the embedder.
+
+    Raises:
+        ValueError: the blocks hold no samples.
+
+    >>> from byola_fast import AudioNTT2020
+    >>> embedder = Embedder(AudioNTT2020(d=32), stats=(-7.1, 4.2)).eval()
+    >>> sum(len(frames) for frames in embed_blocks(embedder, torch.randn(5, 16000), block_sec=1.5))
+    62
+    """
+    to_lms, stride, hop = embedder.to_lms, embedder.encoder.frame_stride, embedder.hop
+    # A convolution reaches stride - 1 frames further than what it is pooled to, a spectrum half its window.
+    margin = math.ceil((stride - 1 + math.ceil(to_lms.n_fft / 2 / to_lms.hop_length)) / stride)
+    size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings at a time
+    held, left = torch.empty(0), 0  # the first `left` frames of what is held have been given already
+    device = to_lms.window.device
+    for block in blocks:
+        held = torch.cat([held, block])
+        while len(held) // hop >= left + size + margin:
+            ready = left + size
+            part = held[: (ready + margin) * hop]
+            yield embedder(part.to(device), frames=True).frames[left:ready]
+            keep = max(0, ready - margin)
+            held, left = held[keep * hop :], ready - keep
+    if not len(held):
+        raise ValueError("blocks: expected at least one sample, got none")
+    rest: Tensor = embedder(held.to(device), frames=True).frames[left:]
+    if len(rest):
+        yield rest
+
+
+class _Pool:
+    """Pooling over time that takes frames piece by piece: maximum, sum and sum of squares, the sums in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.largest, self.total, self.squares = (torch.zeros(()) for _ in range(3))
+
+    def add(self, frames: Tensor) -> None:
+        """Add ``(n, d)``."""
+        exact, largest = frames.double(), frames.float().amax(0)
+        self.largest = torch.maximum(self.largest, largest) if self.count else largest
+        self.total = exact.sum(0) + (self.total if self.count else 0)
+        self.squares = exact.square().sum(0) + (self.squares if self.count else 0)
+        self.count += len(frames)
+
+    def result(self, encoder: nn.Module) -> Tensor:
+        """Return ``(d,)``: what pooling all frames at once gives."""
+        mean = self.total / self.count
+        if isinstance(encoder, MelStats):
+            std = (self.squares / self.count - mean.square()).clamp_min(0).sqrt()
+            return torch.cat([mean.float(), std.float(), self.largest])
+        return self.largest + mean.float()
+
+
+def _pool(encoder: nn.Module, frames: Tensor) -> Tensor:
+    return encoder.pool(frames) if isinstance(encoder, MelStats) else pool_frames(frames)
+
+
+@torch.no_grad()
+def _embed_wavs(embedder: Embedder, wav: Tensor, frames: bool) -> Tensor:
+    """``(B, samples)`` to ``(B, n, d)`` float32 on the CPU."""
+    local = embedder(wav.to(embedder.to_lms.window.device), frames=True).frames
+    answer: Tensor = local if frames else _pool(embedder.encoder, local)[:, None]
+    return answer.float().cpu()
+
+
+def _embed_batch(embedder: Embedder, batch: list[tuple[int, Tensor, int]], frames: bool) -> Iterator[Piece]:
+    rows = _embed_wavs(embedder, torch.stack([wav for _number, wav, _samples in batch]), frames)
+    for (number, _wav, samples), own in zip(batch, rows, strict=True):
+        yield Piece(number, own, samples, True)
+
+
+def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block_sec: float) -> Iterator[Piece]:
+    """Embed a clip piece by piece; progress is told by pieces without rows where clips are pooled."""
+    pool, told, read = _Pool(), 0, 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal read
+        for block in read_blocks(path, embedder.sample_rate, block_sec=min(block_sec, BATCH_SEC)):
+            read += len(block)
+            yield block
+
+    pieces = embed_blocks(embedder, counted(), block_sec=block_sec)
+    nothing = torch.empty(0, embedder.feature_d)
+    while True:
+        try:
+            with torch.no_grad():  # not around a yield, which would leave it so in the caller
+                local = next(pieces, None)
+                if local is not None and not frames:
+                    pool.add(local)
+        except AudioError as error:
+            yield _broken(embedder, number, error)
+            return
+        if local is None:
+            break
+        nothing = local.new_empty(0, local.shape[1], device="cpu").float() if frames else nothing
+        yield Piece(number, local.float().cpu() if frames else nothing, read - told, False)
+        told = read
+    rows = nothing if frames else pool.result(embedder.encoder).cpu()[None]
+    yield Piece(number, rows, read - told, True)
+
+
+def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
+    return Piece(number, torch.empty(0, embedder.feature_d), 0, True, error)
+
+
+class _Reader:
+    """Waveforms by number; of a long file the beginning, one sample longer than a batch."""
+
+    def __init__(self, files: Sequence[Path], sample_rate: int, most: int) -> None:
+        self.files, self.sample_rate, self.most_sec = files, sample_rate, (most + 1) / sample_rate
+
+    def __getitem__(self, number: int) -> tuple[npt.NDArray[np.float32] | None, AudioError | None]:
+        try:  # arrays travel through a pipe, where tensors would keep a file descriptor each
+            return read_audio(self.files[number], self.sample_rate, duration_sec=self.most_sec).numpy(), None
+        except AudioError as error:
+            return None, error

@@ -1,0 +1,117 @@
+"""Tables of embeddings as other tools read them: .npz, .npy with its names, .csv; written row by row."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from byola_fast.runtime.files import as_text, write_whole
+
+BLOCK_ROWS = 4096  # copied at a time
+FORMATS = (".npz", ".npy", ".csv")
+
+
+class Clip(NamedTuple):
+    """Where the embeddings of a clip lie: float32 rows in a raw file.
+
+    Attributes:
+        path: the raw file.
+        begin: number of the first row.
+        rows: how many.
+        width: of a row.
+    """
+
+    path: Path
+    begin: int
+    rows: int
+    width: int
+
+
+def write_table(
+    out: Path, clips: Sequence[tuple[str, Clip]], *, period_ms: float = 0.0, first_ms: float | None = None
+) -> None:
+    """Write embeddings, with the names of their files, whole or not at all; memory does not grow with their number.
+
+    ``.npz``: ``file_names`` (clips,) and ``embeddings`` (clips, d); of frames, ``embeddings`` (rows, d), ``offsets``
+    (clips + 1,), where the rows of each clip begin and end, and ``timestamps_ms`` (rows,).
+    ``.npy``: the embeddings alone; ``OUT.names.csv`` has ``file_name,first_row,rows``.
+    ``.csv``: a line for each, ``file_name``, of frames ``timestamp_ms``, then ``e0, e1, ...``.
+
+    Args:
+        out: file to write; its suffix is the format.
+        clips: names and rows, in the order that they are written in; at least one.
+        period_ms: time from one frame to the next.
+        first_ms: time of the first frame; None where there is one row for each clip.
+    """
+    if out.suffix == ".npy":
+        write_whole(out.with_name(f"{out.name}.names.csv"), as_text(lambda file: _write_names(file, clips)))
+        write_whole(out, lambda file: _write_rows(file, clips))
+    elif out.suffix == ".npz":
+        write_whole(out, lambda file: _write_npz(file, clips, period_ms, first_ms))
+    else:
+        write_whole(out, as_text(lambda file: _write_csv(file, clips, period_ms, first_ms)))
+
+
+def _blocks(clip: Clip) -> Iterator[Any]:
+    """Yield ``(n, width)`` arrays."""
+    import numpy as np
+
+    with open(clip.path, "rb") as file:
+        file.seek(4 * clip.width * clip.begin)
+        left = clip.rows
+        while left:
+            block = np.fromfile(file, np.float32, min(left, BLOCK_ROWS) * clip.width).reshape(-1, clip.width)
+            if len(block) < min(left, BLOCK_ROWS):
+                raise ValueError(f"{clip.path}: cut short: {left - len(block)} rows are missing; remove its folder")
+            yield block
+            left -= len(block)
+
+
+def _write_rows(file: IO[bytes], clips: Sequence[tuple[str, Clip]]) -> None:
+    import numpy as np
+
+    shape = (sum(clip.rows for _name, clip in clips), clips[0][1].width)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    for _name, clip in clips:
+        for block in _blocks(clip):
+            file.write(block.astype("<f4").tobytes())
+
+
+def _write_npz(file: IO[bytes], clips: Sequence[tuple[str, Clip]], period_ms: float, first_ms: float | None) -> None:
+    import numpy as np
+
+    small: dict[str, Any] = {"file_names": np.array([name for name, _clip in clips])}
+    if first_ms is not None:
+        counts = [clip.rows for _name, clip in clips]
+        small["offsets"] = np.cumsum([0, *counts])
+        small["timestamps_ms"] = np.concatenate([first_ms + period_ms * np.arange(count) for count in counts])
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+        with archive.open("embeddings.npy", "w", force_zip64=True) as member:
+            _write_rows(member, clips)
+
+
+def _write_names(file: IO[str], clips: Sequence[tuple[str, Clip]]) -> None:
+    writer, first = csv.writer(file), 0
+    writer.writerow(["file_name", "first_row", "rows"])
+    for name, clip in clips:
+        writer.writerow([name, first, clip.rows])
+        first += clip.rows
+
+
+def _write_csv(file: IO[str], clips: Sequence[tuple[str, Clip]], period_ms: float, first_ms: float | None) -> None:
+    writer = csv.writer(file)
+    times = [] if first_ms is None else ["timestamp_ms"]
+    writer.writerow(["file_name", *times, *(f"e{number}" for number in range(clips[0][1].width))])
+    for name, clip in clips:
+        number = 0
+        for block in _blocks(clip):
+            for row in block.tolist():
+                when = [] if first_ms is None else [f"{first_ms + period_ms * number:g}"]
+                writer.writerow([name, *when, *(f"{value:.9g}" for value in row)])
+                number += 1

@@ -1,0 +1,1 @@
+"""Linear evaluation of frozen embeddings on labelled tasks."""

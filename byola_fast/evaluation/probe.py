@@ -1,0 +1,151 @@
+"""The linear probe: a logistic regression on frozen embeddings, by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from byola_fast.evaluation.tasks import Round, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, inverse strength of the regularisation, from strong to weak
+MAX_ITERATIONS = 300
+ONE_THREAD = 1 << 23  # features: below, threads wait for each other longer than they work
+
+
+class Scores(NamedTuple):
+    """How a probe did on its test part.
+
+    Attributes:
+        test: numbers of the clips.
+        truth: ``(clips, classes)`` bool.
+        scores: ``(clips, classes)``: log-odds; of classes that the training part lacks, minus infinity.
+        strength: the C that was chosen.
+        chosen_by: what it reached on the validation part.
+    """
+
+    test: list[int]
+    truth: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64]
+    strength: float
+    chosen_by: float
+
+
+def truth_table(task: Task) -> npt.NDArray[np.bool_]:
+    """Return ``(clips, classes)``: which clip has which label."""
+    import numpy as np
+
+    number = {label: k for k, label in enumerate(task.classes)}
+    table = np.zeros((len(task.labels), len(task.classes)), bool)
+    for row, own in enumerate(task.labels):
+        table[row, [number[label] for label in own]] = True
+    return table
+
+
+def fit_probe(features: npt.NDArray[np.float32], task: Task, plan: Round) -> Scores:
+    """Train a probe for each C, choose on the validation part, let that one learn from both parts, and test it.
+
+    Of equals the more regularised is chosen.
+
+    Features are standardised (mean 0, std 1 over what the probe learns from). Labels are told apart by one multinomial
+    regression, or, where a clip may have several, by one binary regression each. What chooses is the accuracy, or the
+    mean average precision.
+
+    Args:
+        features: ``(clips, d)``.
+        task: their labels.
+        plan: which clips serve for what.
+
+    Raises:
+        ImportError: scikit-learn is missing; says how to install it. ValueError: a training part of one class.
+    """
+    import numpy as np
+
+    truth = truth_table(task)
+    best = (-1.0, 0.0)
+    for strength in STRENGTHS:
+        scores = _fit(features, truth, plan.train, plan.valid, strength, task.multi_label)
+        reached = headline(truth[plan.valid], scores, task.multi_label)
+        if reached > best[0]:
+            best = (reached, strength)
+    scores = _fit(features, truth, sorted([*plan.train, *plan.valid]), plan.test, best[1], task.multi_label)
+    return Scores(plan.test, truth[plan.test], np.asarray(scores, np.float64), best[1], best[0])
+
+
+def _fit(
+    features: npt.NDArray[np.float32],
+    truth: npt.NDArray[np.bool_],
+    learn: list[int],
+    ask: list[int],
+    strength: float,
+    multi_label: bool,
+) -> npt.NDArray[np.float64]:
+    """Return log-odds ``(ask, classes)``."""
+    import numpy as np
+
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits  # scikit-learn's own
+    except ImportError as error:
+        raise ImportError('evaluation needs scikit-learn: pip install "byola_fast[eval]"') from error
+
+    scaler = StandardScaler().fit(features[learn])
+    x, asked = scaler.transform(features[learn]), scaler.transform(features[ask])
+    answer = np.full((len(ask), truth.shape[1]), -np.inf)
+    threads = 1 if x.size < ONE_THREAD else None
+    with warnings.catch_warnings(), threadpool_limits(threads):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the weakest C, which the validation part then drops
+        if multi_label:
+            for k in np.flatnonzero(truth[learn].any(0) & ~truth[learn].all(0)):
+                probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, truth[learn][:, k])
+                answer[:, k] = probe.decision_function(asked)
+            return answer
+        labels = truth[learn].argmax(1)
+        if len(np.unique(labels)) < 2:
+            raise ValueError("the training part holds clips of one class alone")
+        probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, labels)
+        logits = probe.decision_function(asked)
+        answer[:, probe.classes_] = logits if logits.ndim == 2 else np.stack([-logits, logits], 1)
+    return answer
+
+
+def headline(truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_label: bool) -> float:
+    """Return accuracy, or mean average precision over the classes that occur."""
+    if multi_label:
+        return _mean([value for value, _count in class_scores(truth, scores, True) if value is not None])
+    return float((scores.argmax(1) == truth.argmax(1)).mean())
+
+
+def macro(truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_label: bool) -> float:
+    """Return the mean over the classes that occur, of recall or average precision."""
+    return _mean([value for value, _count in class_scores(truth, scores, multi_label) if value is not None])
+
+
+def class_scores(
+    truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_label: bool
+) -> list[tuple[float | None, int]]:
+    """Return for each class its recall, or average precision, and its clips; None where it has none."""
+    import numpy as np
+    from sklearn.metrics import average_precision_score
+
+    finite = np.where(np.isfinite(scores), scores, -1e30)
+    hits: Any = scores.argmax(1)[:, None] == np.arange(truth.shape[1])
+    answer: list[tuple[float | None, int]] = []
+    for k in range(truth.shape[1]):
+        own, count = truth[:, k], int(truth[:, k].sum())
+        if not count:
+            answer.append((None, 0))
+        elif multi_label:
+            answer.append((float(average_precision_score(own, finite[:, k])), count))
+        else:
+            answer.append((float(hits[own, k].mean()), count))
+    return answer
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

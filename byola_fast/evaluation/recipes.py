@@ -1,0 +1,160 @@
+"""Make task files from folders of classes or public data sets: ``python -m byola_fast.evaluation.recipes``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from byola_fast.audio.reading import list_audio_files
+from byola_fast.evaluation.tasks import SPLITS
+from byola_fast.runtime.files import as_text, write_whole
+
+FOLDS = 5
+USAGE = "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv\nDATASET is one of: "
+
+
+class _MissingError(ValueError):
+    """A file of a data set is missing; the message is its path."""
+
+
+class Row(NamedTuple):
+    """A clip of a task: its file below the folder, its label (several with commas between), its split or fold."""
+
+    file_name: str
+    label: str
+    part: str
+
+
+def speech_commands(root: Path) -> Iterator[Row]:
+    """Speech Commands (v1, v2): WORD/*.wav; validation_list.txt and testing_list.txt name those parts."""
+    listed: dict[str, str] = {}
+    for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
+        listed |= dict.fromkeys(_text(root / name).split(), part)
+    for path in sorted(root.glob("*/*.wav")):
+        if not path.parent.name.startswith("_"):  # _background_noise_ has no word
+            name = path.relative_to(root).as_posix()
+            yield Row(name, path.parent.name, listed.get(name, "train"))
+
+
+def urbansound8k(root: Path) -> Iterator[Row]:
+    """UrbanSound8K: metadata/UrbanSound8K.csv, audio/foldN/*.wav; its ten folds."""
+    for line in _lines(root / "metadata" / "UrbanSound8K.csv", "slice_file_name", "fold", "class"):
+        yield Row(f"audio/fold{line['fold']}/{line['slice_file_name']}", line["class"], line["fold"])
+
+
+def esc50(root: Path) -> Iterator[Row]:
+    """ESC-50: meta/esc50.csv, audio/*.wav; its five folds."""
+    for line in _lines(root / "meta" / "esc50.csv", "filename", "fold", "category"):
+        yield Row(f"audio/{line['filename']}", line["category"], line["fold"])
+
+
+def nsynth(root: Path) -> Iterator[Row]:
+    """NSynth: nsynth-{train,valid,test}/examples.json and audio/*.wav; instrument families."""
+    for part in ("train", "valid", "test"):
+        folder = root / f"nsynth-{part}"
+        for name, note in sorted(json.loads(_text(folder / "examples.json")).items()):
+            yield Row(f"nsynth-{part}/audio/{name}.wav", note["instrument_family_str"], part)
+
+
+def fsd50k(root: Path) -> Iterator[Row]:
+    """FSD50K: FSD50K.ground_truth/{dev,eval}.csv, FSD50K.{dev,eval}_audio/*.wav; several labels a clip."""
+    for line in _lines(root / "FSD50K.ground_truth" / "dev.csv", "fname", "labels", "split"):
+        part = {"train": "train", "val": "valid"}[line["split"]]
+        yield Row(f"FSD50K.dev_audio/{line['fname']}.wav", line["labels"], part)
+    for line in _lines(root / "FSD50K.ground_truth" / "eval.csv", "fname", "labels"):
+        yield Row(f"FSD50K.eval_audio/{line['fname']}.wav", line["labels"], "test")
+
+
+def folders(root: Path) -> Iterator[Row]:
+    """CLASS/*, of which every fifth clip of each class is of one fold; or train, valid and test, each of CLASS/*."""
+    names = sorted({SPLITS.get(path.name.lower(), path.name.lower()) for path in root.iterdir() if path.is_dir()})
+    split = bool(names) and set(names) <= {"train", "valid", "test"}
+    seen: Counter[str] = Counter()
+    for path in list_audio_files(root):
+        name = path.relative_to(root)
+        if len(name.parts) < 2 + split:
+            raise ValueError(f"{path}: lies in no folder of a class; expected {'SPLIT/' * split}CLASS/{path.name}")
+        label = name.parts[int(split)]
+        if "," in label:
+            raise ValueError(f"{path}: a comma in the name of a class stands between two labels; rename the folder")
+        seen[label] += 1
+        yield Row(name.as_posix(), label, name.parts[0] if split else str((seen[label] - 1) % FOLDS + 1))
+
+
+RECIPES: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "folders": folders,
+    "speech_commands": speech_commands,
+    "urbansound8k": urbansound8k,
+    "esc50": esc50,
+    "nsynth": nsynth,
+    "fsd50k": fsd50k,
+}
+
+
+def write_task(dataset: str, root: str | Path, out: str | Path) -> int:
+    """Write the task file of a data set, as ``byola-fast eval TASK.csv --audio FOLDER`` takes it.
+
+    Args:
+        dataset: a name of ``RECIPES``.
+        root: the folder that the data set was unpacked to, as its authors laid it out.
+        out: CSV file to write: file_name, label, and split or fold.
+
+    Returns:
+        The number of clips.
+
+    Raises:
+        ValueError: an unknown data set, or a folder of another layout (says what is missing).
+    """
+    if dataset not in RECIPES:
+        raise ValueError(f"dataset: expected one of {', '.join(RECIPES)}, got {dataset!r}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    try:
+        rows = list(RECIPES[dataset](Path(root)))
+    except _MissingError as error:
+        raise ValueError(f"{error}: missing; expected: {RECIPES[dataset].__doc__}") from error
+    if not rows:
+        raise ValueError(f"{root}: no clip of {dataset} in this folder; expected: {RECIPES[dataset].__doc__}")
+    kind = "fold" if all(re.fullmatch(r"\d+", row.part) for row in rows) else "split"
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    lines = [("file_name", "label", kind), *rows]
+    write_whole(Path(out), as_text(lambda file: csv.writer(file, lineterminator="\n").writerows(lines)))
+    return len(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a task file; return 0, or 2 after an error."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if len(arguments) != 3:
+        print(USAGE + ", ".join(RECIPES), file=sys.stderr)
+        return 2
+    try:
+        print(f"{arguments[2]}: {write_task(*arguments)} clips")
+    except (OSError, ValueError) as error:
+        print(f"byola_fast.evaluation.recipes: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise _MissingError(str(path)) from error
+
+
+def _lines(path: Path, *columns: str) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(_text(path).splitlines())
+    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
+    yield from reader
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Encoders, their moving average, and files of weights."""

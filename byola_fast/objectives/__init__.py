@@ -1,0 +1,1 @@
+"""What training minimises: BYOL and contrastive learners around an encoder."""

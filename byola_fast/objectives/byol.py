@@ -1,0 +1,86 @@
+"""Two networks and a step: the online one predicts what its moving average makes of the other view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast.networks.ema import EMA
+from byola_fast.objectives.learner import MLP, Learner, Output, feature_width, to_watch
+from byola_fast.objectives.losses import byol_loss
+
+
+class BYOL(Learner):
+    """Learn an encoder from pairs of views: ``2 - 2 cos(predictor(online(view)), target(other view))``, both ways.
+
+        view -> encoder -> projector -> predictor -> q
+        other view -> target (moving average of encoder and projector) -> z
+
+    Args:
+        encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
+        proj_size: width of the projection.
+        proj_dim: hidden width of projector and predictor.
+        ema_decay: of the target: a number in [0, 1], or what else ``EMA`` takes.
+        ema_buffers: "none" (published), "copy" or "ema"; see ``EMA``.
+        joint_batch: pass both views through each network as one batch of 2 B. This changes the method: in training,
+            BatchNorm then takes its statistics over both views together, and updates its running ones once.
+
+    Attributes:
+        online: encoder and projector. predictor: the MLP behind them. target: their ``EMA``.
+
+    Shape:
+        Views as the encoder takes them, ``(B, 1, F, T)``, with B of at least 2 in training.
+
+    Raises:
+        ValueError: views of different batch sizes (with ``joint_batch``, shapes), or of one sample in training.
+        TypeError: no ``feature_d``.
+
+    Numerics:
+        Each view passes the networks by itself, so that BatchNorm takes its statistics over one view. The target is in
+        the mode of the whole: in training its BatchNorm uses the batch and its dropout is on, as published. Under
+        autocast the loss is computed in float32.
+
+    Autograd:
+        To the online network and the predictor; the target gets no gradient.
+
+    Source:
+        BYOL, arXiv:2006.07733; BYOL-A, arXiv:2103.06695.
+
+    >>> from byola_fast.networks.encoders import AudioNTT2020
+    >>> byol = BYOL(AudioNTT2020(d=32), proj_size=16, proj_dim=64)
+    >>> loss, projection = byol(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
+    >>> loss.backward()
+    >>> byol.update_target()
+    >>> projection.shape
+    torch.Size([4, 16])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        proj_size: int = 256,
+        proj_dim: int = 4096,
+        ema_decay: Any = 0.99,
+        ema_buffers: str = "none",
+        *,
+        joint_batch: bool = False,
+    ) -> None:
+        super().__init__(encoder, MLP(feature_width(encoder), proj_dim, proj_size), joint_batch)
+        self.predictor = MLP(proj_size, proj_dim, proj_size)
+        self.target = EMA(self.online, ema_decay, ema_buffers)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        """Return the loss of both directions summed, and the projection of the first view."""
+        self._check_views(view1, view2)
+        projection1, projection2 = self._both(self.online, view1, view2)
+        with torch.no_grad():
+            target1, target2 = self._both(self.target, view1, view2)
+        prediction1, prediction2 = self._both(self.predictor, projection1, projection2)
+        loss = byol_loss(prediction1, target2) + byol_loss(prediction2, target1)
+        return Output(loss, to_watch(projection1))
+
+    def update_target(self) -> None:
+        """Move the target towards the online network; to be called after each step of the optimiser."""
+        self.target.update()

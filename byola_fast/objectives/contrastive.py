@@ -1,0 +1,221 @@
+"""Learners that tell each clip from all others: SimCLR, MoCo and COLA, on the encoder and the views of BYOL-A."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast.networks.ema import EMA
+from byola_fast.objectives.learner import MLP, Learner, Output, feature_width, to_watch
+from byola_fast.objectives.losses import bilinear_loss, directions, info_nce_loss, nt_xent_loss
+from byola_fast.runtime.gather import gather_rows
+
+
+class SimCLR(Learner):
+    """Learn an encoder by finding each view's other view among all views of the batch (NT-Xent).
+
+    Args:
+        encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
+        proj_size: width of the projection.
+        proj_dim: hidden width of the projector.
+        temperature: of the softmax over cosines, above 0.
+        joint_batch: as ``BYOL``.
+        gather: under torch.distributed, take negatives from all ranks' batches, which must be equally large.
+
+    Shape:
+        Views ``(B, 1, F, T)``, B of at least 2.
+
+    Raises:
+        As ``BYOL``; ValueError: a temperature that is not above 0.
+
+    Numerics:
+        Under autocast the loss is computed in float32. With ``gather``, the mean over ranks of the losses (and of the
+        gradients, as DistributedDataParallel takes it) is that of the whole batch in one process, up to BatchNorm.
+
+    Source:
+        SimCLR, arXiv:2002.05709. Differs: the projector is BYOL's, with BatchNorm, so that objectives alone are
+        compared; each view passes the networks by itself unless ``joint_batch``.
+
+    >>> from byola_fast.networks.encoders import AudioNTT2020
+    >>> simclr = SimCLR(AudioNTT2020(d=32), proj_size=16, proj_dim=64)
+    >>> loss, projection = simclr(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        proj_size: int = 256,
+        proj_dim: int = 4096,
+        temperature: float = 0.1,
+        *,
+        joint_batch: bool = False,
+        gather: bool = True,
+    ) -> None:
+        super().__init__(encoder, MLP(feature_width(encoder), proj_dim, proj_size), joint_batch)
+        self.temperature, self.gather = _positive("temperature", temperature), gather
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        self._check_views(view1, view2)
+        projection1, projection2 = self._both(self.online, view1, view2)
+        loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
+        return Output(loss, to_watch(projection1))
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}"
+
+
+class MoCo(Learner):
+    """Learn an encoder by finding each query's key among the keys of past batches (InfoNCE with a momentum queue).
+
+        view1 -> encoder -> projector -> query
+        view2 -> target (moving average of encoder and projector) -> key, which joins the queue after the loss
+
+    Args:
+        encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
+        proj_size: width of the projection.
+        proj_dim: hidden width of the projector.
+        temperature: of the softmax over cosines, above 0.
+        queue_size: past keys kept, at least 1. More than there are clips makes a clip's own past keys negatives.
+        ema_decay: of the target: a number in [0, 1], or what else ``EMA`` takes.
+        ema_buffers: "none", "copy" or "ema"; see ``EMA``.
+        gather: under torch.distributed, every rank's keys join every rank's queue, so that all queues are equal;
+            batches must be equally large.
+
+    Attributes:
+        queue: ``(queue_size, proj_size)`` float32, keys of length 1. cursor: ``(2,)`` int64, next row and rows filled.
+            Both are buffers on the device, so that no step syncs, and in ``state_dict``.
+
+    Shape:
+        Views ``(B, 1, F, T)``, B of at least 2 in training.
+
+    Raises:
+        As ``BYOL``; ValueError: ``temperature`` or ``queue_size`` out of range.
+
+    Numerics:
+        Rows not filled yet are left out, so that the loss starts at 0 and rises while the queue fills. The queue is
+        read before the batch joins it. In eval mode nothing joins. Under autocast the loss is computed in float32.
+        DistributedDataParallel does not broadcast the queue.
+
+    Source:
+        MoCo, arXiv:1911.05722, algorithm 1. Differs: the projector is BYOL's (published: one Linear), so that
+        objectives alone are compared; the queue starts empty, not random; BatchNorm is not shuffled. Shuffling keeps a
+        query's and its key's statistics apart, which takes several devices with small batches each; here each view
+        passes its own network by itself, in one batch as large as the device's.
+
+    >>> from byola_fast.networks.encoders import AudioNTT2020
+    >>> moco = MoCo(AudioNTT2020(d=32), proj_size=16, proj_dim=64, queue_size=8)
+    >>> loss, projection = moco(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
+    >>> loss.backward()
+    >>> moco.update_target()
+    >>> moco.cursor
+    tensor([4, 4])
+    """
+
+    queue: Tensor
+    cursor: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        proj_size: int = 256,
+        proj_dim: int = 4096,
+        temperature: float = 0.07,
+        queue_size: int = 65536,
+        ema_decay: Any = 0.999,
+        ema_buffers: str = "none",
+        *,
+        gather: bool = True,
+    ) -> None:
+        super().__init__(encoder, MLP(feature_width(encoder), proj_dim, proj_size))
+        if queue_size < 1:
+            raise ValueError(f"queue_size: expected at least 1, got {queue_size}")
+        self.temperature, self.gather = _positive("temperature", temperature), gather
+        self.target = EMA(self.online, ema_decay, ema_buffers)
+        self.register_buffer("queue", torch.zeros(queue_size, proj_size))
+        self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64))
+        self._ddp_params_and_buffers_to_ignore = ["queue", "cursor"]  # equal on all ranks, and 64 MB to send
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        self._check_views(view1, view2)
+        projection = self.online(view1)
+        with torch.no_grad():
+            keys = directions(self.target(view2))
+        queue = self.queue.clone() if self.training else self.queue  # backward reads what the push below overwrites
+        loss = info_nce_loss(projection, keys, queue, self.temperature, count=self.cursor[1].clone())
+        if self.training:
+            self._push(gather_rows(keys)[0] if self.gather else keys)
+        return Output(loss, to_watch(projection))
+
+    def update_target(self) -> None:
+        """Move the target towards the online network; to be called after each step of the optimiser."""
+        self.target.update()
+
+    @torch.no_grad()
+    def _push(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows; of more keys than rows, the last remain."""
+        size = self.queue.shape[0]
+        start, filled = self.cursor.unbind()
+        skipped = max(0, len(keys) - size)
+        rows = (start + skipped + torch.arange(len(keys) - skipped, device=keys.device)) % size
+        self.queue.index_copy_(0, rows, keys[skipped:].to(self.queue.dtype))
+        self.cursor.copy_(torch.stack([(start + len(keys)) % size, (filled + len(keys)).clamp(max=size)]))
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}, queue_size={len(self.queue)}"
+
+
+class COLA(Learner):
+    """Learn an encoder by finding the second segment of each clip among those of the batch, with a bilinear similarity.
+
+        segment -> encoder -> projector: Linear, LayerNorm, tanh -> g;  similarity of two segments: g W g'
+
+    Args:
+        encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
+        proj_size: width of the projection.
+        joint_batch: as ``BYOL``; here BatchNorm is in the encoder alone.
+        gather: as ``SimCLR``.
+
+    Attributes:
+        similarity: ``nn.Linear`` without bias that holds W.
+
+    Shape:
+        Views ``(B, 1, F, T)``, B of at least 2: two segments of the same clips, as the data gives them, augmented or
+        not; two views of one segment work as well.
+
+    Raises:
+        As ``BYOL``.
+
+    Numerics:
+        As ``SimCLR``.
+
+    Source:
+        COLA, arXiv:2010.10915, with its bilinear similarity and a projection of 512.
+
+    >>> from byola_fast.networks.encoders import AudioNTT2020
+    >>> cola = COLA(AudioNTT2020(d=32), proj_size=16)
+    >>> loss, projection = cola(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self, encoder: nn.Module, proj_size: int = 512, *, joint_batch: bool = False, gather: bool = True
+    ) -> None:
+        projector = nn.Sequential(nn.Linear(feature_width(encoder), proj_size), nn.LayerNorm(proj_size), nn.Tanh())
+        super().__init__(encoder, projector, joint_batch)
+        self.similarity = nn.Linear(proj_size, proj_size, bias=False)
+        self.gather = gather
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Output:
+        self._check_views(view1, view2)
+        projection1, projection2 = self._both(self.online, view1, view2)
+        loss = bilinear_loss(projection1, projection2, self.similarity.weight, gather=self.gather)
+        return Output(loss, to_watch(projection1))
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return value

@@ -1,0 +1,261 @@
+"""What training minimises, and how to tell whether it has collapsed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import compute_dtype
+from byola_fast.runtime.gather import gather_rows
+
+
+def byol_loss(q: Tensor, z: Tensor) -> Tensor:
+    """Return the squared distance of two batches of directions: the batch mean of ``2 - 2 cos(q, z)``.
+
+    Args:
+        q: predictions of the online network.
+        z: projections of the target network, to be predicted; detach them, or compute them without gradients.
+
+    Shape:
+        q, z ``(B, size)``; returns a 0-d tensor, in [0, 4].
+
+    Raises:
+        TypeError: not floating point. ValueError: other shapes, or an empty batch, which has no mean.
+
+    Numerics:
+        Half precision is computed and returned in float32. Norms are clamped to at least 1e-12.
+
+    Autograd:
+        To q and z.
+
+    Source:
+        BYOL, arXiv:2006.07733, eq. (2).
+
+    >>> byol_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+    tensor(2.)
+    """
+    check.is_float("q", q)
+    check.is_float("z", z)
+    _is_batch("q", q)
+    check.has_shape("z", z, tuple(q.shape))
+    cosine = (directions(q) * directions(z)).sum(1)
+    return (2 - 2 * cosine).mean()
+
+
+def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1, *, gather: bool = False) -> Tensor:
+    """Return the normalised, temperature-scaled cross-entropy of finding each row's partner in the other view.
+
+    ``-log(exp(cos(z_i, z_j) / t) / sum_{k != i} exp(cos(z_i, z_k) / t))``, z the 2 B rows of both views, j the partner
+    of i; the mean over all 2 B rows.
+
+    Args:
+        z1, z2: projections of two views; row i of both comes from the same sample.
+        temperature: t, above 0.
+        gather: compare with the rows of all ranks of torch.distributed (equally many on each); the result is the mean
+            over this rank's rows.
+
+    Shape:
+        z1, z2 ``(B, size)`` with B of at least 2, so that there are negatives; returns a 0-d tensor.
+
+    Raises:
+        TypeError: not floating point. ValueError: other shapes, fewer than two samples.
+
+    Numerics:
+        Half precision is computed and returned in float32, whatever autocast says. Norms are clamped to at least 1e-12.
+
+    Autograd:
+        To z1 and z2, and across ranks; see ``gather_rows``.
+
+    Source:
+        SimCLR, arXiv:2002.05709, eq. (1).
+
+    >>> z = torch.eye(2)
+    >>> nt_xent_loss(z, z, temperature=1.0)  # log(1 + 2 / e)
+    tensor(0.5514)
+    """
+    _is_pair("z1", z1, "z2", z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        view1, view2 = directions(z1), directions(z2)
+        all1, first = gather_rows(view1) if gather else (view1, 0)
+        all2, _ = gather_rows(view2) if gather else (view2, 0)
+        rows, everyone = torch.cat([view1, view2]), torch.cat([all1, all2])
+        own = first + torch.arange(len(z1), device=z1.device)
+        other = own + len(all1)
+        itself = torch.cat([own, other])[:, None] == torch.arange(len(everyone), device=z1.device)
+        logits = (rows @ everyone.T / temperature).masked_fill(itself, float("-inf"))
+        return F.cross_entropy(logits, torch.cat([other, own]))
+
+
+def info_nce_loss(
+    q: Tensor, k: Tensor, negatives: Tensor, temperature: float = 0.07, *, count: Tensor | None = None
+) -> Tensor:
+    """Return the cross-entropy of finding each query's key among that key and the negatives.
+
+    ``-log(exp(cos(q, k) / t) / (exp(cos(q, k) / t) + sum_n exp(cos(q, n) / t)))``, the mean over the batch.
+
+    Args:
+        q: queries. k: their keys, row by row; detach them, or compute them without gradients.
+        negatives: rows of length 1, as ``directions`` makes them.
+        temperature: t, above 0.
+        count: how many negatives, from the first on, are valid: a 0-d tensor on the device; all where None.
+
+    Shape:
+        q, k ``(B, size)``, negatives ``(K, size)``; returns a 0-d tensor.
+
+    Raises:
+        TypeError: not floating point. ValueError: other shapes, or an empty batch, which has no mean.
+
+    Numerics:
+        As ``nt_xent_loss``.
+
+    Autograd:
+        To q, k and negatives.
+
+    Source:
+        MoCo, arXiv:1911.05722, eq. (1).
+
+    >>> info_nce_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 1.0)
+    tensor(0.3133)
+    """
+    _is_pair("q", q, "k", k, least=1)
+    check.is_float("negatives", negatives)
+    check.has_shape("negatives", negatives, ("K", q.shape[1]))
+    with torch.autocast(q.device.type, enabled=False):
+        query, key = directions(q), directions(k)
+        cosines = query @ negatives.to(query.dtype).T
+        if count is not None:
+            filled = torch.arange(len(negatives), device=q.device) < count
+            cosines = cosines.masked_fill(~filled, float("-inf"))
+        logits = torch.cat([(query * key).sum(1, keepdim=True), cosines], dim=1) / temperature
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: bool = False) -> Tensor:
+    """Return the cross-entropy of finding each anchor's positive in the batch by the similarity ``anchor W positive``.
+
+    ``-log(exp(s_ii) / sum_j exp(s_ij))`` with ``s_ij = anchor_i W positive_j``, the mean over the batch.
+
+    Args:
+        anchor, positive: projections of two segments; row i of both comes from the same clip.
+        weight: W.
+        gather: as ``nt_xent_loss``.
+
+    Shape:
+        anchor, positive ``(B, size)`` with B of at least 2, so that there are negatives, weight ``(size, size)``;
+        returns a 0-d tensor.
+
+    Raises:
+        TypeError: not floating point. ValueError: other shapes, fewer than two samples.
+
+    Numerics:
+        Half precision is computed and returned in float32, whatever autocast says.
+
+    Autograd:
+        To all three, and across ranks; see ``gather_rows``.
+
+    Source:
+        COLA, arXiv:2010.10915, its bilinear similarity.
+
+    >>> bilinear_loss(torch.eye(2), torch.eye(2), torch.zeros(2, 2))  # log(2)
+    tensor(0.6931)
+    """
+    _is_pair("anchor", anchor, "positive", positive)
+    check.is_float("weight", weight)
+    check.has_shape("weight", weight, (anchor.shape[1], anchor.shape[1]))
+    with torch.autocast(anchor.device.type, enabled=False):
+        rows, others = anchor.to(compute_dtype(anchor.dtype)), positive.to(compute_dtype(positive.dtype))
+        everyone, first = gather_rows(others) if gather else (others, 0)
+        logits = rows @ (weight.to(rows.dtype) @ everyone.T)
+        return F.cross_entropy(logits, first + torch.arange(len(rows), device=rows.device))
+
+
+def collapse_std(z: Tensor) -> Tensor:
+    """Measure collapse: ``sqrt(size)`` times the mean over dimensions of the std over the batch of ``z / |z|``.
+
+    1 where directions are spread evenly, 0 where every sample has the same one.
+
+    Args:
+        z: embeddings or projections of one batch.
+
+    Shape:
+        ``(B, size)`` with B of at least 2; returns a 0-d tensor, in [0, 1] up to sampling noise.
+
+    Raises:
+        TypeError: not floating point. ValueError: another rank, or fewer than two samples.
+
+    Source:
+        SimSiam, arXiv:2011.10566, section 4.1.
+
+    >>> collapse_std(torch.ones(8, 4))
+    tensor(0.)
+    >>> bool(collapse_std(torch.randn(4096, 16)) > 0.95)
+    True
+    """
+    check.is_float("z", z)
+    _is_batch("z", z, least=2)
+    spread: Tensor = directions(z).std(0).mean() * z.shape[1] ** 0.5
+    return spread
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """Measure collapse onto few dimensions: the exponential of the entropy of the singular values.
+
+    ``exp(-sum p log p)`` with ``p = singular values of z / their sum``: 1 where all rows are multiples of one vector,
+    the smaller of B and size where they spread equally over all directions.
+
+    Args:
+        z: embeddings or projections, as many as can be had: it cannot exceed B. Not centred here: subtract the mean
+            beforehand to leave a common offset out.
+
+    Shape:
+        ``(B, size)`` with B of at least 1; returns a 0-d tensor, 1 to min(B, size). NaN where z is not finite.
+
+    Raises:
+        TypeError: not floating point. ValueError: another rank, or no sample.
+
+    Numerics:
+        A singular value decomposition, which waits for a GPU: for use now and then, not in every step. Half precision
+        is computed in float32. 1 for zeros.
+
+    Source:
+        O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+
+    >>> round(effective_rank(torch.eye(4)).item(), 3), round(effective_rank(torch.ones(8, 4)).item(), 3)
+    (4.0, 1.0)
+    """
+    check.is_float("z", z)
+    _is_batch("z", z)
+    with torch.autocast(z.device.type, enabled=False):
+        wide = z.to(compute_dtype(z.dtype))
+        if not bool(wide.isfinite().all()):
+            return torch.full((), float("nan"), dtype=wide.dtype, device=z.device)
+        values = torch.linalg.svdvals(wide)
+        share = values / values.sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        rank: Tensor = (-torch.xlogy(share, share).sum()).exp()
+    return rank
+
+
+def directions(z: Tensor) -> Tensor:
+    """Scale rows ``(B, size)`` to length 1, in float32 for half precision, whatever autocast says.
+
+    >>> directions(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        unit: Tensor = F.normalize(z.to(compute_dtype(z.dtype)), dim=1)
+    return unit
+
+
+def _is_batch(name: str, z: Tensor, least: int = 1) -> None:
+    check.has_shape(name, z, ("B", "size"))
+    if z.shape[0] < least:
+        raise ValueError(f"{name}: expected at least {least} sample{'s' * (least > 1)}, got {z.shape[0]}")
+
+
+def _is_pair(name: str, x: Tensor, other: str, y: Tensor, least: int = 2) -> None:
+    check.is_float(name, x)
+    check.is_float(other, y)
+    _is_batch(name, x, least)
+    check.has_shape(other, y, tuple(x.shape))

@@ -1,0 +1,139 @@
+"""How a backend takes an op over: a stub under its dispatch key loads it on the first call and dispatches again.
+
+Callers never choose a backend; the dispatcher does. Until the first call of an op on a device, its key holds a stub.
+The stub asks the backends registered for that op and key, in order of preference, to prepare (import, compile); the
+first that succeeds registers its kernels in place of the stubs, and the call is dispatched anew. If none can, the stub
+goes away and the reference answers. The stub is reached through the dispatcher, so a direct ``torch.ops.byola_fast``
+call and a graph compiled before anything was loaded take the same road.
+
+``BYOLA_FAST_STRICT=1`` turns every fallback into a ``BackendError``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from byola_fast.ops import _schemas
+
+logger = logging.getLogger("byola_fast")
+
+
+class BackendError(RuntimeError):
+    """A backend cannot be used here; the message says why and what would help."""
+
+
+@dataclass(eq=False)
+class Backend:
+    """Kernels for some ops on one kind of device.
+
+    ``prepare`` does the slow part (import, compile) and raises ``BackendError`` with a reason; ``register`` is then
+    given its result and must be quick: while it runs, the ops fall through to the reference.
+    """
+
+    name: str
+    key: str
+    ops: tuple[str, ...]
+    prepare: Callable[[], Any]
+    register: Callable[[Any], None]
+    failure: str | None = None
+    loaded: bool = False
+
+
+@dataclass
+class _Registry:
+    backends: list[Backend] = field(default_factory=list)
+    stubs: dict[tuple[str, str], torch.library.Library] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+_registry = _Registry()
+
+
+def strict() -> bool:
+    """Return whether a fallback is an error (``BYOLA_FAST_STRICT=1``)."""
+    return os.environ.get("BYOLA_FAST_STRICT", "0") not in ("", "0")
+
+
+def add_backend(backend: Backend) -> None:
+    """Register a backend behind those added before it for the same key, without loading it."""
+    with _registry.lock:
+        _registry.backends.append(backend)
+        for op in backend.ops:
+            if (backend.key, op) not in _registry.stubs:
+                stub = torch.library.Library(_schemas.NAMESPACE, "IMPL", backend.key)
+                stub.impl(op, _make_stub(backend.key, op))
+                _registry.stubs[backend.key, op] = stub
+
+
+def candidates(key: str, op: str) -> list[Backend]:
+    """Return the backends of one op on one kind of device, the preferred one first."""
+    return [backend for backend in _registry.backends if backend.key == key and op in backend.ops]
+
+
+def resolve(key: str, op: str) -> None:
+    """Load the best backend of one op, or leave the op to its reference.
+
+    Raises:
+        BackendError: the preferred backend cannot be loaded and ``BYOLA_FAST_STRICT`` is set.
+    """
+    with _registry.lock:
+        for backend in candidates(key, op):
+            if not backend.loaded and backend.failure is None:
+                _load(backend)
+            if backend.loaded:
+                return
+            if strict():
+                raise BackendError(
+                    f"{op} on {key}: {backend.name} backend: {backend.failure} (BYOLA_FAST_STRICT is set)"
+                )
+        _remove_stub(key, op)
+
+
+def _load(backend: Backend) -> None:
+    try:
+        prepared = backend.prepare()
+    except BackendError as error:
+        backend.failure = str(error)
+        if not strict():
+            logger.warning("byola_fast: %s backend not used: %s", backend.name, backend.failure)
+        return
+    for op in backend.ops:
+        _remove_stub(backend.key, op)
+    backend.register(prepared)
+    backend.loaded = True
+
+
+def _remove_stub(key: str, op: str) -> None:
+    stub = _registry.stubs.pop((key, op), None)
+    if stub is not None:
+        stub._destroy()
+
+
+def _make_stub(key: str, op: str) -> Callable[..., Any]:
+    packet = getattr(torch.ops.byola_fast, op)
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        resolve(key, op)
+        return packet(*args, **kwargs)
+
+    return stub
+
+
+def backend_in_use(key: str, op: str) -> tuple[str, str]:
+    """Return the backend that answers for an op on one kind of device, after loading it, and a note on why."""
+    failures: list[str] = []
+    for backend in candidates(key, op):
+        if not backend.loaded and backend.failure is None:
+            resolve(key, op)
+        if backend.loaded:
+            return backend.name, "; ".join(failures)
+        failures.append(f"{backend.name}: {backend.failure}")
+    none = f"made of {_schemas.MADE_OF[op]}" if op in _schemas.MADE_OF else "plain PyTorch, no kernel for this device"
+    return "reference", "; ".join(failures) or none

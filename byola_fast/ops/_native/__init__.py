@@ -1,0 +1,1 @@
+"""The C++ and CUDA kernels of csrc: building and loading them."""

@@ -1,0 +1,110 @@
+"""The CUDA C++ kernels: a build of their own, made like that of the CPU kernels where nvcc and a GPU are found.
+
+``BYOLA_FAST_CUDA_EXTENSION=1`` compiles and loads them without a GPU too (for tests), ``0`` leaves them out, so that
+Triton's are used. They are compiled for the GPUs that are here, or for ``TORCH_CUDA_ARCH_LIST``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from byola_fast.ops import _dispatch
+from byola_fast.ops._dispatch import Backend, BackendError
+from byola_fast.ops._native import cpu
+
+CUDA_OPS = ("ema_update_",)
+NAME = "byola_fast_cuda"
+FLAGS = ["-O3"]  # and no -ffast-math's like: the roundings are part of the contract
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where no GPU is here to ask
+VARIABLE = "BYOLA_FAST_CUDA_EXTENSION"
+
+
+def find_nvcc() -> Path | None:
+    """Return nvcc: that of ``CUDA_HOME`` or ``CUDA_PATH``, or the one on PATH, or the usual one."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable) and (found := Path(os.environ[variable]) / "bin" / "nvcc").exists():
+            return found
+    on_path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return Path(on_path) if on_path else None
+
+
+def cuda_home(nvcc: Path) -> Path:
+    """Return the folder of the toolkit that an nvcc belongs to, wrapper scripts and links seen through."""
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
+
+
+def architectures() -> str:
+    """Return what to compile for, in the form of ``TORCH_CUDA_ARCH_LIST``."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if chosen:
+        return chosen
+    found = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or ARCHITECTURES
+
+
+def flags() -> list[str]:
+    """Return the compiler flags, and whatever ``BYOLA_FAST_CXXFLAGS`` adds."""
+    return FLAGS + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
+
+
+def sources() -> list[Path]:
+    """Return what is compiled for CUDA."""
+    folder = cpu.source_folder()
+    return sorted([*folder.glob("*.cu"), *folder.glob("*_cuda.cpp")])
+
+
+def build_name() -> str:
+    """Return the name of the build that fits this torch, Python, GPUs and these sources."""
+    return cpu.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
+
+
+def prepare() -> Path:
+    """Return the shared library, after building it if there is none yet.
+
+    Raises:
+        BackendError: it cannot be built; says why.
+    """
+    if torch.version.cuda is None:
+        raise BackendError("this torch was built without CUDA")
+    if not torch.cuda.is_available() and os.environ.get(VARIABLE, "") != "1":
+        raise BackendError(f"no GPU is available to torch ({VARIABLE}=1 compiles the kernels all the same)")
+    arguments = {
+        "name": NAME,
+        "sources": [str(path) for path in sources()],
+        "extra_cflags": flags(),
+        "extra_cuda_cflags": flags(),
+        "is_python_module": False,
+    }
+    return cpu.build_once(build_name(), "CUDA", arguments, build_environment)
+
+
+def register(library: Path) -> None:
+    """Load the shared library; its static initialisers register the kernels with the dispatcher."""
+    torch.ops.load_library(str(library))
+
+
+def install() -> None:
+    """Put the stubs of this backend in place, before those of Triton; nothing is compiled or loaded yet."""
+    if os.environ.get(VARIABLE, "") != "0":
+        _dispatch.add_backend(Backend("cuda", "CUDA", CUDA_OPS, prepare, register))
+
+
+def build_environment() -> dict[str, str]:
+    """Return the environment to build in.
+
+    Raises:
+        BackendError: no nvcc, ninja or host compiler; says what would help.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BackendError("nvcc was not found: install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
+    named = {"CUDA_HOME": str(cuda_home(nvcc)), "TORCH_CUDA_ARCH_LIST": architectures()}
+    return cpu.build_environment() | named

@@ -1,0 +1,94 @@
+# mypy: ignore-errors
+"""Append the finite samples of a batch to the ring of past inputs, pre-normalised, without a word to the host.
+
+Two launches. The first finds out which samples are finite: no sample may be placed before all in front of it are
+known. In the second each program counts those before its own sample, writes its row of the ring, and the program that
+comes last moves the cursor, so that all have read it by then. Reads x twice (the second time mostly from the cache),
+writes one row a sample.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from byola_fast.ops._triton.shared import EPS, compute_type, indexable, on_device
+
+BLOCK = 1024
+FLAGS = 1024
+
+
+@triton.jit
+def clean_value(x, n, frames, stride_f, stride_t, inside, stats, HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr):
+    value = tl.load(x + (n // frames) * stride_f + (n % frames) * stride_t, inside, other=0).to(COMPUTE)
+    if HAS_STATS:
+        value = (value - tl.load(stats).to(COMPUTE)) / tl.maximum(tl.load(stats + 1).to(COMPUTE), EPS)
+    return value
+
+
+@triton.jit
+def find_finite_kernel(
+    x, stats, finite, done, rows, numel, frames, stride_b, stride_f, stride_t,
+    HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """finite (B,): whether all of a sample's values are, as the ring would hold them; done (1,) starts at 0."""
+    sample = tl.program_id(0).to(tl.int64)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, numel, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        value = clean_value(x + sample * stride_b, n, frames, stride_f, stride_t, n < numel, stats, HAS_STATS, COMPUTE)
+        held = value.to(rows.dtype.element_ty).to(tl.float32)
+        bad += ((held - held) != 0).to(tl.int32)
+    tl.store(finite + sample, (tl.sum(bad) == 0).to(tl.int32))
+    if tl.program_id(0) == 0:
+        tl.store(done, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "n_memory"])  # one variant for all values
+def bank_push_kernel(
+    x, stats, finite, done, rows, cursor, batch, n_memory, numel, frames, stride_b, stride_f, stride_t,
+    HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr, FLAGS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    before = tl.zeros((FLAGS,), tl.int64)
+    count = tl.zeros((FLAGS,), tl.int64)
+    for start in range(0, batch, FLAGS):
+        n = start + tl.arange(0, FLAGS)
+        flag = tl.load(finite + n, n < batch, other=0).to(tl.int64)
+        count += flag
+        before += tl.where(n < sample, flag, 0)
+    place = tl.sum(before)
+    total = tl.sum(count)
+    next_row = (tl.load(cursor) % n_memory + n_memory) % n_memory  # of whatever a damaged checkpoint held
+    filled = tl.load(cursor + 1)
+    refused = tl.load(cursor + 2)
+    tl.debug_barrier()  # every warp has read the cursor
+    if tl.atomic_add(done, 1) == batch - 1:
+        tl.store(cursor, (next_row + total) % n_memory)
+        tl.store(cursor + 1, tl.minimum(filled + total, n_memory))
+        tl.store(cursor + 2, refused + batch - total)
+    if (tl.load(finite + sample) != 0) & (total - place <= n_memory):  # of a batch beyond the ring's size, the last
+        target = rows + ((next_row + place) % n_memory) * numel
+        for start in range(0, numel, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            source = x + sample * stride_b
+            value = clean_value(source, n, frames, stride_f, stride_t, n < numel, stats, HAS_STATS, COMPUTE)
+            tl.store(target + n, value, n < numel)
+
+
+def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
+    if not len(x):
+        return
+    x = indexable(x)
+    numel, frames = x.shape[1] * x.shape[2], x.shape[2]
+    finite = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    done = torch.empty(1, dtype=torch.int32, device=x.device)
+    moments = x if stats is None else stats.contiguous()
+    shared = {"HAS_STATS": stats is not None, "COMPUTE": compute_type(x.dtype), "BLOCK": BLOCK}
+    with on_device(x):
+        find_finite_kernel[(len(x),)](x, moments, finite, done, rows, numel, frames, *x.stride(), **shared)
+        bank_push_kernel[(len(x),)](
+            x, moments, finite, done, rows, cursor, len(x), len(rows), numel, frames, *x.stride(), FLAGS=FLAGS, **shared
+        )

@@ -1,0 +1,133 @@
+# mypy: ignore-errors
+"""Draw the parameters of two views: Philox4x32-10, integer arithmetic, and one rounding for each float.
+
+Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4) and fader (2, B, 2). Every word equals the
+reference's: 24-bit draws, products below 2^63, and floats that are one multiplication each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from byola_fast.ops import philox
+from byola_fast.ops._triton.shared import on_device
+from byola_fast.ops.reference import SIZE_SHIFT
+
+BLOCK = 128
+SLOT_CROP = tl.constexpr(philox.SLOT_CROP)
+SLOT_RATIO = tl.constexpr(philox.SLOT_RATIO)
+SLOT_PARTNER = tl.constexpr(philox.SLOT_PARTNER)
+SLOT_FADER = tl.constexpr(philox.SLOT_FADER)
+SHIFT = tl.constexpr(SIZE_SHIFT)
+# one variant for all values: this kernel has nothing to gain from knowing them
+RUNTIME = ["batch", "pool", "pool_offset", "sample_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"]
+RUNTIME += ["canvas_mels", "canvas_frames"]
+
+
+@triton.jit
+def u24(seed, step, sample, view, SLOT: tl.constexpr):
+    """Four 24-bit draws of one slot, as int64."""
+    slot = tl.full(sample.shape, SLOT, tl.uint32)
+    a, b, c, d = tl.philox(seed, step + tl.zeros_like(sample), sample, view, slot)
+    return (a >> 8).to(tl.int64), (b >> 8).to(tl.int64), (c >> 8).to(tl.int64), (d >> 8).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def draw_params_kernel(
+    rng,  # (2,) int64
+    bank_count,  # () int64, or absent
+    lam,  # (2, B)
+    bank_index,  # (2, B)
+    crop,  # (2, B, 4)
+    fader,  # (2, B, 2)
+    batch,
+    pool,
+    pool_offset,
+    sample_offset,
+    mel_base,
+    mel_slope,
+    frame_base,
+    frame_slope,
+    canvas_mels,
+    canvas_frames,
+    mixup_ratio,
+    fader_gain,
+    HAS_BANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < 2 * batch
+    own = row % batch
+    view = (row // batch).to(tl.uint32)
+    sample = (own + sample_offset).to(tl.uint32)
+    seed = tl.load(rng)
+    step = tl.load(rng + 1).to(tl.uint32)
+
+    size_h, size_w, place_h, place_w = u24(seed, step, sample, view, SLOT_CROP)
+    mels, frames = canvas_mels.to(tl.int64), canvas_frames.to(tl.int64)
+    h = tl.minimum(tl.maximum((mel_base + mel_slope * size_h) >> SHIFT, 1), mels)
+    w = tl.minimum(tl.maximum((frame_base + frame_slope * size_w) >> SHIFT, 1), frames)
+    tl.store(crop + 4 * row, ((place_h * (mels - h + 1)) >> 24).to(tl.int32), inside)
+    tl.store(crop + 4 * row + 1, ((place_w * (frames - w + 1)) >> 24).to(tl.int32), inside)
+    tl.store(crop + 4 * row + 2, h.to(tl.int32), inside)
+    tl.store(crop + 4 * row + 3, w.to(tl.int32), inside)
+
+    ratio, _1, _2, _3 = u24(seed, step, sample, view, SLOT_RATIO)
+    tl.store(lam + row, (ratio.to(tl.float32) * 2.0**-24) * mixup_ratio, inside)
+
+    partner, _4, _5, _6 = u24(seed, step, sample, view, SLOT_PARTNER)
+    index = (partner * tl.maximum(pool - 1, 0)) >> 24
+    index = tl.where(index >= own + pool_offset, index + 1, index)
+    index = tl.where(pool > 1, index, -1)
+    if HAS_BANK:
+        count = tl.load(bank_count)
+        index = tl.where(count > 0, (partner * count) >> 24, index)
+    tl.store(bank_index + row, index, inside)
+
+    head, tail, _7, _8 = u24(seed, step, sample, view, SLOT_FADER)
+    tl.store(fader + 2 * row, ((head - 2**23).to(tl.float32) * 2.0**-23) * fader_gain, inside)
+    tl.store(fader + 2 * row + 1, ((tail - 2**23).to(tl.float32) * 2.0**-23) * fader_gain, inside)
+
+
+def draw_params(
+    rng: Tensor,
+    bank_count: Tensor | None,
+    batch: int,
+    pool: int,
+    pool_offset: int,
+    sample_offset: int,
+    mels: list[int],
+    frames: list[int],
+    canvas: list[int],
+    mixup_ratio: float,
+    fader_gain: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lam = rng.new_empty(2, batch, dtype=torch.float32)
+    bank_index = rng.new_empty(2, batch, dtype=torch.int64)
+    crop = rng.new_empty(2, batch, 4, dtype=torch.int32)
+    fader = rng.new_empty(2, batch, 2, dtype=torch.float32)
+    if batch:
+        with on_device(rng):
+            draw_params_kernel[(triton.cdiv(2 * batch, BLOCK),)](
+                rng.contiguous(),
+                rng if bank_count is None else bank_count,
+                lam,
+                bank_index,
+                crop,
+                fader,
+                batch,
+                pool,
+                pool_offset,
+                sample_offset,
+                *mels,
+                *frames,
+                *canvas,
+                mixup_ratio,
+                fader_gain,
+                HAS_BANK=bank_count is not None,
+                BLOCK=BLOCK,
+            )
+    return lam, bank_index, crop, fader

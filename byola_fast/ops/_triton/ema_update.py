@@ -1,0 +1,169 @@
+# mypy: ignore-errors
+"""``ema_update_`` in Triton, for GPUs without nvcc: one launch for each pair of dtypes in the lists.
+
+target <- t + w (o - t) if w < 1/2, else o - (1 - w) (o - t), with w = 1 - decay; each operation rounded once, never
+fused. BYOL, arXiv:2006.07733, eq. (1). Reads target and online once, writes target once: 12 bytes an element in
+float32, bound by memory.
+
+The tensors of one launch are a table in device memory: addresses and sizes, and for every chunk of 4096 elements the
+number of its tensor. Tables are kept and found again by what they were made from, so that none is ever out of date. One
+that a CUDA graph was captured with stays for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from byola_fast.ops import _ema_checks as check
+
+CHUNK = 4096  # elements
+WARPS = 8
+KEPT = 16  # lists whose tables are kept
+
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def ema_update_kernel(
+    table,  # (tensors, 4) int64: addresses of target and online, elements, number of the first chunk
+    chunks,  # (chunks,) int32: row of each chunk in the table
+    decay,  # () float64
+    TARGET: tl.constexpr,
+    ONLINE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16
+    CHUNK: tl.constexpr,
+):
+    """Update one chunk of one tensor. To be compiled without fused multiply-adds."""
+    chunk = tl.program_id(0)
+    row = table + 4 * tl.load(chunks + chunk)
+    start = (chunk - tl.load(row + 3)) * CHUNK  # int64
+    left = tl.load(row + 2) - start
+    target = tl.load(row).to(tl.pointer_type(TARGET)) + start
+    online = tl.load(row + 1).to(tl.pointer_type(ONLINE)) + start
+    if ALIGNED:
+        target = tl.multiple_of(target, 16)
+        online = tl.multiple_of(online, 16)
+    # both branches of the formula as base + factor (o - t), which rounds alike: x - y is x + (-y)
+    weight = (1 - tl.load(decay)).to(TARGET)
+    is_near = weight < 0.5
+    factor = tl.where(is_near, weight, weight - 1)
+    k = tl.arange(0, CHUNK)
+    if left >= CHUNK:  # no mask, so that accesses are 16 bytes wide
+        near = tl.load(target + k)
+        far = tl.load(online + k).to(TARGET)
+        tl.store(target + k, tl.where(is_near, near, far) + factor * (far - near))
+    else:
+        inside = k < left
+        near = tl.load(target + k, mask=inside)
+        far = tl.load(online + k, mask=inside).to(TARGET)
+        tl.store(target + k, tl.where(is_near, near, far) + factor * (far - near), mask=inside)
+
+
+class _Launch(NamedTuple):
+    """Tables of the tensors of one pair of dtypes and one alignment."""
+
+    table: Tensor
+    chunks: Tensor
+    target: torch.dtype
+    online: torch.dtype
+    aligned: bool
+
+
+class _Work(NamedTuple):
+    """What an update of two lists does."""
+
+    launches: list[_Launch]
+    apart: list[int]  # pairs whose elements do not lie alike: to be copied
+    pinned: list[Tensor]  # where the tables came from
+
+
+_known: OrderedDict[Hashable, _Work] = OrderedDict()
+_captured: list[_Work] = []
+
+
+def ema_update_(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+    """Launch the kernel for two lists; see ``ops.ema_update_``. A CUDA graph needs one update before it is captured."""
+    check.check_decay(decay, target)
+    if not target and not online:
+        return
+    device = (target or online)[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if decay.device != device:
+            decay = torch.full((), float(decay), dtype=torch.float64, device=device)
+        _update(target, online, decay.to(torch.float64))
+    increment_version([t for t in target if not t.is_inference()])
+
+
+def _update(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+    work = _work_of(target, online)
+    for launch in work.launches:
+        ema_update_kernel[(len(launch.chunks),)](
+            launch.table,
+            launch.chunks,
+            decay,
+            TARGET=TYPES[launch.target],
+            ONLINE=TYPES[launch.online],
+            ALIGNED=launch.aligned,
+            CHUNK=CHUNK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    if work.apart:
+        near = [target[k].detach().contiguous() for k in work.apart]
+        _update(near, [online[k].detach().contiguous() for k in work.apart], decay)
+        for k, result in zip(work.apart, near, strict=True):
+            if result.data_ptr() != target[k].data_ptr():
+                target[k].detach().copy_(result)
+
+
+def _work_of(target: list[Tensor], online: list[Tensor]) -> _Work:
+    """Return the tables of two lists: those made from the same addresses, shapes, strides and dtypes, or new ones."""
+    key = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.layout) for x in target + online)
+    capturing = target[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing() if target else False
+    work = _known.get((len(target), key))
+    if work is None:
+        check.check_lists(target, online)
+        check.check_memory(target, online)
+        work = _make_work(target, online, capturing)
+        if not capturing:  # else the tables hold nothing before the graph runs
+            _known[len(target), key] = work
+            if len(_known) > KEPT:
+                _known.popitem(last=False)
+    else:
+        _known.move_to_end((len(target), key))
+    if capturing:
+        _captured.append(work)
+    return work
+
+
+def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _Work:
+    rows: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Any], list[int]]] = {}
+    work = _Work([], [], [])
+    for number, (t, o) in enumerate(zip(target, online, strict=True)):
+        alike = (t.is_contiguous() and o.is_contiguous()) or (t.stride() == o.stride() and check.is_dense(t))
+        if not alike:
+            work.apart.append(number)
+        elif t.numel():
+            aligned = t.data_ptr() % 16 == 0 and o.data_ptr() % 16 == 0
+            table, chunks = rows.setdefault((t.dtype, o.dtype, aligned), ([], []))
+            table.append((t.data_ptr(), o.data_ptr(), t.numel(), len(chunks)))
+            chunks += [len(table) - 1] * triton.cdiv(t.numel(), CHUNK)
+    for (target_dtype, online_dtype, aligned), lists in rows.items():
+        on_device = []
+        for values, dtype in zip(lists, (torch.int64, torch.int32), strict=True):
+            pinned = torch.tensor(values, dtype=dtype)
+            if target[0].device.type == "cuda":
+                pinned = pinned.pin_memory()  # so that a capture does not refuse the copy
+            work.pinned.append(pinned)
+            on_device.append(pinned.to(target[0].device, non_blocking=capturing))  # else any stream may read it at once
+        work.launches.append(_Launch(on_device[0], on_device[1], target_dtype, online_dtype, aligned))
+    return work

@@ -1,0 +1,168 @@
+# mypy: ignore-errors
+"""What the Triton kernels share: taps of the resize, log-mixup-exp, and the host's choice of block shapes.
+
+Launchers are plain functions of the ops' arguments. They launch on the current stream of their tensors' device, never
+synchronise and leave alignment and sizes to be told by their values: sizes are run-time arguments, so that a batch of
+another size compiles nothing anew (Triton makes a variant each for sizes that are 1, multiples of 16, and others).
+Programs are counted along the first axis of a grid alone: the others end at 65,535.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EPS = tl.constexpr(2.0**-23)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # its time goes by the operation, whatever the tile's size
+COLUMNS = 64 if INTERPRETED else 32  # of a tile at the taps: one for each lane of a warp, which thus reads one row
+PROGRAMS_INTERPRETED = 4  # one after the other: few enough to take several turns each
+
+
+@triton.jit
+def box_side(box, AXIS: tl.constexpr, length, canvas):
+    """Extent of a box (i, j, h, w) along an axis, and where in the input of that length it starts.
+
+    The box is moved inside the canvas if it does not lie there, so that nothing is read out of bounds.
+    """
+    extent = tl.minimum(tl.maximum(tl.load(box + 2 + AXIS).to(tl.int32), 1), canvas)
+    start = tl.minimum(tl.maximum(tl.load(box + AXIS).to(tl.int32), 0), canvas - extent)
+    return extent, start - (canvas - length) // 2
+
+
+@triton.jit
+def tap_base(o, extent, size, magic, shift, WIDE: tl.constexpr):
+    """Where output ``o`` of ``size`` lies in a crop of ``extent``, corners aligned: the whole part and the rest.
+
+    o (extent - 1) / (size - 1), both exact. ``magic`` and ``shift`` are the divisor's, from ``division_magic``; where
+    the product needs more than 31 bits, ``WIDE`` divides instead.
+    """
+    steps = tl.maximum(size - 1, 1)
+    if WIDE:
+        position = o.to(tl.int64) * (extent - 1)
+        return (position // steps).to(tl.int32), (position % steps).to(tl.int32)
+    position = o * (extent - 1)
+    base = ((position.to(tl.int64) * magic) >> shift).to(tl.int32)
+    return base, position - base * steps
+
+
+@triton.jit
+def tap_fraction(rest, size, COMPUTE: tl.constexpr):
+    """The fraction between two taps: rest / (size - 1)."""
+    return rest.to(COMPUTE) * (1 / tl.maximum(size - 1, 1).to(COMPUTE))
+
+
+@triton.jit
+def tap_weight(t, K: tl.constexpr, TAPS: tl.constexpr):
+    """The weight of tap ``K`` at fraction ``t``: linear, or cubic convolution with a = -0.75 without cancellation."""
+    s = 1 - t
+    if TAPS == 2:
+        weight = s if K == 0 else t
+    elif K == 0:
+        weight = -0.75 * t * s * s
+    elif K == 1:
+        weight = (1.25 * t - 2.25) * t * t + 1
+    elif K == 2:
+        weight = (1.25 * s - 2.25) * s * s + 1
+    else:
+        weight = -0.75 * s * t * t
+    return weight
+
+
+@triton.jit
+def tap_row(base, extent, K: tl.constexpr, TAPS: tl.constexpr):
+    """The row of the crop that tap ``K`` reads, clamped to the crop's edge."""
+    row = base + (K - (TAPS // 2 - 1))
+    return tl.minimum(tl.maximum(row, 0), extent - 1)
+
+
+@triton.jit
+def exponential(x, APPROXIMATE: tl.constexpr):
+    """exp(x); ``APPROXIMATE`` takes the GPU's own power of two, 2^-22 from the truth and 0 below 2^-126."""
+    if APPROXIMATE:
+        scaled = x * 1.4426950408889634
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [scaled], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp(x)
+
+
+@triton.jit
+def logarithm(x, APPROXIMATE: tl.constexpr):
+    """log(x) of x >= eps; ``APPROXIMATE`` takes the GPU's own base-2 logarithm, 2^-22 from the truth (relative)."""
+    if APPROXIMATE:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return y * 0.6931471805599453
+    return tl.log(x)
+
+
+@triton.jit
+def cosine(turns, APPROXIMATE: tl.constexpr):
+    """cos(2 pi turns) for turns in [-1, 1); ``APPROXIMATE`` takes the GPU's own cosine, within 5e-7 of the truth."""
+    turns -= tl.floor(turns + 0.5)
+    angle = turns * 6.283185307179586
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.cos(angle)
+
+
+@triton.jit
+def mix_log(x, z, lam, APPROXIMATE: tl.constexpr):
+    """log((1 - lam) exp(x) + lam exp(z) + eps)."""
+    of_x = (1 - lam) * exponential(x, APPROXIMATE)
+    return logarithm(of_x + lam * exponential(z, APPROXIMATE) + EPS, APPROXIMATE)
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """Return the type in which tensors of ``dtype`` are computed."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def approximate(x: Tensor) -> bool:
+    """Return whether the GPU's own exponential and logarithm serve ``x``: float32 arithmetic, not interpreted."""
+    return x.is_cuda and x.dtype != torch.float64 and not INTERPRETED
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of ``x`` the current one, on whose current stream Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def resident_programs(x: Tensor, per_sm: int) -> int:
+    """Return how many programs of a persistent kernel run at a time."""
+    if not x.is_cuda:
+        return PROGRAMS_INTERPRETED
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * per_sm
+
+
+def division_magic(size: int) -> tuple[int, int]:
+    """Return (m, s) with which n // d == n * m >> s for d = max(size - 1, 1) and all n in [0, 2^31).
+
+    Source: Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994, theorem 4.2.
+    """
+    divisor = max(size - 1, 1)
+    bits = (divisor - 1).bit_length()
+    return -(-(1 << (31 + bits)) // divisor), 31 + bits
+
+
+def indexable(x: Tensor) -> Tensor:
+    """Return ``x (B, F, T)``, or a contiguous copy where strides make 32 bits too few for a place within a sample."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x if reach < 2**31 else x.contiguous()
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Return the least multiple that is at least ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def is_wide(*products: int) -> bool:
+    """Return whether a product of sizes needs more than 31 bits, a constant of the kernels, set by huge inputs."""
+    return any(product >= 2**31 for product in products)

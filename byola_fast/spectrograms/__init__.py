@@ -1,0 +1,1 @@
+"""Log-mel spectrograms and the statistics that normalise them."""

@@ -1,0 +1,183 @@
+"""Statistics of a corpus: mean and std of the log-mel spectrograms of random segments, for the pre-normalisation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from byola_fast.audio.batches import Batches, as_float, open_source
+from byola_fast.audio.reading import SegmentFolder
+from byola_fast.audio.store import DeviceStore, SegmentStore
+from byola_fast.runtime.files import write_whole
+from byola_fast.runtime.progress import Progress
+from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
+from byola_fast.spectrograms.statistics import compute_stats
+
+FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
+BATCH = 64
+
+
+@dataclass
+class StatsConfig:
+    """Settings of the statistics of a corpus.
+
+    Attributes:
+        audio_dir: folder of audio files, one file, or folder of a packed store.
+        out: JSON file to write, which ``pretrain --stats`` takes; by default none, the numbers are printed alone.
+        segments: random segments that mean and std are taken of, at most one of each clip (or 1000 in all, of fewer
+            clips); more is steadier and takes longer.
+        unit_sec: length of a segment, in seconds.
+        sample_rate: rate that audio is resampled to, in Hz; of a packed store, the one that it was packed at.
+        n_fft: length of the Fourier transform, in samples; this and what follows as in pretrain.
+        win_length: length of its window, in samples, at most n_fft.
+        hop_length: step between frames, in samples.
+        n_mels: mel bins of the log-mel spectrogram.
+        f_min: lower edge of the lowest mel bin, in Hz.
+        f_max: upper edge of the highest mel bin, in Hz; half the sample rate where that is less.
+        mel_scale: "slaney" or "htk".
+        norm: area of the mel triangles: "slaney", or null for a peak of 1.
+        seed: of the segments; the same seed gives the same numbers.
+        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
+    """
+
+    audio_dir: str
+    out: str | None = None
+    segments: int = 10000
+    unit_sec: float = 0.95
+    sample_rate: int = 16000
+    n_fft: int = 1024
+    win_length: int = 1024
+    hop_length: int = 160
+    n_mels: int = 64
+    f_min: float = 60.0
+    f_max: float = 7800.0
+    mel_scale: str = "slaney"
+    norm: str | None = "slaney"
+    seed: int = 0
+    workers: int | None = None
+
+
+class Stats(NamedTuple):
+    """Mean and std of log-mel spectrograms, and of how many segments."""
+
+    mean: float
+    std: float
+    segments: int
+
+
+def run_stats(config: StatsConfig) -> Stats:
+    """Take the statistics of a folder or a packed store, showing progress, and write them where asked for.
+
+    Raises:
+        FileNotFoundError: no such folder. AudioError or StoreError: no file in it can be read. ValueError: settings out
+            of range, or ``out`` cannot be written.
+    """
+    source = open_source(config.audio_dir, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+    settings = {name: getattr(config, name) for name in FRONT_END if name != "center"}
+    to_lms = LogMel(**settings | {"f_max": min(config.f_max, config.sample_rate / 2)})
+    if config.out is not None:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    with Progress("segments") as progress:
+        stats = take_stats(
+            source,
+            to_lms,
+            segments=config.segments,
+            seed=config.seed,
+            workers=config.workers,
+            progress=lambda done, total: progress.show(done, total=total),
+        )
+    if config.out is not None:
+        write_stats(config.out, stats, to_lms, config.unit_sec)
+    return stats
+
+
+def take_stats(
+    source: SegmentFolder | SegmentStore | DeviceStore,
+    to_lms: LogMel,
+    *,
+    segments: int = 10000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    broken: dict[Path, str] | None = None,
+) -> Stats:
+    """Return mean and unbiased std over the log-mels of random segments of a corpus.
+
+    Args:
+        source: what ``Batches`` takes.
+        to_lms: the front end, on the device that the log-mels are computed on.
+        segments: at most so many, and at most one of each clip, or 1000 in all of fewer clips; at least 1.
+        seed: of the choice of clips.
+        workers: as ``Batches``.
+        progress: called with (segments done, of how many).
+        broken: takes the files that are found broken, and why.
+
+    Raises:
+        AudioError: no file can be read. ValueError: ``segments`` below 1, or segments too short for the front end.
+    """
+    if segments < 1:
+        raise ValueError(f"segments: expected at least 1, got {segments}")
+    to_lms.num_frames(source.num_samples)  # refuses short segments before anything is read
+    count = min(segments, max(len(source), FEWEST_SEGMENTS))
+    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers, device=to_lms.window.device)
+
+    def log_mels() -> Iterator[Tensor]:
+        for batch in batches.run(math.ceil(count / batches.batch_size)):
+            done = batch.step * batches.batch_size
+            yield to_lms(as_float(batch.wav[: count - done]))
+            if progress is not None:
+                progress(min(done + batches.batch_size, count), count)
+
+    stats = Stats(*compute_stats(log_mels()), count)
+    if broken is not None:
+        broken.update(batches.broken)
+    return stats
+
+
+def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:
+    """Write statistics, and what they are of, as JSON.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    front_end = {name: getattr(to_lms, name) for name in FRONT_END}
+    content = json.dumps(stats._asdict() | {"unit_sec": unit_sec, "front_end": front_end}, indent=1) + "\n"
+    try:
+        write_whole(Path(path), lambda file: file.write(content.encode()))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
+    """Read statistics that ``write_stats`` wrote.
+
+    Args:
+        path: the JSON file.
+        to_lms: the front end that they are wanted for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or taken with another front end (says which setting).
+    """
+    try:
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        stats = Stats(float(content["mean"]), float(content["std"]), int(content["segments"]))
+        front_end = {"center": True} | dict(content["front_end"])  # what files that do not say so were taken with
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not a file of statistics that byola-fast stats wrote ({why})") from error
+    if not math.isfinite(stats.mean) or not 0 < stats.std < math.inf:
+        raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")
+    for name in FRONT_END if to_lms is not None else ():
+        if front_end.get(name) != getattr(to_lms, name):
+            told = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
+            raise ValueError(f"{path}: taken with {told}; take it anew with byola-fast stats --{name}")
+    return stats

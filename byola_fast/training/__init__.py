@@ -1,0 +1,1 @@
+"""Pre-training: settings, the loop, and the folder of a run."""

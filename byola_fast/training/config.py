@@ -1,0 +1,324 @@
+"""The settings of a pre-training run: their meaning, defaults and bounds, and the names that others give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from byola_fast.networks.ema import CosineDecay
+from byola_fast.networks.encoders import CHANNELS, ENCODERS
+from byola_fast.objectives.registry import LEARNERS
+from byola_fast.ops import _checks as check
+from byola_fast.views.params import PRESETS
+
+PRECISIONS = ("float32", "bf16")
+SCHEDULES = ("constant", "cosine")
+
+# Of the papers: the learning rate, the encoder that each version introduced, and the width of its embedding.
+PRESET_LR = {"byola-v1": 3e-4, "byola-v2": 1e-4}
+PRESET_ENCODER = {"byola-v1": "AudioNTT2020", "byola-v2": "AudioNTT2022"}
+ENCODER_WIDTH = {"AudioNTT2020": 2048, "AudioNTT2022": 3072}
+OBJECTIVE_DECAY = {"byol": 0.99, "moco": 0.999}
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of a pre-training run.
+
+    Attributes:
+        audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, or
+            a store made by ``byola-fast pack``, which is read many times as fast.
+        out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings is
+            continued.
+        demo: synthesise a small corpus into OUT/demo_audio and train on it for about a minute, instead of audio_dir.
+        resume: continue the run in OUT; an error where there is none. Without it, a run found there is continued too.
+        restart: start anew, replacing the run that OUT may hold.
+        objective: what is learnt from the views: "byol" (the method), or for comparison "simclr", "moco" or "cola"
+            (two segments of each clip).
+        preset: "byola-v1" (mixup up to 0.4, lr 3e-4, AudioNTT2020) or "byola-v2" (mixup up to 0.2, a random linear
+            fader, lr 1e-4, AudioNTT2022).
+        encoder: network that is trained: "AudioNTT2020" or "AudioNTT2022"; by default the preset's, but AudioNTT2020
+            for a feature_d of up to 1024, which AudioNTT2022 cannot have.
+        feature_d: width of the embedding; more is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default) in
+            the papers. AudioNTT2022: 3072.
+        proj_size: width of the projection that the loss compares; by default the objective's, 256 (cola: 512).
+        proj_dim: hidden width of projector and predictor; by default 4096. cola has none.
+        temperature: of the softmax of simclr (by default 0.1) and moco (0.07).
+        queue_size: past keys that moco compares with; by default 65536.
+        epochs: passes over the data; each takes one random segment of every clip.
+        steps: stop after so many optimiser steps in all, if the epochs have not ended before.
+        batch_size: samples per step over all processes; more is steadier and needs more memory.
+        lr: learning rate of Adam; by default the preset's, 3e-4 (byola-v1) or 1e-4 (byola-v2).
+        lr_schedule: "constant" (published), or "cosine": falls to 0 at the end of the run.
+        warmup_steps: steps over which the learning rate rises from 0 to lr.
+        ema_decay: share of the target network kept at each step, in [0, 1]; nearer to 1 is slower and steadier. By
+            default the objective's: byol 0.99, moco 0.999.
+        ema_schedule: "constant" (published), or "cosine": ema_decay rises to 1 at the end of the run.
+        unit_sec: length of a segment, in seconds; shorter clips are padded with silence.
+        sample_rate: rate that audio is resampled to, in Hz.
+        n_fft: length of the Fourier transform, in samples.
+        win_length: length of its window, in samples, at most n_fft.
+        hop_length: step between frames, in samples.
+        n_mels: mel bins of the log-mel spectrogram, a multiple of 8.
+        f_min: lower edge of the lowest mel bin, in Hz.
+        f_max: upper edge of the highest mel bin, in Hz; half the sample rate where that is less.
+        mel_scale: "slaney" (librosa's default, of published weights) or "htk".
+        norm: area of the mel triangles: "slaney", or null for a peak of 1 (torchaudio's default, with "htk").
+        stats_segments: random segments that mean and std of the log-mels are taken of beforehand; 0 for running
+            statistics (first version of the paper).
+        stats: JSON file of mean and std that ``byola-fast stats`` wrote, in place of stats_segments.
+        mixup: "log" (log-mixup-exp), or the paper's ablations "linear", "gaussian" and "none".
+        mixup_ratio: upper bound of the share that is mixed in, in [0, 1]; by default the preset's.
+        n_memory: past inputs kept to be mixed in, in samples; 24 KB each. 0 mixes in others of the same batch.
+        interpolation: of the resized crops: "bilinear", or "bicubic" as published weights were trained with.
+        freq_scale: least and greatest height of a crop, times the mel bins.
+        time_scale: least and greatest width of a crop, times the frames.
+        virtual_crop_scale: height and width of the canvas that crops are taken from, times mel bins and frames.
+        fader_gain: bound of the random linear fader's ends, in nats; by default the preset's, 0 or 1.
+        post_norm: normalise both views jointly to mean 0 and std 1.
+        seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
+        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one, each process its own.
+        precision: "float32", or "bf16": networks under bfloat16 autocast; by default bf16 on a GPU.
+        compile: fuse the networks' operations by torch.compile, which takes a minute at first; by default on a GPU.
+        cuda_graph: replay the whole step as one CUDA graph; by default on a GPU that trains alone.
+        channels_last: keep images as (B, F, T, channels), which convolutions are faster with.
+        joint_batch: pass both views through the online network as one batch, so that BatchNorm takes its statistics
+            over both; not published.
+        sync_batchnorm: let BatchNorm take its statistics over all processes (GPUs only); by default each has its own.
+        workers: processes that decode audio, for each training process; by default one fewer than there are CPU cores,
+            at most 8. A store is read by one thread; 0 for none.
+        store_on_gpu: keep the whole store in GPU memory, 115 MB an hour; by default where it takes less than a quarter
+            of what is free.
+        threads: CPU threads of the networks; by default torch's choice, all cores. Fewer are faster where other
+            programs keep some of the cores busy, as threads then wait for each other.
+        timeout_min: minutes that a process of several waits for the others before it gives up.
+        log_every: steps between two lines of log.jsonl, each of which waits for the GPU; by default 1 on a CPU and 20
+            on a GPU.
+        save_every: steps between two checkpoints; by default only save_minutes counts.
+        keep_every: steps between two copies of the encoder that stay, as OUT/encoder-STEP.pth, to see how it gets
+            better; by default none.
+        save_minutes: minutes between two checkpoints. At the end, at Ctrl-C and at SIGTERM one is written anyway.
+        tensorboard: write OUT/tensorboard too, where tensorboard is installed.
+        profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
+    """
+
+    audio_dir: str | None = None
+    out: str = "runs/pretrain"
+    demo: bool = False
+    resume: bool = False
+    restart: bool = False
+    objective: str = "byol"
+    preset: str = "byola-v1"
+    encoder: str | None = None
+    feature_d: int | None = None
+    proj_size: int | None = None
+    proj_dim: int | None = None
+    temperature: float | None = None
+    queue_size: int | None = None
+    epochs: int = 100
+    steps: int | None = None
+    batch_size: int = 256
+    lr: float | None = None
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    ema_decay: float | None = None
+    ema_schedule: str = "constant"
+    unit_sec: float = 0.95
+    sample_rate: int = 16000
+    n_fft: int = 1024
+    win_length: int = 1024
+    hop_length: int = 160
+    n_mels: int = 64
+    f_min: float = 60.0
+    f_max: float = 7800.0
+    mel_scale: str = "slaney"
+    norm: str | None = "slaney"
+    stats_segments: int = 10000
+    stats: str | None = None
+    mixup: str = "log"
+    mixup_ratio: float | None = None
+    n_memory: int = 2048
+    interpolation: str = "bilinear"
+    freq_scale: tuple[float, float] = (0.6, 1.5)
+    time_scale: tuple[float, float] = (0.6, 1.5)
+    virtual_crop_scale: tuple[float, float] = (1.0, 1.5)
+    fader_gain: float | None = None
+    post_norm: bool = True
+    seed: int = 0
+    device: str = "auto"
+    precision: str | None = None
+    compile: bool | None = None
+    cuda_graph: bool | None = None
+    channels_last: bool = True
+    joint_batch: bool = False
+    sync_batchnorm: bool = False
+    workers: int | None = None
+    store_on_gpu: bool | None = None
+    threads: int | None = None
+    timeout_min: float = 15.0
+    log_every: int | None = None
+    save_every: int | None = None
+    keep_every: int | None = None
+    save_minutes: float = 10.0
+    tensorboard: bool = True
+    profile: bool = False
+
+    def check(self) -> None:
+        """Refuse values out of range that nothing further down would name.
+
+        Raises:
+            ValueError: a value out of range; names the field.
+        """
+        if not self.demo and self.audio_dir is None:
+            raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
+        if self.resume and self.restart:
+            raise ValueError("restart: expected no more than one of resume and restart, got both")
+        choices: dict[str, Iterable[str]] = dict(objective=LEARNERS, preset=PRESETS, encoder=ENCODERS)
+        choices.update(precision=PRECISIONS, lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
+        for name, known in choices.items():
+            if getattr(self, name) is not None:
+                check.is_one_of(name, getattr(self, name), tuple(known))
+        least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
+        least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
+        least.update(warmup_steps=0)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}: expected at least {bound}, got {value}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay: expected a share in [0, 1], got {self.ema_decay}")
+        for name, what in dict(lr="a learning rate", timeout_min="minutes", save_minutes="minutes").items():
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected {what} above 0, got {value}")
+
+    def resolved(self, device_type: str) -> PretrainConfig:
+        """Return the settings with every default that depends on others, or on the device, filled in."""
+        on_gpu = device_type == "cuda"
+        encoder = self.encoder or PRESET_ENCODER[self.preset]
+        if self.encoder is None and self.feature_d is not None and self.feature_d <= self.n_mels // 4 * CHANNELS:
+            encoder = "AudioNTT2020"
+        preset = PRESETS[self.preset]
+        filled: dict[str, Any] = {
+            "encoder": encoder,
+            "feature_d": self.feature_d or ENCODER_WIDTH[encoder],
+            "lr": self.lr or PRESET_LR[self.preset],
+            "ema_decay": OBJECTIVE_DECAY.get(self.objective) if self.ema_decay is None else self.ema_decay,
+            "mixup_ratio": preset["mixup_ratio"] if self.mixup_ratio is None else self.mixup_ratio,
+            "fader_gain": preset["fader_gain"] if self.fader_gain is None else self.fader_gain,
+            "f_max": min(self.f_max, self.sample_rate / 2),
+            "precision": self.precision or ("bf16" if on_gpu else "float32"),
+            "compile": on_gpu if self.compile is None else self.compile,
+            "log_every": self.log_every or (20 if on_gpu else 1),
+        }
+        return replace(self, **filled)
+
+    def augmentation(self) -> dict[str, Any]:
+        """Return what ``augment`` takes as settings of these."""
+        names = ("mixup", "mixup_ratio", "interpolation", "fader_gain")
+        scales = ("freq_scale", "time_scale", "virtual_crop_scale")
+        return {name: getattr(self, name) for name in names} | {name: tuple(getattr(self, name)) for name in scales}
+
+    def front_end(self) -> dict[str, Any]:
+        """Return what ``LogMel`` takes of these."""
+        names = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
+        return {name: getattr(self, name) for name in names}
+
+    def learner(self, steps: int) -> dict[str, Any]:
+        """Return what ``make_learner`` takes of these, for a run of so many steps."""
+        names = ("proj_size", "proj_dim", "temperature", "queue_size", "joint_batch")
+        decay: Any = self.ema_decay
+        if decay is not None and self.ema_schedule == "cosine":
+            decay = CosineDecay(decay, steps)
+        return {name: getattr(self, name) for name in names} | {"ema_decay": decay}
+
+
+# What --demo changes. One thread takes as long on a busy machine as on an idle one; two would save 15 s there.
+DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
+
+# A run may go on with other values of these: how long it is, where things lie, and what changes no more than rounding.
+MAY_CHANGE = {
+    *("epochs", "steps", "audio_dir", "out", "resume", "restart", "device", "compile", "cuda_graph", "channels_last"),
+    *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "keep_every"),
+    *("save_minutes", "tensorboard", "profile"),
+}
+
+
+def differing_settings(before: Mapping[str, Any], now: PretrainConfig) -> list[str]:
+    """Name the settings, of those that a run must keep, in which two configurations differ.
+
+    >>> differing_settings({"lr": 0.1, "steps": 3, "seed": 0}, PretrainConfig(lr=0.2, steps=9))
+    ['lr: 0.1 there, 0.2 now']
+    """
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(now).items()}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in before.items()}
+    names = [name for name in listed if name in found and name not in MAY_CHANGE and found[name] != listed[name]]
+    return [f"{name}: {found[name]} there, {listed[name]} now" for name in names]
+
+
+# Names in published config.yaml files, and ours. "shape" (mels, frames) stands for n_mels and unit_sec.
+PUBLISHED_NAMES = {
+    "AUDIO_DIR": "audio_dir",  # what --print_config calls the argument that is no flag
+    "bs": "batch_size",
+    "num_workers": "workers",
+    "moving_average_decay": "ema_decay",
+    "projection_size": "proj_size",
+    "projection_hidden_size": "proj_dim",
+    "learning_rate": "lr",
+    "max_epochs": "epochs",
+    "checkpoint_folder": "out",
+    "runpath": "out",
+}
+PUBLISHED_SHAPES = ("shape", "image_size")
+
+
+def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under our names, of a ``config.yaml`` under ours or the published ones.
+
+    ``shape: [64, 96]`` becomes n_mels and the unit_sec that has so many frames; ``resume`` may hold null.
+
+    Raises:
+        ValueError: an unknown key, two keys of one meaning, or a shape that is no (mels, frames).
+
+    >>> from_published({"bs": 128, "shape": [64, 96], "lr": 0.0003})
+    {'batch_size': 128, 'lr': 0.0003, 'n_mels': 64, 'unit_sec': 0.95}
+    """
+    ours = {field.name for field in fields(PretrainConfig)}
+    settings: dict[str, Any] = {}
+    shape = None
+    for key, value in values.items():
+        if key in PUBLISHED_SHAPES:
+            shape = value
+            continue
+        name = key if key in ours else PUBLISHED_NAMES.get(key)
+        if name is None:
+            alike = get_close_matches(str(key), sorted(ours | PUBLISHED_NAMES.keys() | set(PUBLISHED_SHAPES)))
+            told = f"; like it are {', '.join(alike)}" if alike else ""
+            raise ValueError(f"{key}: not a setting{told}; byola-fast pretrain --help lists all")
+        if None not in (value, settings.get(name)) and settings[name] != value:
+            raise ValueError(f"{key}: expected one value of {name}, got {settings[name]} and {value}")
+        settings[name] = settings.get(name) if value is None else value
+    if settings.get("resume", 0) is None:
+        settings["resume"] = False
+    if shape is not None:
+        settings = settings | _shape_settings(shape, settings)
+    return settings
+
+
+def _shape_settings(shape: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return n_mels and unit_sec of ``[mels, frames]``, checked against those given beside it."""
+    if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise ValueError(f"shape: expected [mels, frames], got {shape}")
+    hop, rate = (settings.get(name, getattr(PretrainConfig, name)) for name in ("hop_length", "sample_rate"))
+    made = {"n_mels": shape[0], "unit_sec": (shape[1] - 1) * hop / rate}
+    if settings.get("n_mels", shape[0]) != shape[0]:
+        raise ValueError(f"shape: expected [n_mels, frames] = [{settings['n_mels']}, ...], got {shape}")
+    if "unit_sec" in settings:
+        made["unit_sec"] = settings["unit_sec"]
+        frames = 1 + round(made["unit_sec"] * rate) // hop
+        if frames != shape[1]:
+            raise ValueError(f"shape: expected the {frames} frames of unit_sec {made['unit_sec']}, got {shape}")
+    return made

@@ -1,0 +1,321 @@
+"""Pre-training: one flat loop from audio files to an encoder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast.audio.batches import Batches, as_float, open_source
+from byola_fast.audio.demo_corpus import write_demo_corpus
+from byola_fast.audio.reading import SegmentFolder
+from byola_fast.audio.store import DeviceStore, SegmentStore
+from byola_fast.networks.encoder_file import describe_encoder
+from byola_fast.networks.encoders import AudioNTT, make_encoder
+from byola_fast.objectives.registry import make_learner
+from byola_fast.runtime.device import keep_freed_memory
+from byola_fast.runtime.distributed import World, explain_loss, join, pick_device
+from byola_fast.runtime.progress import Progress
+from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
+from byola_fast.spectrograms.log_mel import LogMel
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.cuda_graph import StageTimes, Step, graph_step, use_graph
+from byola_fast.training.run_folder import RunFolder, RunState
+from byola_fast.training.schedules import set_learning_rate
+from byola_fast.training.watch import Watch
+from byola_fast.views.augment import Augment
+from byola_fast.views.params import resolve_settings
+from byola_fast.views.pictures import draw_training, draw_views
+from byola_fast.views.show import explain_views
+
+logger = logging.getLogger("byola_fast")
+
+PICTURED_FROM = 16  # segments of the last batch that views.png takes its samples and partners from
+
+LOSSES = {"byol": "BYOL loss, both directions (0 to 8)", "simclr": "NT-Xent", "moco": "InfoNCE", "cola": "COLA loss"}
+
+Source = SegmentFolder | SegmentStore | DeviceStore
+Pair = tuple[float, float]  # mean and std
+
+
+class PretrainResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        out: folder of the results.
+        steps: done so far, in all parts of the run.
+        loss: last logged.
+        collapse: last logged spread of the projections, 1 is healthy.
+        stopped_by: number of the signal that stopped it early; 0 where it came to its end.
+    """
+
+    out: Path
+    steps: int
+    loss: float
+    collapse: float
+    stopped_by: int
+
+
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Pre-train an encoder on a folder of audio: data -> log-mel -> views -> networks -> loss -> Adam -> EMA.
+
+    Writes to ``config.out``: ``log.jsonl`` (a line per ``log_every`` steps), ``checkpoint.pt`` (all that a run goes on
+    from), ``encoder.pth`` (the encoder alone), ``training.png`` and ``views.png`` (with matplotlib only). A run found
+    there with the same settings goes on where its checkpoint was written. Ctrl-C and SIGTERM end the step in progress,
+    write everything and leave. Under torchrun every process calls this. Seeds torch's default generators and, where
+    asked for, sets torch's number of threads.
+
+    Args:
+        config: see ``PretrainConfig``.
+
+    Raises:
+        FileNotFoundError: no such folder. AudioError: no file in it can be read. ValueError: settings out of range or
+        other than those of the run in the folder, views too small for the encoder, or a loss that is not finite; the
+        last good checkpoint is then whole. CheckpointError: the folder cannot be written to, or its checkpoint not be
+        read. RankError: another process of the run died.
+
+    Numerics:
+        On one CPU, the same seed and number of threads give the same losses, whatever the number of workers; a run
+        stopped at any moment and resumed equals one never stopped, bit for bit. Views do not depend on the number of
+        processes; BatchNorm's statistics do, which are each process's own.
+
+    Source:
+        BYOL-A, arXiv:2103.06695 and arXiv:2204.07402. Differs: as ``Augment``.
+    """
+    config.check()
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with (
+        join(device, config.timeout_min) as world,
+        closing(RunFolder(config.out)) as run,
+        explain_loss(world, run.told),
+    ):
+        return _train(config.resolved(device.type), world, run)
+
+
+def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResult:
+    device = world.device
+    saved = world.from_first(lambda: run.open(config))
+    torch.manual_seed(config.seed)
+
+    # Data: one random segment of every clip in each epoch (cola: two), and this process's part of each global batch.
+    source = _open_source(config, world, run)
+    segments = 2 if config.objective == "cola" else 1
+    batches = Batches(
+        source,
+        config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+        segments=segments,
+        device=device,
+    )
+    if batches.own < 2:
+        raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
+    if batches.repeats > 1 and world.first:
+        told = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
+        logger.info(told, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
+    total = min(config.epochs * batches.steps_per_epoch, config.steps or sys.maxsize)
+    to_lms = LogMel(**config.front_end()).to(device)
+
+    # Networks, and with them the last settings that may be wrong; only then statistics, which take a while.
+    encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
+    shape = _check_shape(config, encoder, to_lms, source)
+    learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
+    network = _prepare(learner, config, world)
+    graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
+    stats, broken = (saved["stats"], {}) if saved else world.from_first(lambda: _take_stats(source, to_lms, config))
+    batches.broken.update(broken)  # reported already
+
+    # Views, optimiser.
+    aug = Augment(
+        config.preset,
+        n_memory=config.n_memory,
+        shape=shape,
+        seed=config.seed,
+        stats=stats,
+        post_norm=config.post_norm,
+        **config.augmentation(),
+    ).to(device)
+    optimizer = _make_optimizer(learner, config, graphed)
+    state = RunState(world, learner, optimizer, aug)
+    step, epoch, clips = 0, 0, len(source)
+    data = {"clips": clips, "listing": batches.listing}  # by which a resumed run knows its data
+    if world.rank:
+        torch.manual_seed(config.seed + (world.rank << 32))  # dropout differs between processes
+    if saved is not None:
+        if saved["clips"] != clips:
+            raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
+        if world.first and saved.get("listing", data["listing"]) != data["listing"]:
+            logger.warning("%s holds other files than the run began with; going on with them", config.audio_dir)
+        step, epoch = state.restore(saved)
+
+    times = StageTimes(device, on=config.profile)
+
+    def train_step(wav: Tensor) -> tuple[Tensor, Tensor]:
+        with times("log-mel"):
+            lms = to_lms(as_float(wav).flatten(0, -2))
+        with times("augmentation"):
+            view1, view2 = aug(lms, sample_offset=world.rank * len(lms))
+            if segments == 2:  # one view of each
+                view1, view2 = view1[0::2], view2[1::2]
+        with times("forward"), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, projection = network(view1, view2)
+        with times("backward"):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with times("optimiser"):
+            optimizer.step()
+        with times("EMA"):
+            learner.update_target()
+        return loss.detach(), projection
+
+    def described() -> dict[str, Any]:
+        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
+        return {"config": config_now, "stats": _stats_now(aug, stats)}
+
+    def save(last: bool) -> None:
+        state.check_finite(step, run.told())
+        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
+        if world.first:
+            run.save(content, encoder, **described(), last=last)
+            if not last and run.curves_due():
+                _draw(config, run, None, stats)
+
+    do_step: Step | None = None if graphed else train_step
+    batch = None
+    if world.first:
+        logger.info("%s", _tell_begin(config, device, step, total, clips))
+    reading: Any = batches.run(total, start=step)
+    with Watch(config, world, run, step, total) as watch, closing(reading):
+        for batch in times.each("data", reading):
+            do_step = do_step or graph_step(train_step, batch.wav, [learner, aug], optimizer)
+            lr = set_learning_rate(optimizer, config, step, total)
+            loss, projection = do_step(batch.wav)
+            step, epoch = step + 1, batch.epoch
+            if world.first and config.keep_every and step % config.keep_every == 0:
+                run.keep(step, encoder, **described())
+            if watch.due(step):
+                watch.tell(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
+                if watch.saving:
+                    save(last=watch.ending)
+                if watch.ending:
+                    break
+
+    if world.first:
+        if config.profile and times.spans:
+            own = config.batch_size // world.size
+            print(times.report(run.path / "profile.json", own, config=asdict(config)), file=sys.stderr)
+        if batch is not None:
+            _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
+    last = run.lines[-1] if run.lines else {"loss": math.nan, "collapse": math.nan}
+    return PretrainResult(run.path, step, last["loss"], last["collapse"], watch.stopped_by)
+
+
+def _check_shape(config: PretrainConfig, encoder: AudioNTT, to_lms: LogMel, source: Source) -> tuple[int, int]:
+    """Return (mels, frames) of the segments, or refuse settings that do not go with them."""
+    least = max(to_lms.n_fft // 2 + 1, (encoder.frame_stride - 1) * to_lms.hop_length)
+    if source.num_samples < least:
+        needed = f"{least} samples, {least / config.sample_rate:.3g} s"
+        raise ValueError(f"unit_sec: expected at least {needed}, which {config.encoder} takes, got {config.unit_sec}")
+    shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
+    resolve_settings(config.preset, config.augmentation()).check_ranges(*shape)
+    return shape
+
+
+def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: int, clips: int) -> str:
+    if step >= total:
+        return f"nothing to do: {step} steps are done, of {total}; more --epochs or --steps lengthen the run"
+    if step:
+        return f"going on at step {step} of {total}"
+    what = f"{config.encoder}, {config.feature_d}-d, on {device}"
+    return f"training {what}: {total} steps of {config.batch_size} segments, from {clips} clips"
+
+
+def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source:
+    folder = Path(str(config.audio_dir))
+    if config.demo:
+        folder = run.path / "demo_audio"
+        world.from_first(lambda: len(write_demo_corpus(folder, seed=config.seed)))
+    source = open_source(folder, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+    if isinstance(source, SegmentStore) and world.device.type == "cuda" and config.store_on_gpu is not False:
+        free, _all = torch.cuda.mem_get_info(world.device)
+        if config.store_on_gpu or 2 * int(source.lengths.sum()) < free / 4:
+            return source.to_device(world.device)
+    elif config.store_on_gpu:
+        raise ValueError("store_on_gpu: expected a packed store and a GPU (or false, or null), got true")
+    return source
+
+
+def _take_stats(source: Source, to_lms: LogMel, config: PretrainConfig) -> tuple[Pair | None, dict[Path, str]]:
+    """Return mean and std of the log-mels, as ``byola-fast stats`` would take them, and the files found broken."""
+    if config.stats is not None:
+        return read_stats(config.stats, to_lms)[:2], {}
+    if not config.stats_segments:
+        return None, {}
+    broken: dict[Path, str] = {}
+    with Progress("segments for mean and std") as progress:
+        stats = take_stats(
+            source,
+            to_lms,
+            segments=config.stats_segments,
+            seed=config.seed,
+            workers=config.workers,
+            progress=lambda done, total: progress.show(done, total=total),
+            broken=broken,
+        )
+    return stats[:2], broken
+
+
+def _stats_now(aug: Augment, stats: Pair | None) -> Pair | None:
+    if aug.running_stats is None:
+        return stats
+    mean, std = aug.running_stats.stats().tolist()
+    return mean, std
+
+
+def _prepare(learner: nn.Module, config: PretrainConfig, world: World) -> nn.Module:
+    """Return the module to call: the learner, made faster, and with gradients averaged over all processes."""
+    if config.sync_batchnorm:
+        if world.device.type != "cuda":
+            raise ValueError("sync_batchnorm: expected GPUs, as SyncBatchNorm has no CPU form, got the CPU")
+        nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+    if config.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    if config.compile:
+        learner.compile(dynamic=False)
+    return world.wrap(learner)
+
+
+def _make_optimizer(learner: nn.Module, config: PretrainConfig, graphed: bool) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    assert config.lr is not None
+    lr: Any = torch.tensor(config.lr, device=trained[0].device) if graphed else config.lr
+    return torch.optim.Adam(trained, lr=lr, fused=True, capturable=graphed)
+
+
+def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pair | None) -> None:
+    """Draw the curves and, of a batch, some views; where that fails, say so and go on."""
+    if not run.lines:
+        return
+    try:
+        draw_training(run.path / "training.png", run.lines, LOSSES[config.objective])
+        if lms is not None and config.mixup == "log":  # others leave steps that are not drawn
+            names = [f"segment {number}" for number in range(1, 1 + len(lms))]
+            given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
+            given |= config.augmentation()
+            panels = explain_views(lms[:PICTURED_FROM].cpu(), names, samples=3, **given)
+            draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
+    except (ImportError, OSError) as error:
+        logger.warning("no training.png and views.png: %s", error)

@@ -1,0 +1,271 @@
+"""The folder of a run: what is in it, whether a run may go on there, and how nothing in it is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
+from byola_fast.runtime.distributed import World
+from byola_fast.runtime.files import lock, write_whole
+from byola_fast.training.config import PretrainConfig, differing_settings
+
+logger = logging.getLogger("byola_fast")
+
+CHECKPOINT, ENCODER, CONFIG = "checkpoint.pt", "encoder.pth", "config.yaml"
+LOG, LOCK = "log.jsonl", ".lock"
+CURVES_SEC = 60.0  # at least, between two drawings of the curves
+COMPUTED = ("lr", "fused", "foreach", "capturable")  # of Adam: how, not what
+
+
+class RunFolder:
+    """Checkpoint and log of a run, written by one process.
+
+    Args:
+        path: the folder; ``open`` makes it.
+
+    Attributes:
+        saved_step: of the checkpoint on disk; None where there is none.
+        lines: of the log, those of earlier parts of the run included.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.saved_step: int | None = None
+        self._saved_at = self._drawn_at = time.monotonic()
+        self.lines: list[dict[str, Any]] = []
+        self._lock: Any = None
+        self._log: int | None = None
+        self._size = 0
+        self._unwritten = b""
+        self._failed = False
+        self._board: Any = None
+
+    def open(self, config: PretrainConfig) -> dict[str, Any] | None:
+        """Make the folder, keep other runs out of it, and return the checkpoint to go on from.
+
+        Raises:
+            CheckpointError: the folder cannot be written to, or its checkpoint cannot be read. ValueError: the
+            checkpoint belongs to a run with other settings, or there is none and ``resume`` asks for one.
+        """
+        checkpoint = self.path / CHECKPOINT
+        if config.resume and not checkpoint.exists():
+            raise CheckpointError(f"{checkpoint}: no such file to resume; leave out resume to begin a run")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        if config.restart or not checkpoint.exists():
+            return None
+        try:
+            saved = load_checkpoint(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; give another out, or restart to replace it") from error
+        if not {"model", "optimizer", "augment", "rng", "config", "step"} <= saved.keys():
+            raise CheckpointError(f"{checkpoint}: nothing to go on from; give another out, or restart to replace it")
+        if not isinstance(saved["config"], Mapping) or type(saved["step"]) is not int:
+            raise CheckpointError(f"{checkpoint}: damaged; give another out, or restart to replace it")
+        if told := differing_settings(saved["config"], config):
+            raise ValueError(
+                f"{checkpoint}: a run with other settings ({'; '.join(told)}); give another out, the settings of that "
+                "run to continue it, or restart to replace it"
+            )
+        self.saved_step = saved["step"]
+        return saved
+
+    def begin(self, step: int, config: PretrainConfig) -> None:
+        """Keep the lines of the log up to a step, drop later ones, which will come again, and open it for more.
+
+        The settings are noted in a file that ``--config`` takes.
+        """
+        import yaml
+
+        path = self.path / LOG
+        kept = []
+        if step and path.exists():
+            for text in path.read_bytes().splitlines():
+                try:
+                    line = json.loads(text)
+                    if line["step"] <= step:
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # cut short by a kill, or damaged
+        self.lines = kept
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        try:
+            write_whole(path, lambda file: file.write(content))
+            noted = json.loads(json.dumps(asdict(config) | {"resume": False, "restart": False}))  # tuples become lists
+            write_whole(self.path / CONFIG, lambda file: file.write(yaml.safe_dump(noted, sort_keys=False).encode()))
+            self._log = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        self._size = len(content)
+        if config.tensorboard:
+            self._open_board(step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line; where the disk is full, say so once, go on, and write it when there is room again."""
+        self.lines.append(line)
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._write_log()
+        if self._board is not None:
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self._board.add_scalar(name, value, line["step"])
+
+    def _write_log(self) -> None:
+        assert self._log is not None
+        try:
+            written = os.write(self._log, self._unwritten)
+            if written < len(self._unwritten):  # no half line stays
+                os.ftruncate(self._log, self._size)
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s: cannot be written: %s; going on", self.path / LOG, error.strerror or error)
+            self._failed = True
+            return
+        self._size += written
+        self._unwritten, self._failed = b"", False
+
+    def save(self, content: Mapping[str, Any], encoder: nn.Module, *, last: bool, **described: Any) -> None:
+        """Replace checkpoint and encoder. Where that fails the old ones stay whole, and the run goes on.
+
+        Args:
+            content: of the checkpoint.
+            encoder: the part that is of use afterwards.
+            last: nothing comes after, so that a failure is an error.
+            described: as ``save_encoder`` takes it.
+
+        Raises:
+            CheckpointError: the last checkpoint cannot be written.
+        """
+        try:
+            save_checkpoint(self.path / CHECKPOINT, content)
+            self.saved_step = content["step"]
+            save_encoder(self.path / ENCODER, encoder, **described)
+        except CheckpointError as error:
+            if last:
+                raise
+            logger.warning("%s; going on, and trying again in a while", error)
+        self._saved_at = time.monotonic()
+
+    def keep(self, step: int, encoder: nn.Module, **described: Any) -> None:
+        """Write a copy of the encoder that stays, as ``encoder-STEP.pth``; where that fails, say so and go on."""
+        try:
+            save_encoder(self.path / f"encoder-{step}.pth", encoder, **described)
+        except CheckpointError as error:
+            logger.warning("%s; going on", error)
+
+    def told(self) -> str:
+        """Say what is safe on disk and how to go on."""
+        checkpoint = self.path / CHECKPOINT
+        if self.saved_step is None and not checkpoint.exists():
+            return "nothing had been saved yet"
+        what = "a checkpoint" if self.saved_step is None else f"step {self.saved_step}"  # known to rank 0
+        return f"{what} is safe in {checkpoint}, and the same command (or with --resume) goes on from there"
+
+    def curves_due(self) -> bool:
+        """Return whether the curves should be drawn again: once in a while."""
+        due = time.monotonic() - self._drawn_at >= CURVES_SEC
+        if due:
+            self._drawn_at = time.monotonic()
+        return due
+
+    @property
+    def minutes_since_save(self) -> float:
+        """Minutes since the last checkpoint, or since the beginning."""
+        return (time.monotonic() - self._saved_at) / 60
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """Lock the folder for as long as this process lives."""
+        self._lock = open(self.path / LOCK, "wb")  # noqa: SIM115
+        if not lock(self._lock):
+            raise OSError(errno.EBUSY, "another run is writing there")
+
+    def _open_board(self, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+
+class RunState(NamedTuple):
+    """Everything that a run goes on from: networks, Adam's moments, memory bank, statistics, random numbers."""
+
+    world: World
+    learner: nn.Module
+    optimizer: torch.optim.Optimizer
+    augment: nn.Module
+
+    def collect(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state with more plain values; every rank must call it, as each has torch generators of its own."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        parts: dict[str, Any] = {"model": self.learner, "optimizer": self.optimizer, "augment": self.augment}
+        return {name: part.state_dict() for name, part in parts.items()} | {"rng": self.world.gather(rng)} | dict(more)
+
+    def restore(self, saved: Mapping[str, Any]) -> tuple[int, int]:
+        """Put back what ``collect`` returned, and return the steps done and the epoch.
+
+        How Adam is computed stays as it is here, so that a run of a GPU goes on on a CPU.
+
+        Raises:
+            CheckpointError: the state does not fit.
+        """
+        here = [{name: group[name] for name in COMPUTED} for group in self.optimizer.param_groups]
+        try:
+            optimizer = dict(saved["optimizer"])
+            groups = zip(optimizer["param_groups"], here, strict=True)
+            optimizer["param_groups"] = [dict(group) | own for group, own in groups]
+            self.learner.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(optimizer)
+            self.augment.load_state_dict(saved["augment"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{CHECKPOINT}: does not fit this run: {' '.join(str(error).split())}") from error
+        for group, own in zip(self.optimizer.param_groups, here, strict=True):
+            group["lr"] = own["lr"]  # a CUDA graph holds this very tensor
+        if self.world.size != len(saved["rng"]):
+            told = "%d processes go on with what %d began: dropout and BatchNorm's batches differ from then on"
+            logger.warning(told, self.world.size, len(saved["rng"]))
+        if self.world.rank < len(saved["rng"]):
+            rng = saved["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.world.device)
+        return saved["step"], saved["epoch"]
+
+    def check_finite(self, step: int, told: str) -> None:
+        """Refuse to save weights that are not finite.
+
+        Raises:
+            ValueError: one is not.
+        """
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.learner.parameters()])
+        if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+            raise ValueError(f"lr: weights grew out of range by step {step}; lower the learning rate; {told}")

@@ -1,0 +1,174 @@
+"""What happens between two steps of training: lines of the log, warnings, and when to save and to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from byola_fast.objectives.losses import collapse_std, effective_rank
+from byola_fast.runtime.distributed import World
+from byola_fast.runtime.progress import Progress
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.run_folder import RunFolder
+
+logger = logging.getLogger("byola_fast")
+
+COLLAPSED = 0.1  # spread of the projections, of which 1 is healthy
+COLLAPSED_LINES = 5  # in a row, before it is said
+STOPPING = "\nbyola-fast: stopping after this step, then saving; Ctrl-C again goes back to the last checkpoint\n"
+
+
+class Watch:
+    """Look at a run between its steps: log, show, warn, and decide when to save and to stop.
+
+    All processes decide alike: they tell each other of signals, on the CPU, where a dead process is noticed at once.
+
+    Args:
+        config: resolved.
+        world: this process among all.
+        run: where rank 0 writes.
+        step: done so far.
+        total: of the whole run.
+
+    Attributes:
+        saving: after ``tell``: a checkpoint is due.
+        ending: after ``tell``: it is the last one.
+        stopped_by: after ``tell``: the signal that ends the run now, 0 for none.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World, run: RunFolder, step: int, total: int) -> None:
+        self.config, self.world, self.run, self.total = config, world, run, total
+        self.begun = self.last = step
+        self.saving = self.ending = False
+        self.stopped_by = 0
+        self._collapse = CollapseWatch()
+
+    def __enter__(self) -> Watch:
+        self._progress = None
+        with ExitStack() as stack:
+            self._stop = stack.enter_context(StopSignal(STOPPING if self.world.first else ""))
+            if self.world.first:
+                self.run.begin(self.begun, self.config)
+                self._progress = stack.enter_context(Progress("steps", self.total, self.begun))
+            self._stack = stack.pop_all()
+        self._logged = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def due(self, step: int) -> bool:
+        """Return whether ``tell`` must be called after a step; cheap, as it waits for no GPU and no process."""
+        every = (self.config.log_every or 1, self.config.save_every or self.total)
+        return step == self.total or any(step % n == 0 for n in every) or (self.world.size == 1 and bool(self._stop))
+
+    def tell(self, step: int, epoch: int, loss: Tensor, projection: Tensor, *, lr: float, refused: Tensor) -> None:
+        """Log a step, and decide what is due after it.
+
+        Args:
+            step: steps done. epoch: that the last one was in.
+            loss: 0-d, of this process.
+            projection: ``(b, proj_size)``, of this process.
+            lr: learning rate of the step.
+            refused: 0-d, samples kept out of the bank so far.
+
+        Raises:
+            ValueError: the mean loss over processes is not finite.
+        """
+        self.stopped_by, late = self.world.most(self._stop.number, self._is_late())
+        self.ending = bool(self.stopped_by) or step == self.total
+        self.saving = self.ending or bool(late) or step % (self.config.save_every or self.total) == 0
+
+        own = [loss.item(), collapse_std(projection).item()]
+        if self.saving:
+            own.append(effective_rank(projection).item())
+        values = self.world.mean(*own)
+        now = time.perf_counter()
+        if not math.isfinite(values[0]):
+            told = f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.told()}"
+            raise ValueError(told)
+        line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "collapse": values[1]}
+        if self.saving:
+            line["effective_rank"] = values[2]
+        line["samples_per_s"] = round((step - self.last) * self.config.batch_size / (now - self._logged), 1)
+        line |= {"refused": int(refused), "lr": lr}  # not finite, and so kept out of the bank
+        self.last, self._logged = step, now
+        if self._progress is not None:
+            self.run.log(line)
+            told = f"loss {line['loss']:.3f}  spread {line['collapse']:.2f}  {line['samples_per_s']:.0f} samples/s"
+            self._progress.show(step, told)
+            if warning := self._collapse(line):
+                logger.warning("%s", warning)
+
+    def _is_late(self) -> bool:
+        return self.world.first and self.run.minutes_since_save >= self.config.save_minutes
+
+
+class CollapseWatch:
+    """Tell when representations have collapsed: the spread of the projections stays near 0."""
+
+    def __init__(self) -> None:
+        self.low = 0
+        self.warned = False
+
+    def __call__(self, line: Mapping[str, Any]) -> str | None:
+        """Return a warning at the line that makes it certain, once until the spread recovers."""
+        self.low = self.low + 1 if line["collapse"] < COLLAPSED else 0
+        if not self.low:
+            self.warned = False
+        if self.low < COLLAPSED_LINES or self.warned:
+            return None
+        self.warned = True
+        told = f"step {line['step']}: representations collapse: their spread is {line['collapse']:.3f}"
+        return f"{told} (1 is healthy, 0 is one vector for all sounds); try a lower lr or a larger batch_size"
+
+
+class StopSignal:
+    """Note Ctrl-C and SIGTERM, so that the step in progress ends, everything is saved, and the run leaves in order.
+
+    A second Ctrl-C, a second or more after the first, interrupts at once.
+
+    Args:
+        told: said on stderr at the first signal, as the step may be long.
+
+    Attributes:
+        number: the signal received, 0 for none.
+    """
+
+    def __init__(self, told: str = "") -> None:
+        self.number, self.told = 0, told
+        self._received = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.number and now - self._received > 1:
+            raise KeyboardInterrupt
+        if not self.number and self.told:
+            with suppress(OSError):
+                os.write(2, self.told.encode())  # print may be in the middle of a line, and is not entered twice
+        self.number = self.number or number
+        self._received = now

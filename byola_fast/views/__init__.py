@@ -1,0 +1,1 @@
+"""Two random views of each spectrogram: augmentation, memory bank, pictures."""

@@ -1,0 +1,346 @@
+"""Two views of every sample: the stateless ``augment`` and the module ``Augment`` with its memory.
+
+lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per view, per sample
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byola_fast import ops
+from byola_fast.ops import _checks as check
+from byola_fast.ops.functional import check_out, without_channel
+from byola_fast.runtime.gather import concat_ranks
+from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
+from byola_fast.views.memory_bank import MemoryBank
+from byola_fast.views.params import AugmentParams, Settings, resolve_settings
+
+
+def augment(
+    lms: Tensor,
+    *,
+    preset: str = "byola-v1",
+    stats: tuple[float, float] | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    sample_offset: int = 0,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    params: AugmentParams | None = None,
+    return_params: bool = False,
+    post_norm: bool = True,
+    **settings: Any,
+) -> Any:
+    """Return two random views of a batch of log-mel spectrograms, every sample with its own parameters.
+
+    Pre-normalise, mix with another sample of the batch (log-mixup-exp), random resize crop, random linear fader
+    (``byola-v2``), post-normalise over both views jointly.
+
+    Args:
+        lms: log-mel spectrograms, natural logarithm.
+        preset: "byola-v1" (mixup_ratio 0.4) or "byola-v2" (mixup_ratio 0.2, fader_gain 1).
+        stats: (mean, std) for the pre-normalisation; the batch's own where None, ``(0, 1)`` for no pre-normalisation.
+        seed: in [0, 2^63), or a 0-d int64 tensor; drawn from ``generator`` or torch's default generator where None.
+        step: in [0, 2^32), or a 0-d int64 tensor; with one seed, every step draws anew.
+        sample_offset: number of the first sample in the global batch.
+        generator: where the seed comes from; on the CPU or on the batch's device.
+        out: a contiguous ``(2, B, ...)`` tensor to write the views to and reuse.
+        params: parameters to replay instead of drawing.
+        return_params: return ``view1, view2, params``.
+        post_norm: normalise both views jointly to mean 0 and std 1.
+        **settings: any of ``byola_fast.views.params.Settings``: mixup_ratio, mixup, freq_scale, time_scale,
+            virtual_crop_scale, interpolation, fader_gain, size.
+
+    Shape:
+        lms ``(B, F, T)`` or ``(B, 1, F, T)`` with any strides; both views of the same rank, ``size`` or (F, T).
+
+    Raises:
+        TypeError: wrong dtype, unknown keyword. ValueError: wrong shape, device or value.
+
+    Numerics:
+        Half precision is computed in float32. Parameters are bit-identical on every device for one seed. NaN or inf in
+        a sample spreads through joint statistics and partners; give ``stats=`` and ``post_norm=False`` to contain it.
+
+    Autograd:
+        To lms (and stats), except with ``out=``.
+
+    Source:
+        BYOL-A, arXiv:2103.06695 and arXiv:2204.07402. Differs: partners come from the same batch (no memory; see
+        ``Augment``), never the sample itself, and a batch of one is not mixed; bilinear interpolation by default
+        (published: ``interpolation="bicubic"``).
+
+    >>> view1, view2 = augment(torch.randn(8, 1, 64, 96), seed=0)
+    >>> view1.shape, view2.shape
+    (torch.Size([8, 1, 64, 96]), torch.Size([8, 1, 64, 96]))
+    """
+    chosen = resolve_settings(preset, settings)
+    check.is_float("lms", lms)
+    x = without_channel("lms", lms)
+    check.is_spectrogram("lms", x)
+    pre_stats = batch_stats(x) if stats is None else given_stats(stats, x.device)
+    if params is None:
+        rng = _fresh_rng(x.device, seed, step, generator)
+        params = _draw(rng, x, chosen, sample_offset=sample_offset)
+    else:
+        params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
+    flat_out = _flat_out(out, lms, chosen)
+    views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=flat_out)
+    return _answer(views, lms, params if return_params else None)
+
+
+class Augment(nn.Module):
+    """Make two random views of each batch, mixing in past inputs from a memory bank.
+
+    The module holds the bank, the statistics of the pre-normalisation and the state of its random numbers (seed and
+    step) as buffers: ``state_dict`` into a new ``Augment`` continues the very same stream of views. A call advances
+    step and bank once and never syncs a GPU.
+
+    Args:
+        preset: "byola-v1" or "byola-v2".
+        n_memory: rows of the memory bank; with 0, partners always come from the same batch.
+        shape: (mels, frames) of the inputs; the first batch fixes it where None.
+        bank_dtype: float32, or float16 for half the memory.
+        seed: in [0, 2^63); drawn from torch's default generator where None.
+        stats: (mean, std); a ``RunningStats``; None for running statistics without an end (first version of the paper),
+            updated in training mode only.
+        post_norm: normalise both views jointly to mean 0 and std 1.
+        sync: with torch.distributed initialised, every rank pushes all ranks' inputs and statistics are joint, so that
+            views do not depend on the world size; ranks must then give equal batches and their own ``sample_offset``.
+        **settings: any of ``byola_fast.views.params.Settings``.
+
+    Shape:
+        As ``augment``.
+
+    Numerics:
+        As ``augment``; inputs that are not finite are kept out of the bank and counted in ``bank.refused``.
+
+    Autograd:
+        As ``augment``; partners from the bank get none. Not with ``sync`` over several ranks, which says so.
+
+    Source:
+        arXiv:2103.06695. Differs: both views draw from the bank as it stood before the batch, which is
+        then pushed once; while the bank is empty, partners come from the batch itself, as in ``augment``.
+
+    >>> aug = Augment("byola-v2", seed=0)
+    >>> view1, view2 = aug(torch.randn(4, 64, 96))
+    >>> len(aug.bank)
+    4
+    """
+
+    rng: Tensor
+    fixed_stats: Tensor | None
+
+    def __init__(
+        self,
+        preset: str = "byola-v1",
+        *,
+        n_memory: int = 2048,
+        shape: tuple[int, int] | None = None,
+        bank_dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        stats: tuple[float, float] | Tensor | RunningStats | None = None,
+        post_norm: bool = True,
+        sync: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.settings = resolve_settings(preset, settings)
+        self.post_norm = post_norm
+        self.sync = sync
+        self.bank = MemoryBank(n_memory, shape, bank_dtype)
+        self.register_buffer("rng", _fresh_rng(torch.device("cpu"), seed, 0, None))
+        self.running_stats: RunningStats | None = None
+        if stats is None or isinstance(stats, RunningStats):
+            self.running_stats = RunningStats() if stats is None else stats
+            self.register_buffer("fixed_stats", None)
+        else:
+            self.register_buffer("fixed_stats", given_stats(stats, torch.device("cpu")).clone())
+
+    def forward(
+        self,
+        lms: Tensor,
+        *,
+        sample_offset: int = 0,
+        params: AugmentParams | None = None,
+        return_params: bool = False,
+        out: Tensor | None = None,
+    ) -> Any:
+        """Return ``view1, view2`` (and params), and advance step and bank."""
+        check.is_float("lms", lms)
+        x = without_channel("lms", lms)
+        check.is_spectrogram("lms", x)
+        check.same_device("lms", x, "Augment", self.rng)
+        flat_out = _flat_out(out, lms, self.settings)
+        rows = self.bank.prepare(x)
+        held = self.bank.count
+        rank, pool = self._gather(x)
+        everyone = x if pool is None else pool
+        if params is not None:
+            held = held if params.bank_count is None else params.bank_count
+            from_bank = not check.readable(held) or bool(held)
+            params.check(x.shape[0], x.device, _canvas(x, self.settings), len(rows) if from_bank else len(everyone))
+            params = replace(params, bank_count=held)
+
+        if self.running_stats is None:
+            stats = self.fixed_stats
+        else:
+            stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
+        if params is None:
+            offsets = {"sample_offset": sample_offset, "pool_offset": rank * x.shape[0]}
+            params = _draw(self.rng, x, self.settings, bank_count=held, pool=len(everyone), **offsets)
+        if return_params or (torch.is_grad_enabled() and lms.requires_grad):
+            params = replace(params, rng=params.rng.clone(), bank_count=held.clone())
+        if torch.is_grad_enabled() and lms.requires_grad:
+            rows = rows.clone()  # backward reads the bank as it was, and the push below overwrites some
+        views = _make_views(
+            x,
+            params,
+            self.settings,
+            stats=stats,
+            post_norm=self.post_norm,
+            out=flat_out,
+            bank=rows if len(rows) else None,
+            pool=pool,
+        )
+        self.bank.push(everyone, stats)
+        self.rng[1:].add_(1)
+        return _answer(views, lms, params if return_params else None)
+
+    def _gather(self, x: Tensor) -> tuple[int, Tensor | None]:
+        """Return this rank and all ranks' inputs, in the order of ranks; ``(0, None)`` in a process of its own."""
+        distributed = torch.distributed
+        if not (self.sync and distributed.is_available() and distributed.is_initialized()):
+            return 0, None
+        if distributed.get_world_size() == 1:
+            return 0, None
+        return distributed.get_rank(), concat_ranks(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.settings}, post_norm={self.post_norm}"
+
+
+def _fresh_rng(
+    device: torch.device, seed: int | Tensor | None, step: int | Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Return ``(2,)`` int64 seed and step on a device, without a sync."""
+    rng = torch.empty(2, dtype=torch.int64, device=device)
+    if seed is None:
+        if generator is not None and generator.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator: expected on the CPU or on {device}, got {generator.device}")
+        source = device if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=source)
+    _set_word(rng[0], "seed", seed, 2**63)
+    _set_word(rng[1], "step", step, 2**32)
+    return rng
+
+
+def _set_word(word: Tensor, name: str, value: int | Tensor, limit: int) -> None:
+    if isinstance(value, Tensor):
+        check.is_integer(name, value)
+        check.has_shape(name, value, ())
+        word.copy_(value, non_blocking=True)
+    elif isinstance(value, (int, torch.SymInt)) and 0 <= value < limit:
+        word.fill_(value)
+    else:
+        raise ValueError(f"{name}: expected an integer in [0, 2^{limit.bit_length() - 1}), got {value!r}")
+
+
+def _canvas(x: Tensor, settings: Settings) -> tuple[int, int]:
+    return ops.canvas_size(x.shape[1], x.shape[2], settings.virtual_crop_scale)
+
+
+def _draw(
+    rng: Tensor,
+    x: Tensor,
+    settings: Settings,
+    *,
+    sample_offset: int,
+    bank_count: Tensor | None = None,
+    pool: int | None = None,
+    pool_offset: int = 0,
+) -> AugmentParams:
+    lam, bank_index, crop, fader = ops.draw_params(
+        rng,
+        x.shape[0],
+        (x.shape[1], x.shape[2]),
+        mixup_ratio=settings.mixup_ratio,
+        freq_scale=settings.freq_scale,
+        time_scale=settings.time_scale,
+        virtual_crop_scale=settings.virtual_crop_scale,
+        fader_gain=settings.fader_gain,
+        bank_count=bank_count,
+        pool=pool,
+        pool_offset=pool_offset,
+        sample_offset=sample_offset,
+    )
+    return AugmentParams(lam, bank_index, crop, fader, rng, bank_count, sample_offset)
+
+
+def _make_views(
+    x: Tensor,
+    params: AugmentParams,
+    settings: Settings,
+    *,
+    stats: Tensor | None,
+    post_norm: bool,
+    out: Tensor | None,
+    bank: Tensor | None = None,
+    pool: Tensor | None = None,
+) -> Tensor:
+    """Make the views, ``(2, B, *size)``; with a ``pool``, which all ranks share, statistics are joint too."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or (stats is not None and stats.requires_grad))
+    if differentiable and pool is not None:
+        raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
+    views, sums = ops.augment_views(
+        x,
+        params.lam,
+        params.bank_index,
+        params.crop,
+        params.fader,
+        params.rng,
+        pool=pool,
+        bank=bank,
+        bank_count=None if bank is None else params.bank_count,
+        stats=stats,
+        sample_offset=params.sample_offset,
+        size=settings.size,
+        canvas=_canvas(x, settings),
+        mode=settings.interpolation,
+        mixup=settings.mixup,
+        out=out,
+    )
+    if not post_norm:
+        return views
+    if pool is not None:
+        sums = _gather_sums(sums)
+    return ops.normalize(views, sums, inplace=not differentiable)
+
+
+def _gather_sums(sums: Tensor) -> Tensor:
+    """Return all ranks' ``(2, B, 3)`` sums in the order of samples, so that adding them up rounds as in one process."""
+    return concat_ranks(sums).unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:
+    """Return ``out`` without the channel that the views will have."""
+    if out is None:
+        return None
+    check.is_tensor("out", out)
+    if lms.dim() == 4:
+        if out.dim() != 5 or out.shape[2] != 1:
+            raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {tuple(out.shape)}")
+        out = out[:, :, 0]
+    x = without_channel("lms", lms)
+    check_out(out, x, settings.size or (x.shape[1], x.shape[2]))
+    return out
+
+
+def _answer(views: Tensor, lms: Tensor, params: AugmentParams | None) -> Any:
+    if lms.dim() == 4:
+        views = views[:, :, None]
+    view1, view2 = views.unbind(0)
+    return (view1, view2) if params is None else (view1, view2, params)

@@ -1,0 +1,154 @@
+"""A picture of what the augmentation does to some audio: original, partner, mix and both views."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byola_fast import ops
+from byola_fast.audio.reading import (
+    AudioError,
+    SegmentFolder,
+    audio_duration,
+    fit_segment,
+    list_audio_files,
+    read_audio,
+)
+from byola_fast.ops.reference import pre_norm_reference
+from byola_fast.spectrograms.log_mel import LogMel
+from byola_fast.spectrograms.statistics import batch_stats, given_stats
+from byola_fast.views.augment import augment
+from byola_fast.views.params import resolve_settings
+from byola_fast.views.pictures import Panel, ViewSteps, draw_views
+
+logger = logging.getLogger("byola_fast")
+
+BATCH = 16  # segments that partners are chosen from
+
+
+def show(
+    path: str | Path,
+    out: str | Path,
+    *,
+    samples: int | None = None,
+    preset: str = "byola-v1",
+    interpolation: str = "bilinear",
+    unit_sec: float = 0.95,
+    sample_rate: int = 16000,
+    seed: int = 0,
+) -> Path:
+    """Draw what ``augment`` does to segments of a recording, or of some recordings of a folder.
+
+    Args:
+        path: an audio file, whose segments are each other's partners, or a folder.
+        out: picture to write.
+        samples: how many segments to draw; 1 of a file and 3 of a folder by default.
+        preset: "byola-v1" or "byola-v2".
+        interpolation: "bilinear" or "bicubic".
+        unit_sec: length of a segment, in seconds.
+        sample_rate: in Hz.
+        seed: picks files, segments and parameters; the same seed draws the same picture.
+
+    Returns:
+        ``out``, as a path.
+
+    Raises:
+        FileNotFoundError: no such file or folder. AudioError: nothing there can be read. ImportError: no matplotlib.
+        ValueError: settings out of range.
+    """
+    path = Path(path)
+    samples = (3 if path.is_dir() else 1) if samples is None else samples
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+    if not unit_sec * sample_rate >= 1:
+        raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
+    pick = _segments_of_folder if path.is_dir() else _segments_of_file
+    names, wavs = pick(path, max(samples, BATCH), unit_sec, sample_rate, seed)
+    to_lms = LogMel(sample_rate=sample_rate, f_max=min(7800.0, sample_rate / 2))
+    lms = to_lms(torch.stack(wavs))
+    panels = explain_views(lms, names, samples=samples, preset=preset, interpolation=interpolation, seed=seed)
+    draw_views(out, panels, title=f"{path.name or path.resolve().name}   ({preset}, {interpolation}, seed {seed})")
+    return Path(out)
+
+
+def explain_views(
+    lms: Tensor,
+    names: Sequence[str],
+    *,
+    samples: int,
+    preset: str,
+    seed: int,
+    stats: tuple[float, float] | None = None,
+    **settings: Any,
+) -> list[Panel]:
+    """Augment a batch and retrace, for its first samples, each step that led to their views.
+
+    Args:
+        lms: ``(B, 1, F, T)``.
+        names: of the B segments.
+        samples: how many panels to make, at most B.
+        preset, seed, stats, settings: as in ``augment``.
+    """
+    chosen = resolve_settings(preset, settings)
+    view1, view2, params = augment(lms, preset=preset, stats=stats, seed=seed, return_params=True, **settings)
+    views = torch.stack([view1, view2])[:, :, 0]
+    x = pre_norm_reference(lms, batch_stats(lms) if stats is None else given_stats(stats, lms.device))[:, 0]
+    canvas = ops.canvas_size(x.shape[1], x.shape[2], chosen.virtual_crop_scale)
+
+    def steps(view: int, sample: int) -> ViewSteps:
+        row, lam = int(params.bank_index[view, sample]), params.lam[view, sample]
+        partner = x[row] if row >= 0 else None
+        mix = x[sample] if partner is None else ops.log_mixup_exp(x[sample, None], partner[None], lam[None])[0]
+        i, j, h, w = params.crop[view, sample].tolist()
+        head, tail = params.fader[view, sample].tolist()
+        name = names[row] if row >= 0 else ""
+        return ViewSteps(float(lam), partner, name, mix, (i, j, h, w), (head, tail), views[view, sample])
+
+    return [
+        Panel(names[sample], x[sample], (steps(0, sample), steps(1, sample)), canvas)
+        for sample in range(min(samples, len(lms)))
+    ]
+
+
+def _segments_of_file(
+    path: Path, count: int, unit_sec: float, sample_rate: int, seed: int
+) -> tuple[list[str], list[Tensor]]:
+    """Return names and waveforms of up to ``count`` of one file's neighbouring segments, in random order."""
+    whole = max(1, int(audio_duration(path) / unit_sec + 1e-6))
+    names, wavs = [], []
+    for number in _shuffled(whole, seed)[:count]:
+        start_sec = number * unit_sec
+        wav = read_audio(path, sample_rate, start_sec=start_sec, duration_sec=unit_sec)
+        names.append(f"{path.name} at {start_sec:.2f} s" if whole > 1 else path.name)
+        wavs.append(fit_segment(wav, round(unit_sec * sample_rate), 0))
+    return names, wavs
+
+
+def _segments_of_folder(
+    folder: Path, count: int, unit_sec: float, sample_rate: int, seed: int
+) -> tuple[list[str], list[Tensor]]:
+    """Return names and waveforms of random segments of up to ``count`` random files."""
+    source = SegmentFolder(list_audio_files(folder), unit_sec=unit_sec, sample_rate=sample_rate, seed=seed)
+    names, wavs = [], []
+    for index in _shuffled(len(source), seed):
+        try:
+            wavs.append(source.read(index, 0))
+        except AudioError as error:
+            logger.warning("skipping %s", error)
+            continue
+        names.append(source.files[index].name)
+        if len(names) == count:
+            break
+    if not names:
+        raise AudioError(folder, f"none of {len(source)} audio files can be read")
+    return names, wavs
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
