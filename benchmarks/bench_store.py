@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.measure import PLACES, Contender, Group, Place
 from byola_fast.audio.batches import Batches
 from byola_fast.audio.pack import pack
-from byola_fast.audio.reading import SegmentFolder, list_audio_files
+from byola_fast.audio.reading import list_audio_files
+from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 
 BATCH, SAMPLES = 256, 15200  # 0.95 s at 16 kHz

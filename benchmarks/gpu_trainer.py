@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from byola_fast.runtime.gather import concat_ranks
+from byola_fast.runtime.distributed import concat_ranks
 
 CLIPS, SECONDS = 600, 1.0
 SMALL = {"feature_d": 512, "batch_size": 64, "n_memory": 256}

@@ -35,7 +35,8 @@ from benchmarks.measure import machine, versions
 from benchmarks.quality_runs import AUDIOSET, COMMON, STUDIES, Study
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import read_audio
-from byola_fast.evaluation.evaluate import EvalConfig, run_eval
+from byola_fast.evaluation.config import EvalConfig
+from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.evaluation.tasks import read_task
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.runtime.files import as_text, write_whole

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ import byola_fast
 from byola_fast.audio.pack import PackConfig, run_pack
 from byola_fast.embedding.embed_files import EmbedConfig, run_embed
 from byola_fast.embedding.export import ExportConfig, run_export
-from byola_fast.evaluation.evaluate import EvalConfig, run_eval
+from byola_fast.evaluation.config import EvalConfig
+from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.ops import BackendError
 from byola_fast.runtime.distributed import RankError
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
-from byola_fast.training.config import DEMO, PretrainConfig, from_published
+from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
-from byola_fast.views.show import show
+from byola_fast.training.published import from_published
+from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
 ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. To begin: byola-fast pretrain --demo"
@@ -37,29 +39,6 @@ WORDS = {
     "tuple": "two numbers, as [0.6,1.5]",
     "NoneType": "null",
 }
-
-
-@dataclass
-class ShowConfig:
-    """Settings of a picture of views.
-
-    Attributes:
-        out: picture to write; its suffix is the format (png, pdf, svg).
-        samples: segments to draw; by default 1 of a file and 3 of a folder.
-        preset: "byola-v1" (mixup up to 0.4) or "byola-v2" (mixup up to 0.2, and a random linear fader).
-        interpolation: of the resized crops: "bilinear" or "bicubic".
-        unit_sec: length of a segment, in seconds.
-        sample_rate: rate that audio is resampled to, in Hz.
-        seed: picks files, segments and parameters; the same seed draws the same picture.
-    """
-
-    out: str = "views.png"
-    samples: int | None = None
-    preset: str = "byola-v1"
-    interpolation: str = "bilinear"
-    unit_sec: float = 0.95
-    sample_rate: int = 16000
-    seed: int = 0
 
 
 CONFIGS = {

@@ -12,7 +12,7 @@ import torch
 
 from byola_fast.ops import _schemas
 from byola_fast.ops._dispatch import backend_in_use, strict
-from byola_fast.ops._native import cpu
+from byola_fast.ops._native import build, cpu
 from byola_fast.views.augment import augment
 
 PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
@@ -72,7 +72,7 @@ def doctor() -> Report:
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
     notes = [f"system: {platform.platform()}"]
-    notes.append(f"compiled kernels: {cpu.cache_folder() / cpu.build_name()}")
+    notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
     told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     notes.append(f"environment: {', '.join(told) or 'nothing set that matters here'}")
     if torch.cuda.is_available():

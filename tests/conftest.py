@@ -8,14 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from byola_fast.ops import _triton
-
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode, below, warns of each product
 torch.set_num_threads(1)  # tiny tensors: a second thread on a busy machine costs milliseconds an op
-
-# kernels alone: with a GPU, or under Triton's interpreter, as test_triton.py runs them
-kernels_run = torch.cuda.is_available() or _triton.interpreted()
-collect_ignore = [] if kernels_run else ["test_triton_kernels.py", "test_triton_ema_update.py"]
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

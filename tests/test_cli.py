@@ -11,13 +11,14 @@ from dataclasses import fields
 
 import pytest
 import yaml
-from test_pretrain import TINY, write_recordings
+from helpers.runs import TINY, write_recordings
 
 import byola_fast
 from byola_fast import cli
 from byola_fast.cli import main
 from byola_fast.training import pretrain as trainer
-from byola_fast.training.config import PretrainConfig, from_published
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.published import from_published
 
 FLAGS = [f"--{name}={value}" if value is not False else f"--no-{name}" for name, value in TINY.items()]
 
@@ -47,6 +48,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_pretrain_and_show(recordings, tmp_path, capsys):
     assert main(["pretrain", str(recordings), f"--out={tmp_path / 'run'}", *FLAGS, "--steps=3"]) == 0
     printed = capsys.readouterr()
@@ -59,6 +61,7 @@ def test_pretrain_and_show(recordings, tmp_path, capsys):
         (tmp_path / "views.png").unlink()
 
 
+@pytest.mark.slow
 def test_doctor_and_version(capsys):
     assert main(["doctor"]) == 0
     assert "log_mixup_exp" in capsys.readouterr().out
@@ -187,6 +190,7 @@ def test_help_explains_every_flag(capsys):
     assert "rate that audio is resampled to, in Hz" in text
 
 
+@pytest.mark.slow
 def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
     out = tmp_path / "run"
     flags = [*FLAGS, "--steps=100000", "--epochs=100000", "--workers=1"]

@@ -20,8 +20,8 @@ from byola_fast.audio.store_format import StoreError
 from byola_fast.embedding import embed_files
 from byola_fast.embedding.embed_files import EmbedConfig, run_embed
 from byola_fast.evaluation.report import check_results
-from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
-from byola_fast.networks.encoder_file import describe_encoder
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.runtime.workers import read_in_processes
 from byola_fast.spectrograms.corpus_statistics import Stats, read_stats, write_stats
 from byola_fast.training.config import PretrainConfig

@@ -11,12 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 
 from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel
 from byola_fast.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
-from byola_fast.networks.checkpoint import CheckpointError, save_encoder
-from byola_fast.networks.encoder_file import describe_encoder
+from byola_fast.networks.checkpoint import CheckpointError
+from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 
 STATS = (-7.1, 4.2)
 
@@ -112,6 +112,7 @@ def validator(tmp_path_factory):
         yield importlib.import_module("hearvalidator.validate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [AudioNTT2020, AudioNTT2022])
 def test_hears_own_validator(validator, tmp_path, capsys, encoder):
     path = write_weights(tmp_path / "encoder.safetensors", encoder(), 64)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from byola_fast.audio.reading import AudioError, SegmentFolder, list_audio_files
+from byola_fast.audio.reading import AudioError, list_audio_files
+from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.audio.store_format import is_store
 from byola_fast.ops.philox import MASK32, SLOT_ORDER, SLOT_REPLACEMENT, philox4x32

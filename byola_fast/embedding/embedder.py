@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import read_encoder
-from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022, pool_frames
+from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
@@ -116,10 +116,10 @@ class Embedder(nn.Module):
         check.is_float("wav", wav)
         if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
-        local = self.encoder.forward_frames(self.log_mels(wav if wav.ndim == 2 else wav[None]))
-        answer = local if frames else pool_frames(local)
+        lms = self.log_mels(wav if wav.ndim == 2 else wav[None])
+        answer: Tensor = self.encoder.forward_frames(lms) if frames else self.encoder(lms)
         answer = answer if wav.ndim == 2 else answer[0]
-        return FrameEmbeddings(answer, self.timestamps(local.shape[1])) if frames else answer
+        return FrameEmbeddings(answer, self.timestamps(answer.shape[-2])) if frames else answer
 
     def extra_repr(self) -> str:
         return f"sample_rate={self.sample_rate}, feature_d={self.feature_d}, stats={self.stats}"
@@ -152,7 +152,7 @@ def load_encoder(
         range; or it holds no statistics and none were given. Nothing in a file is executed.
 
     >>> import tempfile
-    >>> from byola_fast.networks.checkpoint import save_encoder
+    >>> from byola_fast.networks.encoder_file import save_encoder
     >>> from byola_fast.networks.encoder_file import describe_encoder
     >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
     >>> encoder = AudioNTT2020(d=32)

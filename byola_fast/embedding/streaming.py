@@ -6,15 +6,14 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from byola_fast.audio.reading import AudioError, read_audio, read_blocks
 from byola_fast.embedding.embedder import Embedder
-from byola_fast.networks.encoders import pool_frames
 from byola_fast.runtime.workers import num_workers, read_in_processes
 
 if TYPE_CHECKING:
@@ -23,32 +22,6 @@ if TYPE_CHECKING:
 
 BATCH_SEC = 60.0  # of sound in a batch: 0.2 GB, and on a CPU as fast as any
 WAITING = 8  # batches of sound that wait for others of their length
-
-
-class MelStats(nn.Module):
-    """Stand in for an encoder with the log-mels themselves: mean, standard deviation and maximum over time.
-
-    The baseline that an encoder has to beat. ``Embedder`` and ``embed_clips`` take it in place of one; the embedding of
-    a clip is ``pool``'s.
-
-    Shape:
-        ``(B, 1, F, T)`` to frames ``(B, T, F)``; pooled ``(B, 3 F)``.
-
-    >>> MelStats(64).pool(torch.zeros(2, 96, 64)).shape
-    torch.Size([2, 192])
-    """
-
-    frame_stride = 1
-
-    def __init__(self, n_mels: int = 64) -> None:
-        super().__init__()
-        self.n_mels, self.feature_d = n_mels, 3 * n_mels
-
-    def forward_frames(self, x: Tensor) -> Tensor:
-        return x[:, 0].transpose(1, 2)
-
-    def pool(self, frames: Tensor) -> Tensor:
-        return torch.cat([frames.mean(1), frames.std(1, correction=0), frames.amax(1)], dim=1)
 
 
 class Piece(NamedTuple):
@@ -81,7 +54,8 @@ def embed_clips(
     """Yield the embeddings of audio files, in whatever order they come to be ready.
 
     Clips of the same length share a batch. A clip longer than a batch is read, embedded and pooled piece by piece, in
-    memory that does not grow with its length; the result is that of the whole but for rounding.
+    memory that does not grow with its length; the result is that of the whole but for rounding. An encoder without
+    frames (no ``running_pool``) takes each clip whole, whatever its length.
 
     Args:
         embedder: in eval mode, on the device that computes.
@@ -172,40 +146,12 @@ def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: flo
         yield rest
 
 
-class _Pool:
-    """Pooling over time that takes frames piece by piece: maximum, sum and sum of squares, the sums in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.largest, self.total, self.squares = (torch.zeros(()) for _ in range(3))
-
-    def add(self, frames: Tensor) -> None:
-        """Add ``(n, d)``."""
-        exact, largest = frames.double(), frames.float().amax(0)
-        self.largest = torch.maximum(self.largest, largest) if self.count else largest
-        self.total = exact.sum(0) + (self.total if self.count else 0)
-        self.squares = exact.square().sum(0) + (self.squares if self.count else 0)
-        self.count += len(frames)
-
-    def result(self, encoder: nn.Module) -> Tensor:
-        """Return ``(d,)``: what pooling all frames at once gives."""
-        mean = self.total / self.count
-        if isinstance(encoder, MelStats):
-            std = (self.squares / self.count - mean.square()).clamp_min(0).sqrt()
-            return torch.cat([mean.float(), std.float(), self.largest])
-        return self.largest + mean.float()
-
-
-def _pool(encoder: nn.Module, frames: Tensor) -> Tensor:
-    return encoder.pool(frames) if isinstance(encoder, MelStats) else pool_frames(frames)
-
-
 @torch.no_grad()
 def _embed_wavs(embedder: Embedder, wav: Tensor, frames: bool) -> Tensor:
     """``(B, samples)`` to ``(B, n, d)`` float32 on the CPU."""
-    local = embedder(wav.to(embedder.to_lms.window.device), frames=True).frames
-    answer: Tensor = local if frames else _pool(embedder.encoder, local)[:, None]
-    return answer.float().cpu()
+    wav = wav.to(embedder.to_lms.window.device)
+    rows = embedder(wav, frames=True).frames if frames else embedder(wav)[:, None]
+    return rows.float().cpu()
 
 
 def _embed_batch(embedder: Embedder, batch: list[tuple[int, Tensor, int]], frames: bool) -> Iterator[Piece]:
@@ -215,8 +161,20 @@ def _embed_batch(embedder: Embedder, batch: list[tuple[int, Tensor, int]], frame
 
 
 def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block_sec: float) -> Iterator[Piece]:
-    """Embed a clip piece by piece; progress is told by pieces without rows where clips are pooled."""
-    pool, told, read = _Pool(), 0, 0
+    """Embed a clip piece by piece. While a clip is pooled, pieces without rows report the progress.
+
+    An encoder without ``running_pool`` takes the whole clip at once.
+    """
+    if not frames and not hasattr(embedder.encoder, "running_pool"):
+        try:
+            wav = read_audio(path, embedder.sample_rate)
+        except AudioError as error:
+            yield _broken(embedder, number, error)
+        else:
+            yield from _embed_batch(embedder, [(number, wav, len(wav))], frames)
+        return
+    pool: Any = None if frames else embedder.encoder.running_pool()
+    reported, read = 0, 0
 
     def counted() -> Iterator[Tensor]:
         nonlocal read
@@ -230,7 +188,7 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
         try:
             with torch.no_grad():  # not around a yield, which would leave it so in the caller
                 local = next(pieces, None)
-                if local is not None and not frames:
+                if local is not None and pool is not None:
                     pool.add(local)
         except AudioError as error:
             yield _broken(embedder, number, error)
@@ -238,10 +196,10 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
         if local is None:
             break
         nothing = local.new_empty(0, local.shape[1], device="cpu").float() if frames else nothing
-        yield Piece(number, local.float().cpu() if frames else nothing, read - told, False)
-        told = read
-    rows = nothing if frames else pool.result(embedder.encoder).cpu()[None]
-    yield Piece(number, rows, read - told, True)
+        yield Piece(number, local.float().cpu() if frames else nothing, read - reported, False)
+        reported = read
+    rows = nothing if frames else pool.result().cpu()[None]
+    yield Piece(number, rows, read - reported, True)
 
 
 def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:

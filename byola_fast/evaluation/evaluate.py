@@ -8,32 +8,32 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from byola_fast.audio.reading import SegmentFolder
+from byola_fast.audio.segments import SegmentFolder
 from byola_fast.embedding.embed_files import DTYPES, open_encoder
 from byola_fast.embedding.embedder import Embedder
-from byola_fast.embedding.streaming import MelStats, embed_clips
-from byola_fast.evaluation.probe import Scores, class_scores, fit_probe, headline, macro
-from byola_fast.evaluation.report import append_result, check_results, percent, spread
+from byola_fast.embedding.streaming import embed_clips
+from byola_fast.evaluation.config import EvalConfig
+from byola_fast.evaluation.mel_baseline import MelStats
+from byola_fast.evaluation.probe import Scores, fit_probe
+from byola_fast.evaluation.report import (
+    EvalResult,
+    _report,
+    check_results,
+)
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 from byola_fast.networks.encoders import make_encoder
-from byola_fast.runtime.device import keep_freed_memory
-from byola_fast.runtime.distributed import pick_device
-from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
+from byola_fast.runtime.device import keep_freed_memory, pick_device
+from byola_fast.runtime.files import fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
 from byola_fast.spectrograms.log_mel import FRONT_END
-from byola_fast.views.pictures import draw_confusion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,68 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("byola_fast")
 
 STATS_SEGMENTS = 2000  # of a task
-
-
-@dataclass
-class EvalConfig:
-    """Settings of a linear evaluation.
-
-    Attributes:
-        task: CSV file: file_name, label, and split (train, valid, test) or fold; labels with commas are several.
-        weights: file of an encoder; for encoder "random" it gives the network and the front end alone.
-        audio: folder that file names are relative to; by default the folder audio beside the CSV file, or its own.
-        out: folder for results.csv (one line is appended), the confusion matrix, and embeddings to be used again.
-        encoder: "trained", or a baseline: "random" (the network before training, a new one for each seed) or
-            "melstats" (mean, standard deviation and maximum over time of the log-mels).
-        network: of a random encoder without weights: "AudioNTT2020" or "AudioNTT2022".
-        feature_d: width of a random encoder without weights.
-        stats: mean and standard deviation that log-mels are normalised with: "weights" (those that the weights hold),
-            "task" (of the task's training part; of all clips where it has folds), or a JSON file of "byola-fast stats".
-            By default "weights" for trained encoders, "task" for baselines.
-        seeds: how many to take mean and spread over; they draw random encoders and, where the task has no valid part,
-            what the probe is chosen on.
-        pad_sec: shorter clips get zeros at their end, up to this length in seconds.
-        keep_going: leave out clips that are missing or broken or have no label, and go on where the training part lacks
-            a class (its clips then count as errors), in place of stopping.
-        dtype: that the encoder computes in: "float32" or "bfloat16".
-        device: that computes, as torch names it; by default the GPU where there is one.
-        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
-    """
-
-    task: str
-    weights: str | None = None
-    audio: str | None = None
-    out: str = "eval"
-    encoder: str = "trained"
-    network: str = "AudioNTT2020"
-    feature_d: int = 512
-    stats: str | None = None
-    seeds: int = 3
-    pad_sec: float = 0.95
-    keep_going: bool = False
-    dtype: str = "float32"
-    device: str | None = None
-    workers: int | None = None
-
-
-class EvalResult(NamedTuple):
-    """What an evaluation found.
-
-    Attributes:
-        score: accuracy, or mean average precision of a multi-label task, in [0, 1]: the mean over seeds and folds.
-        macro: mean over classes of their accuracy; equals ``score`` for a multi-label task.
-        by_seed: the score of each seed.
-        line: what was appended to results.csv.
-        report: all of it, for people.
-        picture: the confusion matrix; None for a multi-label task.
-    """
-
-    score: float
-    macro: float
-    by_seed: list[float]
-    line: dict[str, Any]
-    report: str
-    picture: Path | None
 
 
 class _Features(NamedTuple):
@@ -283,121 +221,3 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
         size, changed = fingerprint(file)
         digest.update(f"{file.name} {size} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:24]
-
-
-def _report(
-    config: EvalConfig,
-    out: Path,
-    task: Task,
-    embedder: Embedder,
-    found: list[list[Scores]],
-    left_out: list[str],
-    clips_per_sec: float,
-) -> EvalResult:
-    multi = task.multi_label
-    by_round = [[headline(one.truth, one.scores, multi) for one in runs] for runs in found]
-    macros = [fmean(macro(one.truth, one.scores, multi) for one in runs) for runs in found]
-    by_seed = [fmean(values) for values in by_round]
-    by_fold = [fmean(values) for values in zip(*by_round, strict=True)]
-    metric = "mAP" if multi else "accuracy"
-    strengths = sorted({one.strength for runs in found for one in runs})
-    counts, encoder = task.counts(), config.encoder
-    line = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "task": task.name,
-        "encoder": encoder,
-        "weights": config.weights or "",
-        "weights_sha256": file_sha256(Path(config.weights)) if config.weights else "",
-        "network": type(embedder.encoder).__name__,
-        "feature_d": embedder.feature_d,
-        "metric": metric,
-        "score_percent": percent(fmean(by_seed)),
-        "std_over_seeds": percent(spread(by_seed)),
-        "std_over_folds": percent(spread(by_fold)),
-        "macro_percent": percent(fmean(macros)),
-        "macro_std_over_seeds": percent(spread(macros)),
-        "seeds": len(found),
-        "folds": len(task.folds) or "",
-        **{part: "" if task.folds else counts[part] for part in ("train", "valid", "test")},
-        "classes": len(task.classes),
-        "left_out": "; ".join(left_out),
-        "C": " ".join(f"{strength:g}" for strength in strengths),
-        "stats_mean": f"{embedder.stats[0]:.4f}",
-        "stats_std": f"{embedder.stats[1]:.4f}",
-        "pad_sec": config.pad_sec,
-        "dtype": config.dtype,
-        "clips_per_sec": f"{clips_per_sec:.0f}",
-    }
-    picture = None
-    if not multi:
-        picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else encoder}-confusion.png"
-        title = f"{task.name}, {encoder}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
-        draw_confusion(picture, _confusion(task, found), task.classes, title)
-    append_result(out / "results.csv", line)
-    report = "\n".join(_tell(config, task, found, line, left_out, picture))
-    return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, picture)
-
-
-def _tell(
-    config: EvalConfig,
-    task: Task,
-    found: list[list[Scores]],
-    line: dict[str, Any],
-    left_out: list[str],
-    picture: Path | None,
-) -> Iterator[str]:
-    counts = ", ".join(f"{part}: {count}" if task.folds else f"{part} {count}" for part, count in task.counts().items())
-    counts = f"folds {counts}" if task.folds else counts
-    yield f"task        {task.name}: {len(task.file_names)} clips, {len(task.classes)} classes; {counts}"
-    for words in left_out:
-        yield f"left out    {words}"
-    what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.encoder]
-    width = f"{line['network']}, {line['feature_d']}-d"
-    yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
-    for words in _protocol(task, line):
-        yield f"protocol    {words}"
-    seeds = (
-        f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, nothing is drawn"
-    )
-    folds = f", over {line['folds']} folds {line['std_over_folds']}" if task.folds else ""
-    yield f"{line['metric']:11s} {line['score_percent']} % ({seeds}{folds})"
-    if not task.multi_label:
-        varied = f" (std over seeds {line['macro_std_over_seeds']})" if len(found) > 1 else ""
-        yield f"macro       {line['macro_percent']} %{varied}"
-    yield f"speed       {line['clips_per_sec']} clips/s, decoding included"
-    yield ""
-    size = max(5, *(len(label) for label in task.classes))
-    yield f"{'class':{size}}  {'clips':>6}  {'AP' if task.multi_label else 'accuracy':>8}"
-    tables = [class_scores(one.truth, one.scores, task.multi_label) for runs in found for one in runs]
-    for k, label in enumerate(task.classes):
-        values = [table[k][0] for table in tables]
-        seen = [value for value in values if value is not None]
-        clips = sum(table[k][1] for table in tables) // len(found)
-        yield f"{label:{size}}  {clips:6}  {percent(fmean(seen)) if seen else '-':>8}"
-    yield ""
-    if picture is not None:
-        yield f"confusion matrix: {picture}"
-    yield f"results: {Path(config.out) / 'results.csv'}"
-
-
-def _protocol(task: Task, line: dict[str, Any]) -> Iterator[str]:
-    kind = "binary logistic regressions" if task.multi_label else "logistic regression"
-    yield f"{kind} on standardised embeddings, C = {line['C']}; clips padded to {line['pad_sec']} s"
-    if len(task.folds) > 2:
-        yield "one fold left out at a time; C chosen on another fold, drawn by the seed; then all others learnt from"
-    elif task.folds:
-        yield "one fold left out at a time; C chosen on a fifth of the other, drawn by the seed; then all learnt from"
-    elif line["valid"]:
-        yield "C chosen on valid, having learnt from train; then both learnt from; tested on test"
-    else:
-        yield "C chosen on a fifth of train, drawn by the seed; then all of it learnt from; tested on test"
-
-
-def _confusion(task: Task, found: list[list[Scores]]) -> Any:
-    """Return ``(classes, classes)``: how many clips of a class (row) were taken for which (column), over all seeds."""
-    import numpy as np
-
-    matrix = np.zeros((len(task.classes),) * 2, np.int64)
-    for one in (one for runs in found for one in runs):
-        np.add.at(matrix, (one.truth.argmax(1), one.scores.argmax(1)), 1)
-    return matrix

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from statistics import stdev
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.evaluation.config import EvalConfig
+from byola_fast.evaluation.probe import Scores, class_scores, headline, macro
+from byola_fast.evaluation.tasks import Task
+from byola_fast.runtime.figures import new_figure, save_figure, short_name
+from byola_fast.runtime.files import file_sha256
 
 COLUMNS = [
     *("date", "task", "encoder", "weights", "weights_sha256", "network", "feature_d"),
@@ -56,3 +64,181 @@ def percent(value: float | None) -> str:
 def spread(values: list[float]) -> float | None:
     """Return the unbiased standard deviation; None of a single value."""
     return stdev(values) if len(values) > 1 else None
+
+
+WRITTEN_CLASSES = 30  # of a confusion matrix whose shares are written as numbers too
+
+
+def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title: str = "") -> None:
+    """Draw a confusion matrix: for each class (row), which share of its clips was taken for which class (column).
+
+    Args:
+        path: picture to write; its suffix is the format.
+        matrix: ``(classes, classes)`` counts.
+        classes: their names.
+        title: one line above it.
+
+    Raises:
+        ImportError: matplotlib is missing; says how to install it.
+    """
+    import numpy as np
+
+    counts = np.asarray(matrix)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(2.5 + 0.42 * len(classes), 24.0)
+    figure = new_figure(width=size + 1.0, height=size)
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(classes))
+    names = [short_name(name) for name in classes]
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    if len(classes) <= WRITTEN_CLASSES:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            told = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, told, ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the class")
+    if title:
+        axes.set_title(title, fontsize=10, loc="left")
+    save_figure(figure, path)
+
+
+class EvalResult(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        score: accuracy, or mean average precision of a multi-label task, in [0, 1]: the mean over seeds and folds.
+        macro: mean over classes of their accuracy; equals ``score`` for a multi-label task.
+        by_seed: the score of each seed.
+        line: what was appended to results.csv.
+        report: all of it, for people.
+        picture: the confusion matrix; None for a multi-label task.
+    """
+
+    score: float
+    macro: float
+    by_seed: list[float]
+    line: dict[str, Any]
+    report: str
+    picture: Path | None
+
+
+def _report(
+    config: EvalConfig,
+    out: Path,
+    task: Task,
+    embedder: Embedder,
+    found: list[list[Scores]],
+    left_out: list[str],
+    clips_per_sec: float,
+) -> EvalResult:
+    multi = task.multi_label
+    by_round = [[headline(one.truth, one.scores, multi) for one in runs] for runs in found]
+    macros = [fmean(macro(one.truth, one.scores, multi) for one in runs) for runs in found]
+    by_seed = [fmean(values) for values in by_round]
+    by_fold = [fmean(values) for values in zip(*by_round, strict=True)]
+    metric = "mAP" if multi else "accuracy"
+    strengths = sorted({one.strength for runs in found for one in runs})
+    counts, encoder = task.counts(), config.encoder
+    line = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "task": task.name,
+        "encoder": encoder,
+        "weights": config.weights or "",
+        "weights_sha256": file_sha256(Path(config.weights)) if config.weights else "",
+        "network": type(embedder.encoder).__name__,
+        "feature_d": embedder.feature_d,
+        "metric": metric,
+        "score_percent": percent(fmean(by_seed)),
+        "std_over_seeds": percent(spread(by_seed)),
+        "std_over_folds": percent(spread(by_fold)),
+        "macro_percent": percent(fmean(macros)),
+        "macro_std_over_seeds": percent(spread(macros)),
+        "seeds": len(found),
+        "folds": len(task.folds) or "",
+        **{part: "" if task.folds else counts[part] for part in ("train", "valid", "test")},
+        "classes": len(task.classes),
+        "left_out": "; ".join(left_out),
+        "C": " ".join(f"{strength:g}" for strength in strengths),
+        "stats_mean": f"{embedder.stats[0]:.4f}",
+        "stats_std": f"{embedder.stats[1]:.4f}",
+        "pad_sec": config.pad_sec,
+        "dtype": config.dtype,
+        "clips_per_sec": f"{clips_per_sec:.0f}",
+    }
+    picture = None
+    if not multi:
+        picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else encoder}-confusion.png"
+        title = f"{task.name}, {encoder}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
+        draw_confusion(picture, _confusion(task, found), task.classes, title)
+    append_result(out / "results.csv", line)
+    report = "\n".join(_tell(config, task, found, line, left_out, picture))
+    return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, picture)
+
+
+def _tell(
+    config: EvalConfig,
+    task: Task,
+    found: list[list[Scores]],
+    line: dict[str, Any],
+    left_out: list[str],
+    picture: Path | None,
+) -> Iterator[str]:
+    counts = ", ".join(f"{part}: {count}" if task.folds else f"{part} {count}" for part, count in task.counts().items())
+    counts = f"folds {counts}" if task.folds else counts
+    yield f"task        {task.name}: {len(task.file_names)} clips, {len(task.classes)} classes; {counts}"
+    for words in left_out:
+        yield f"left out    {words}"
+    what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.encoder]
+    width = f"{line['network']}, {line['feature_d']}-d"
+    yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
+    for words in _protocol(task, line):
+        yield f"protocol    {words}"
+    seeds = (
+        f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, nothing is drawn"
+    )
+    folds = f", over {line['folds']} folds {line['std_over_folds']}" if task.folds else ""
+    yield f"{line['metric']:11s} {line['score_percent']} % ({seeds}{folds})"
+    if not task.multi_label:
+        varied = f" (std over seeds {line['macro_std_over_seeds']})" if len(found) > 1 else ""
+        yield f"macro       {line['macro_percent']} %{varied}"
+    yield f"speed       {line['clips_per_sec']} clips/s, decoding included"
+    yield ""
+    size = max(5, *(len(label) for label in task.classes))
+    yield f"{'class':{size}}  {'clips':>6}  {'AP' if task.multi_label else 'accuracy':>8}"
+    tables = [class_scores(one.truth, one.scores, task.multi_label) for runs in found for one in runs]
+    for k, label in enumerate(task.classes):
+        values = [table[k][0] for table in tables]
+        seen = [value for value in values if value is not None]
+        clips = sum(table[k][1] for table in tables) // len(found)
+        yield f"{label:{size}}  {clips:6}  {percent(fmean(seen)) if seen else '-':>8}"
+    yield ""
+    if picture is not None:
+        yield f"confusion matrix: {picture}"
+    yield f"results: {Path(config.out) / 'results.csv'}"
+
+
+def _protocol(task: Task, line: dict[str, Any]) -> Iterator[str]:
+    kind = "binary logistic regressions" if task.multi_label else "logistic regression"
+    yield f"{kind} on standardised embeddings, C = {line['C']}; clips padded to {line['pad_sec']} s"
+    if len(task.folds) > 2:
+        yield "one fold left out at a time; C chosen on another fold, drawn by the seed; then all others learnt from"
+    elif task.folds:
+        yield "one fold left out at a time; C chosen on a fifth of the other, drawn by the seed; then all learnt from"
+    elif line["valid"]:
+        yield "C chosen on valid, having learnt from train; then both learnt from; tested on test"
+    else:
+        yield "C chosen on a fifth of train, drawn by the seed; then all of it learnt from; tested on test"
+
+
+def _confusion(task: Task, found: list[list[Scores]]) -> Any:
+    """Return ``(classes, classes)``: how many clips of a class (row) were taken for which (column), over all seeds."""
+    import numpy as np
+
+    matrix = np.zeros((len(task.classes),) * 2, np.int64)
+    for one in (one for runs in found for one in runs):
+        np.add.at(matrix, (one.truth.argmax(1), one.scores.argmax(1)), 1)
+    return matrix

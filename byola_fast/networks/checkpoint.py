@@ -12,11 +12,9 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
 
-from byola_fast.runtime.files import some_of, write_whole
+from byola_fast.runtime.files import write_whole
 
-WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
 ZIP = b"PK\x03\x04"  # what an archive begins with
 BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
@@ -74,92 +72,6 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     return dict(content)
 
 
-def save_encoder(
-    path: str | Path, encoder: nn.Module, *, config: Mapping[str, Any], stats: tuple[float, float] | None
-) -> None:
-    """Write an encoder alone, with what is needed to use it: ``state_dict``, ``config`` and ``stats``.
-
-    Args:
-        path: file to write. ``.pth`` or ``.pt``: a dict of the three, for ``torch.load``. ``.safetensors``: the
-            weights, and the other two as JSON in the metadata, under "byola_fast".
-        encoder: its weights are stored contiguous and on the CPU.
-        config: plain values that say what the encoder is and which log-mel spectrograms it expects; see
-            ``byola_fast.networks.encoder_file.describe_encoder``.
-        stats: (mean, std) of the pre-normalisation that it was trained with.
-
-    Raises:
-        CheckpointError: as ``save_checkpoint``; another suffix; for safetensors, values that JSON cannot hold.
-    """
-    path = Path(path)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    described = {"config": dict(config), "stats": None if stats is None else [float(value) for value in stats]}
-    if path.suffix in (".pth", ".pt"):
-        save_checkpoint(path, {"state_dict": weights} | described)
-    elif path.suffix == SAFETENSORS:
-        from safetensors.torch import save  # here, as importing byola_fast needs torch alone
-
-        try:
-            metadata = {METADATA: json.dumps(described)}
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
-        write_checked(path, lambda file: file.write(save(weights, metadata)))
-    else:
-        raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors, which chooses the format")
-
-
-def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Load weights into an encoder, from a bare state dict, a wrapped one, or a whole training checkpoint.
-
-    Wrappers ``state_dict`` and ``model`` are opened. Where every name carries a prefix ("module.", "encoder.",
-    "online.encoder." and so on), the names under it are used; of several, the one that fits best and, for equals, one
-    that is not the target's.
-
-    Args:
-        encoder: keeps its device and dtype.
-        path: any file that ``load_checkpoint`` reads, safetensors included.
-
-    Raises:
-        CheckpointError: as ``load_checkpoint``; or weights are missing, unexpected or of another shape, with names.
-            The encoder is then unchanged.
-    """
-    fit_weights(encoder, named_tensors(load_checkpoint(path)), path)
-
-
-def named_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in a loaded file, its wrappers opened.
-
-    >>> sorted(named_tensors({"model": {"state_dict": {"a": torch.zeros(1)}}, "epoch": 3}))
-    ['a']
-    """
-    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]
-    return {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
-
-
-def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load named tensors, under whatever prefix they are, into an encoder; see ``load_encoder_weights``.
-
-    Raises:
-        CheckpointError: they do not fit; names the file they come from. The encoder is then unchanged.
-    """
-    wanted = encoder.state_dict()
-    prefix = _best_prefix(tensors, wanted)
-    given = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in wanted]
-    shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    told = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
-    if told:
-        raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(told))
-    encoder.load_state_dict(given, strict=False)  # all that may be absent are counters of batches
-
-
 def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
@@ -209,17 +121,6 @@ def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a write fails inside its own code
         kept = "; the file of that name is unchanged" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
-
-
-def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Return the prefix under which most wanted names are found; "" where none is."""
-    hits: dict[str, int] = {}
-    for name in tensors:
-        for end in wanted:
-            if name == end or name.endswith("." + end):
-                prefix = name.removesuffix(end)
-                hits[prefix] = hits.get(prefix, 0) + 1
-    return max(hits, key=lambda prefix: (hits[prefix], "target" not in prefix, -len(prefix)), default="")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

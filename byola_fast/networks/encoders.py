@@ -50,6 +50,10 @@ class AudioNTT(nn.Module):
         """Return one embedding for each sample: ``(B, 1, F, T)`` to ``(B, feature_d)``."""
         return pool_frames(self.forward_frames(x))
 
+    def running_pool(self) -> RunningMaxMean:
+        """Return what pools the frames of a long sound, which come in pieces."""
+        return RunningMaxMean()
+
     def _local(self, x: Tensor) -> Tensor:
         """``(B, 1, F, T)`` to ``(B, T // frame_stride, local_d)``, mels outermost, channels innermost."""
         check.is_float("x", x)
@@ -244,3 +248,22 @@ def pool_frames(frames: Tensor) -> Tensor:
     tensor([[5.]])
     """
     return frames.amax(1) + frames.mean(1)
+
+
+class RunningMaxMean:
+    """Pool frames that come in pieces: the ``max + mean`` of ``pool_frames``, with the sum in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.largest = self.total = torch.zeros(())
+
+    def add(self, frames: Tensor) -> None:
+        """Add ``(n, d)``."""
+        largest, total = frames.float().amax(0), frames.double().sum(0)
+        self.largest = torch.maximum(self.largest, largest) if self.count else largest
+        self.total = self.total + total if self.count else total
+        self.count += len(frames)
+
+    def result(self) -> Tensor:
+        """Return ``(d,)`` float32."""
+        return self.largest + (self.total / self.count).float()

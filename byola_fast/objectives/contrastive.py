@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from byola_fast.networks.ema import EMA
 from byola_fast.objectives.learner import MLP, Learner, Output, feature_width, to_watch
 from byola_fast.objectives.losses import bilinear_loss, directions, info_nce_loss, nt_xent_loss
-from byola_fast.runtime.gather import gather_rows
+from byola_fast.runtime.distributed import gather_rows
 
 
 class SimCLR(Learner):

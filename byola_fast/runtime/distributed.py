@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -98,33 +98,6 @@ class World:
         return DistributedDataParallel(learner, devices, gradient_as_bucket_view=True, **settings)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of this process: with "auto" and "cuda" its own of several GPUs.
-
-    Raises:
-        ValueError: no device of that name, or not here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device: expected one that is here, got {name!r} where torch finds no CUDA")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
-        return device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # as this build of torch puts it
-        raise ValueError(f"device: expected one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 @contextmanager
 def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
     """Join the processes that torchrun started (it sets RANK and WORLD_SIZE), and leave them at the end.
@@ -175,3 +148,45 @@ def explain_loss(world: World, told: Callable[[], str]) -> Iterator[None]:
             raise
         why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]  # without the place in gloo
         raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {told()}") from error
+
+
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all ranks, in the order of ranks, and the number of this rank's first row among them.
+
+    The rows themselves and 0 where torch.distributed is not initialised or has one rank.
+
+    Args:
+        x: this rank's rows; every rank gives equally many.
+
+    Shape:
+        x ``(B, size)`` to ``(world_size * B, size)``.
+
+    Autograd:
+        To x, on every rank: the sum over ranks of the gradients of its rows. So where each rank's loss is the mean over
+        its own rows, DistributedDataParallel's mean over ranks is the gradient of the mean over all.
+
+    >>> gather_rows(torch.ones(2, 3))[0].shape
+    torch.Size([2, 3])
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return x, 0
+    from torch.distributed import _functional_collectives as collectives  # what torch.compile traces, backward too
+
+    names = ("all_gather_single_autograd", "all_gather_tensor_autograd")  # since torch 2.14, and before
+    all_gather = next(getattr(collectives, name) for name in names if hasattr(collectives, name))
+    rows: Tensor = all_gather(x.contiguous(), 0, distributed.group.WORLD)
+    return rows, distributed.get_rank() * x.shape[0]
+
+
+def concat_ranks(x: Tensor) -> Tensor:
+    """Return the rows of all ranks, in order and without gradients: ``(B, ...)`` to ``(world_size * B, ...)``.
+
+    torch.distributed is initialised, and every rank calls this with one shape.
+    """
+    distributed = torch.distributed
+    names = ("all_gather_single", "all_gather_into_tensor")  # since torch 2.14, and before
+    all_gather = next(getattr(distributed, name) for name in names if hasattr(distributed, name))
+    rows = x.new_empty(distributed.get_world_size() * x.shape[0], *x.shape[1:])
+    all_gather(rows, x.detach().contiguous())
+    return rows

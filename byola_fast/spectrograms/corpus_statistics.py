@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from byola_fast.audio.batches import Batches, as_float, open_source
-from byola_fast.audio.reading import SegmentFolder
+from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.runtime.files import write_whole
 from byola_fast.runtime.progress import Progress

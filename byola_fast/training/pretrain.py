@@ -15,25 +15,27 @@ from torch import Tensor, nn
 
 from byola_fast.audio.batches import Batches, as_float, open_source
 from byola_fast.audio.demo_corpus import write_demo_corpus
-from byola_fast.audio.reading import SegmentFolder
+from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.networks.encoder_file import describe_encoder
 from byola_fast.networks.encoders import AudioNTT, make_encoder
 from byola_fast.objectives.registry import make_learner
-from byola_fast.runtime.device import keep_freed_memory
-from byola_fast.runtime.distributed import World, explain_loss, join, pick_device
+from byola_fast.runtime.device import keep_freed_memory, pick_device
+from byola_fast.runtime.distributed import World, explain_loss, join
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.training.config import PretrainConfig
-from byola_fast.training.cuda_graph import StageTimes, Step, graph_step, use_graph
+from byola_fast.training.cuda_graph import Step, graph_step, use_graph
+from byola_fast.training.curves import draw_training
 from byola_fast.training.run_folder import RunFolder, RunState
 from byola_fast.training.schedules import set_learning_rate
+from byola_fast.training.stage_times import StageTimes
 from byola_fast.training.watch import Watch
 from byola_fast.views.augment import Augment
+from byola_fast.views.explain import explain_views
 from byola_fast.views.params import resolve_settings
-from byola_fast.views.pictures import draw_training, draw_views
-from byola_fast.views.show import explain_views
+from byola_fast.views.pictures import draw_views
 
 logger = logging.getLogger("byola_fast")
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_encoder
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from byola_fast.networks.encoder_file import save_encoder
 from byola_fast.runtime.distributed import World
 from byola_fast.runtime.files import lock, write_whole
 from byola_fast.training.config import PretrainConfig, differing_settings

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from byola_fast.objectives.losses import collapse_std, effective_rank
+from byola_fast.objectives.collapse import collapse_std, effective_rank
 from byola_fast.runtime.distributed import World
 from byola_fast.runtime.progress import Progress
 from byola_fast.training.config import PretrainConfig

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import check_out, without_channel
-from byola_fast.runtime.gather import concat_ranks
+from byola_fast.runtime.distributed import concat_ranks
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams, Settings, resolve_settings

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from byola_fast import ops
-from byola_fast.audio.reading import (
-    AudioError,
-    SegmentFolder,
-    audio_duration,
-    fit_segment,
-    list_audio_files,
-    read_audio,
-)
-from byola_fast.ops.reference import pre_norm_reference
+from byola_fast.audio.reading import AudioError, audio_duration, list_audio_files, read_audio
+from byola_fast.audio.segments import SegmentFolder, fit_segment
 from byola_fast.spectrograms.log_mel import LogMel
-from byola_fast.spectrograms.statistics import batch_stats, given_stats
-from byola_fast.views.augment import augment
-from byola_fast.views.params import resolve_settings
-from byola_fast.views.pictures import Panel, ViewSteps, draw_views
+from byola_fast.views.explain import explain_views
+from byola_fast.views.pictures import draw_views
 
 logger = logging.getLogger("byola_fast")
 
@@ -76,45 +65,6 @@ def show(
     return Path(out)
 
 
-def explain_views(
-    lms: Tensor,
-    names: Sequence[str],
-    *,
-    samples: int,
-    preset: str,
-    seed: int,
-    stats: tuple[float, float] | None = None,
-    **settings: Any,
-) -> list[Panel]:
-    """Augment a batch and retrace, for its first samples, each step that led to their views.
-
-    Args:
-        lms: ``(B, 1, F, T)``.
-        names: of the B segments.
-        samples: how many panels to make, at most B.
-        preset, seed, stats, settings: as in ``augment``.
-    """
-    chosen = resolve_settings(preset, settings)
-    view1, view2, params = augment(lms, preset=preset, stats=stats, seed=seed, return_params=True, **settings)
-    views = torch.stack([view1, view2])[:, :, 0]
-    x = pre_norm_reference(lms, batch_stats(lms) if stats is None else given_stats(stats, lms.device))[:, 0]
-    canvas = ops.canvas_size(x.shape[1], x.shape[2], chosen.virtual_crop_scale)
-
-    def steps(view: int, sample: int) -> ViewSteps:
-        row, lam = int(params.bank_index[view, sample]), params.lam[view, sample]
-        partner = x[row] if row >= 0 else None
-        mix = x[sample] if partner is None else ops.log_mixup_exp(x[sample, None], partner[None], lam[None])[0]
-        i, j, h, w = params.crop[view, sample].tolist()
-        head, tail = params.fader[view, sample].tolist()
-        name = names[row] if row >= 0 else ""
-        return ViewSteps(float(lam), partner, name, mix, (i, j, h, w), (head, tail), views[view, sample])
-
-    return [
-        Panel(names[sample], x[sample], (steps(0, sample), steps(1, sample)), canvas)
-        for sample in range(min(samples, len(lms)))
-    ]
-
-
 def _segments_of_file(
     path: Path, count: int, unit_sec: float, sample_rate: int, seed: int
 ) -> tuple[list[str], list[Tensor]]:
@@ -152,3 +102,26 @@ def _segments_of_folder(
 def _shuffled(count: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
+
+
+@dataclass
+class ShowConfig:
+    """Settings of a picture of views.
+
+    Attributes:
+        out: picture to write; its suffix is the format (png, pdf, svg).
+        samples: segments to draw; by default 1 of a file and 3 of a folder.
+        preset: "byola-v1" (mixup up to 0.4) or "byola-v2" (mixup up to 0.2, and a random linear fader).
+        interpolation: of the resized crops: "bilinear" or "bicubic".
+        unit_sec: length of a segment, in seconds.
+        sample_rate: rate that audio is resampled to, in Hz.
+        seed: picks files, segments and parameters; the same seed draws the same picture.
+    """
+
+    out: str = "views.png"
+    samples: int | None = None
+    preset: str = "byola-v1"
+    interpolation: str = "bilinear"
+    unit_sec: float = 0.95
+    sample_rate: int = 16000
+    seed: int = 0

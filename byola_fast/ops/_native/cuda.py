@@ -16,7 +16,7 @@ import torch
 
 from byola_fast.ops import _dispatch
 from byola_fast.ops._dispatch import Backend, BackendError
-from byola_fast.ops._native import cpu
+from byola_fast.ops._native import build
 
 CUDA_OPS = ("ema_update_",)
 NAME = "byola_fast_cuda"
@@ -57,13 +57,13 @@ def flags() -> list[str]:
 
 def sources() -> list[Path]:
     """Return what is compiled for CUDA."""
-    folder = cpu.source_folder()
+    folder = build.source_folder()
     return sorted([*folder.glob("*.cu"), *folder.glob("*_cuda.cpp")])
 
 
 def build_name() -> str:
     """Return the name of the build that fits this torch, Python, GPUs and these sources."""
-    return cpu.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
+    return build.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
 
 
 def prepare() -> Path:
@@ -83,7 +83,7 @@ def prepare() -> Path:
         "extra_cuda_cflags": flags(),
         "is_python_module": False,
     }
-    return cpu.build_once(build_name(), "CUDA", arguments, build_environment)
+    return build.build_once(build_name(), "CUDA", arguments, build_environment)
 
 
 def register(library: Path) -> None:
@@ -107,4 +107,4 @@ def build_environment() -> dict[str, str]:
     if nvcc is None:
         raise BackendError("nvcc was not found: install the CUDA toolkit, put nvcc on PATH or set CUDA_HOME")
     named = {"CUDA_HOME": str(cuda_home(nvcc)), "TORCH_CUDA_ARCH_LIST": architectures()}
-    return cpu.build_environment() | named
+    return build.build_environment() | named

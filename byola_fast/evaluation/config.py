@@ -1,0 +1,47 @@
+"""The settings of a linear evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EvalConfig:
+    """Settings of a linear evaluation.
+
+    Attributes:
+        task: CSV file: file_name, label, and split (train, valid, test) or fold; labels with commas are several.
+        weights: file of an encoder; for encoder "random" it gives the network and the front end alone.
+        audio: folder that file names are relative to; by default the folder audio beside the CSV file, or its own.
+        out: folder for results.csv (one line is appended), the confusion matrix, and embeddings to be used again.
+        encoder: "trained", or a baseline: "random" (the network before training, a new one for each seed) or
+            "melstats" (mean, standard deviation and maximum over time of the log-mels).
+        network: of a random encoder without weights: "AudioNTT2020" or "AudioNTT2022".
+        feature_d: width of a random encoder without weights.
+        stats: mean and standard deviation that log-mels are normalised with: "weights" (those that the weights hold),
+            "task" (of the task's training part; of all clips where it has folds), or a JSON file of "byola-fast stats".
+            By default "weights" for trained encoders, "task" for baselines.
+        seeds: how many to take mean and spread over; they draw random encoders and, where the task has no valid part,
+            what the probe is chosen on.
+        pad_sec: shorter clips get zeros at their end, up to this length in seconds.
+        keep_going: leave out clips that are missing or broken or have no label, and go on where the training part lacks
+            a class (its clips then count as errors), in place of stopping.
+        dtype: that the encoder computes in: "float32" or "bfloat16".
+        device: that computes, as torch names it; by default the GPU where there is one.
+        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
+    """
+
+    task: str
+    weights: str | None = None
+    audio: str | None = None
+    out: str = "eval"
+    encoder: str = "trained"
+    network: str = "AudioNTT2020"
+    feature_d: int = 512
+    stats: str | None = None
+    seeds: int = 3
+    pad_sec: float = 0.95
+    keep_going: bool = False
+    dtype: str = "float32"
+    device: str | None = None
+    workers: int | None = None

@@ -1,0 +1,76 @@
+"""How to tell whether training has collapsed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from byola_fast.objectives.losses import _is_batch, directions
+from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import compute_dtype
+
+
+def collapse_std(z: Tensor) -> Tensor:
+    """Measure collapse: ``sqrt(size)`` times the mean over dimensions of the std over the batch of ``z / |z|``.
+
+    1 where directions are spread evenly, 0 where every sample has the same one.
+
+    Args:
+        z: embeddings or projections of one batch.
+
+    Shape:
+        ``(B, size)`` with B of at least 2; returns a 0-d tensor, in [0, 1] up to sampling noise.
+
+    Raises:
+        TypeError: not floating point. ValueError: another rank, or fewer than two samples.
+
+    Source:
+        SimSiam, arXiv:2011.10566, section 4.1.
+
+    >>> collapse_std(torch.ones(8, 4))
+    tensor(0.)
+    >>> bool(collapse_std(torch.randn(4096, 16)) > 0.95)
+    True
+    """
+    check.is_float("z", z)
+    _is_batch("z", z, least=2)
+    spread: Tensor = directions(z).std(0).mean() * z.shape[1] ** 0.5
+    return spread
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """Measure collapse onto few dimensions: the exponential of the entropy of the singular values.
+
+    ``exp(-sum p log p)`` with ``p = singular values of z / their sum``: 1 where all rows are multiples of one vector,
+    the smaller of B and size where they spread equally over all directions.
+
+    Args:
+        z: embeddings or projections, as many as can be had: it cannot exceed B. Not centred here: subtract the mean
+            beforehand to leave a common offset out.
+
+    Shape:
+        ``(B, size)`` with B of at least 1; returns a 0-d tensor, 1 to min(B, size). NaN where z is not finite.
+
+    Raises:
+        TypeError: not floating point. ValueError: another rank, or no sample.
+
+    Numerics:
+        A singular value decomposition, which waits for a GPU: for use now and then, not in every step. Half precision
+        is computed in float32. 1 for zeros.
+
+    Source:
+        O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+
+    >>> round(effective_rank(torch.eye(4)).item(), 3), round(effective_rank(torch.ones(8, 4)).item(), 3)
+    (4.0, 1.0)
+    """
+    check.is_float("z", z)
+    _is_batch("z", z)
+    with torch.autocast(z.device.type, enabled=False):
+        wide = z.to(compute_dtype(z.dtype))
+        if not bool(wide.isfinite().all()):
+            return torch.full((), float("nan"), dtype=wide.dtype, device=z.device)
+        values = torch.linalg.svdvals(wide)
+        share = values / values.sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        rank: Tensor = (-torch.xlogy(share, share).sum()).exp()
+    return rank

@@ -1,0 +1,316 @@
+"""Linear evaluation: protocols, metrics against hand counts, baselines, and what stops it."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from helpers.tasks import PITCHES, make_task, write_task, write_tone
+
+from byola_fast import AudioNTT2020, LogMel, cli
+from byola_fast.evaluation import evaluate as module
+from byola_fast.evaluation.config import EvalConfig
+from byola_fast.evaluation.evaluate import run_eval
+from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
+from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
+from byola_fast.networks.encoder_file import describe_encoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def split_task(tmp_path_factory):
+    labels = [name for _ in range(10) for name in PITCHES]
+    part = lambda n: ("train", "train", "train", "valid", "test")[n // 3 % 5]  # noqa: E731
+    return make_task(tmp_path_factory.mktemp("split"), labels, part, "file_name,label,split")
+
+
+@pytest.fixture(scope="module")
+def fold_task(tmp_path_factory):
+    labels = [name for _ in range(8) for name in PITCHES]
+    part = lambda n: f"speaker{n // 3 % 4}"  # noqa: E731
+    return make_task(tmp_path_factory.mktemp("fold"), labels, part, "file_name,label,fold")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path, encoder = tmp_path / "encoder.pth", AudioNTT2020(16, 32)
+    save_encoder(path, encoder, config=describe_encoder(encoder, LogMel(n_mels=16)), stats=(-7.1, 4.2))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def few_segments(monkeypatch):
+    monkeypatch.setattr(module, "STATS_SEGMENTS", 40)
+
+
+def evaluate(task, tmp_path, **settings):
+    return run_eval(EvalConfig(str(task), out=str(tmp_path / "out"), workers=0, **settings))
+
+
+def lines_of(tmp_path) -> list[dict[str, str]]:
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_split_with_weights(split_task, tmp_path, weights):
+    result = evaluate(split_task, tmp_path, weights=weights)
+    assert result.score > 0.8
+    assert result.by_seed == [result.score]  # nothing is drawn
+    assert result.picture == tmp_path / "out" / "tones-encoder-confusion.png"
+    assert result.picture.stat().st_size > 5000
+    for words in ("30 clips, 3 classes; train 18, valid 6, test 6", "C chosen on valid", "one run", "macro", "clips/s"):
+        assert words in result.report
+    (line,) = lines_of(tmp_path)
+    assert (line["task"], line["metric"], line["network"], line["feature_d"]) == (
+        "tones",
+        "accuracy",
+        "AudioNTT2020",
+        "32",
+    )
+    assert (line["train"], line["valid"], line["test"], line["stats_mean"]) == ("18", "6", "6", "-7.1000")
+    assert float(line["score_percent"]) == pytest.approx(100 * result.score, abs=0.05)
+
+
+@pytest.mark.slow
+def test_folds_seeds_and_baselines(fold_task, tmp_path, weights, monkeypatch):
+    melstats = evaluate(fold_task, tmp_path, encoder="melstats", seeds=2)
+    assert melstats.score > 0.9
+    random = evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+    assert random.line["feature_d"] == 32  # the network of the weights
+    again = evaluate(fold_task, tmp_path, encoder="random", feature_d=16, seeds=1)
+    assert (again.line["feature_d"], again.line["folds"], again.line["train"]) == (16, 4, "")
+    assert "one fold left out at a time; C chosen on another fold" in melstats.report
+    assert "; folds speaker0: 6, speaker1: 6, speaker2: 6, speaker3: 6\n" in random.report
+    assert "std over 2 seeds" in random.report
+    assert "over 4 folds" in random.report
+    assert len(random.by_seed) == 2
+    assert [line["encoder"] for line in lines_of(tmp_path)] == ["melstats", "random", "random"]
+    means = {line["stats_mean"] for line in lines_of(tmp_path)}
+    assert len(means) == 2  # of 16 and of 64 mels: the statistics are the task's, not the weights'
+    assert "-7.1000" not in means
+
+    monkeypatch.setattr(module, "embed_clips", lambda *_args, **_words: pytest.fail("embedded again"))
+    kept = evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+    assert kept.by_seed == random.by_seed
+    with pytest.raises(pytest.fail.Exception):
+        evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights, pad_sec=2.0)
+    for path in (tmp_path / "out" / "embeddings").glob("*.npz"):
+        os.truncate(path, 300)
+    with pytest.raises(pytest.fail.Exception):  # damaged ones are made anew
+        evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+
+
+def test_multi_label(tmp_path):
+    names = ["low", "mid", "high", "low,mid", "low, high", "mid,high"] * 6
+    part = lambda n: ("train", "train", "test")[n // 6 % 3]  # noqa: E731
+    task = make_task(tmp_path / "task", names, part, "file_name,label,split")
+    result = evaluate(task, tmp_path, encoder="melstats", seeds=2)
+    assert result.score > 0.9
+    assert (result.line["metric"], result.picture) == ("mAP", None)
+    assert "binary logistic regressions" in result.report
+    assert "C chosen on a fifth of train" in result.report
+    assert "accuracy" not in result.report
+
+
+def test_what_is_left_out(split_task, tmp_path, caplog):
+    audio, lines = split_task.parent / "audio", split_task.read_text().splitlines()
+    (tmp_path / "audio").mkdir()
+    for path in audio.iterdir():
+        if path.name not in ("0.wav", "5.wav"):
+            (tmp_path / "audio" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "audio" / "7.wav").write_text("no audio")
+    (tmp_path / "audio" / "8.wav").write_bytes(b"")
+    lines[1 + 10] = "10.wav,,train"
+    task = write_task(tmp_path / "csv", lines[0], lines[1:])
+    settings = {"encoder": "melstats", "audio": str(tmp_path / "audio")}
+    with pytest.raises(TaskError, match="1 lines without label: 12; --keep_going"):
+        evaluate(task, tmp_path, **settings)
+    task = write_task(tmp_path / "csv", lines[0], [*lines[1:11], *lines[12:]])
+    with pytest.raises(TaskError, match=r"2 of 29 files missing in .*audio, first 0.wav; --keep_going"):
+        evaluate(task, tmp_path, **settings)
+    for number in (0, 5):
+        (tmp_path / "audio" / f"{number}.wav").write_bytes((audio / f"{number}.wav").read_bytes())
+    with pytest.raises(TaskError, match=r"2 broken files, 7\.wav: not audio"):
+        evaluate(task, tmp_path, **settings)
+    assert not (tmp_path / "out" / "results.csv").exists()
+    for number in (0, 5):
+        (tmp_path / "audio" / f"{number}.wav").unlink()
+    task = write_task(tmp_path / "csv", lines[0], lines[1:])
+    with caplog.at_level(logging.WARNING, "byola_fast"):
+        result = evaluate(task, tmp_path, keep_going=True, **settings)
+    assert result.line["left_out"].count(";") == 2
+    assert "25 clips" in result.report
+    assert {name for name in ("0.wav", "5.wav", "7.wav", "8.wav") if name in caplog.text} == {
+        "0.wav",
+        "5.wav",
+        "7.wav",
+        "8.wav",
+    }
+
+
+def test_a_wrong_folder_names_a_few_files(split_task, tmp_path, caplog):
+    with pytest.raises(TaskError, match=r"30 of 30 files missing in "):
+        evaluate(split_task, tmp_path, encoder="melstats", audio=str(tmp_path))
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["missing:"] * (NAMED + 1)
+    assert caplog.records[-1].getMessage() == f"missing: {30 - NAMED} more"
+
+
+def test_class_that_the_training_part_lacks(split_task, tmp_path):
+    lines = [line for line in split_task.read_text().splitlines() if not ('"high"' in line and "train" in line)]
+    task = write_task(tmp_path / "csv", lines[0], lines[1:])
+    settings = {"encoder": "melstats", "audio": str(split_task.parent / "audio")}
+    with pytest.raises(TaskError, match="1 of 3 classes absent from split train: high; --keep_going counts"):
+        evaluate(task, tmp_path, **settings)
+    result = evaluate(task, tmp_path, keep_going=True, **settings)
+    assert result.score <= 4 / 6 + 1e-9
+    assert "high        2       0.0" in result.report
+
+
+def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for number in range(12):
+        label = ("low", "high")[number % 2]
+        samples = (1, 100, 5000, 40000)[number // 2 % 4]
+        write_tone(tmp_path / "task" / "audio" / f"{number}.wav", label, generator, samples)
+        lines.append(f"{number}.wav,{label},{number // 4}")
+    task = write_task(tmp_path / "task", "file_name,label,fold", lines)
+    assert 0 <= evaluate(task, tmp_path, encoder="random", feature_d=8, seeds=1, pad_sec=0.0).score <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file_name,label\na,b\n", "expected columns file_name, label, and split or fold, got file_name, label"),
+        ("file_name,label,split,fold\na,b,train,1\n", "split or fold"),
+        ("", "expected columns"),
+        ("file_name,label,split\na,x,train\na,y,test\n", "1 files listed more than once: a"),
+        ("file_name,label,split\na,x,train\nb,y,exam\n", "expected train, valid or test, got exam"),
+        ("file_name,label,split\na,x,train\nb,y,valid\n", "no clip of split test"),
+        ("file_name,label,fold\na,x,1\nb,y,1\n", "at least two folds, got 1"),
+        ("file_name,label,split\na,x,train\nb,x,test\n", "at least two labels, got x"),
+        ("file_name,label,split\na,x,train\nb,,test\n,y,test\n", "1 lines without file_name: 4"),
+        ("file_name,label,split\na,x,train\nb\n", "1 lines without label: 3"),
+    ],
+)
+def test_refused_tasks(tmp_path, text, words):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(TaskError, match=words):
+        read_task(tmp_path / "t.csv")
+
+
+def test_refused_settings(split_task, fold_task, tmp_path):
+    for words, settings in {
+        "weights: expected a file": {},
+        "encoder: expected trained, random or melstats, got 'x'": {"encoder": "x"},
+        "seeds: expected at least 1": {"encoder": "random", "seeds": 0},
+        "stats: expected weights that hold": {"encoder": "random", "stats": "weights"},
+        "no such folder": {"encoder": "random", "audio": str(tmp_path / "none")},
+        "dtype: expected": {"encoder": "random", "dtype": "int8"},
+        "device: expected auto": {"encoder": "random", "device": "gpu"},
+        "device: expected one": {"encoder": "melstats", "device": "cuda:99"},
+    }.items():
+        with pytest.raises((ValueError, OSError), match=words):
+            evaluate(split_task, tmp_path, **settings)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_text("mine\n1\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        evaluate(split_task, tmp_path, encoder="melstats")
+    assert (tmp_path / "out" / "results.csv").read_text() == "mine\n1\n"
+    with pytest.raises(FileNotFoundError):
+        evaluate(tmp_path / "none.csv", tmp_path, encoder="melstats")
+
+
+def tasks(parts: list[str], labels: list[tuple[str, ...]]) -> Task:
+    folds = [] if set(parts) & {"train", "test"} else sorted(set(parts))
+    classes = sorted({label for own in labels for label in own})
+    return Task(
+        "t", [f"{n}" for n in range(len(parts))], labels, parts, classes, folds, any(len(x) > 1 for x in labels)
+    )
+
+
+def test_rounds():
+    labels = [(("a", "b")[n % 2],) for n in range(40)]
+    given = tasks(["train", "valid", "test", "train"] * 10, labels)
+    assert list(rounds(given, 0)) == list(rounds(given, 1))
+    (plan,) = rounds(given, 0)
+    assert (len(plan.train), len(plan.valid), len(plan.test)) == (20, 10, 10)
+
+    without = tasks(["train"] * 30 + ["test"] * 10, labels)
+    seen = [next(rounds(without, seed)) for seed in range(3)]
+    assert len({tuple(plan.valid) for plan in seen}) == 3
+    for plan in seen:
+        assert sorted(plan.train + plan.valid) == list(range(30))
+        assert [sum(labels[n] == (x,) for n in plan.valid) for x in "ab"] == [3, 3]
+        assert plan.test == list(range(30, 40))
+
+    folds = tasks([("x", "y", "z", "w")[n // 2 % 4] for n in range(40)], labels)
+    for plan, fold in zip(rounds(folds, 3), folds.folds, strict=True):
+        assert {folds.parts[n] for n in plan.test} == {fold}
+        assert len({folds.parts[n] for n in plan.valid}) == 1  # a whole fold, another one
+        assert sorted(plan.train + plan.valid + plan.test) == list(range(40))
+    two = tasks([("x", "y")[n // 2 % 2] for n in range(40)], labels)
+    for plan in rounds(two, 0):
+        assert (len(plan.train), len(plan.valid), len(plan.test)) == (16, 4, 20)
+
+
+def test_the_test_part_is_for_testing_alone():
+    rng = np.random.default_rng(0)
+    labels = [(("a", "b")[n % 2],) for n in range(60)]
+    task = tasks(["train", "train", "valid", "valid", "test", "test"] * 10, labels)
+    features = rng.standard_normal((60, 5)).astype(np.float32)
+    (plan,) = rounds(task, 0)
+    before = fit_probe(features, task, plan)
+    changed = features.copy()
+    changed[plan.test] = 100 * rng.standard_normal((20, 5))
+    after = fit_probe(changed, task, plan)
+    assert (after.strength, after.chosen_by) == (before.strength, before.chosen_by)
+    one = features.copy()
+    one[plan.test[1:]] = changed[plan.test[1:]]
+    assert np.array_equal(fit_probe(one, task, plan).scores[0], before.scores[0])
+
+
+def test_metrics_by_hand():
+    truth = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]], bool)
+    scores = np.array([[2, 1, 0], [0, 1, 0], [3, 1, 0], [0, 5, -np.inf]], float)
+    assert headline(truth, scores, False) == 3 / 4
+    assert macro(truth, scores, False) == pytest.approx((2 / 3 + 1) / 2)  # the third class does not occur
+    assert class_scores(truth, scores, False) == [(pytest.approx(2 / 3), 3), (1.0, 1), (None, 0)]
+    both = np.array([[1, 1], [0, 1], [1, 0]], bool)
+    ranked = np.array([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])
+    # class 0: hits at ranks 1 and 3: (1 + 2/3) / 2; class 1: hits at ranks 2 and 3: (1/2 + 2/3) / 2
+    assert headline(both, ranked, True) == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
+
+
+def test_two_classes_and_one_alone():
+    rng = np.random.default_rng(1)
+    labels = [(("a", "b")[n % 2],) for n in range(40)]
+    features = (rng.standard_normal((40, 3)) + 5 * np.array([[n % 2, 0, 0] for n in range(40)])).astype(np.float32)
+    task = tasks(["train", "train", "test", "test"] * 10, labels)
+    (plan,) = rounds(task, 0)
+    result = fit_probe(features, task, plan)
+    assert headline(result.truth, result.scores, False) == 1
+    only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
+    with pytest.raises(ValueError, match="one class alone"):
+        fit_probe(features, task, only)
+
+
+@pytest.mark.slow
+def test_from_the_command_line(split_task, tmp_path, weights, capsys):
+    out = str(tmp_path / "eval")
+    assert cli.main(["eval", str(weights), str(split_task), "--out", out]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert cli.main(["eval", "--encoder", "melstats", str(split_task), "--keep-going", "--out", out]) == 0
+    assert len((tmp_path / "eval" / "results.csv").read_text().splitlines()) == 3
+    assert cli.main(["eval", str(tmp_path / "none.pth"), str(split_task), "--out", out]) == cli.USAGE_ERROR
+    assert "none.pth" in capsys.readouterr().err
+
+    clips = str(split_task.parent / "audio")
+    assert cli.main(["embed", str(weights), clips, "--frames", "--out", str(tmp_path / "frames.npz")]) == 0
+    assert "0 broken" in capsys.readouterr().out
+    with np.load(tmp_path / "frames.npz") as written:
+        assert len(written["timestamps_ms"]) == len(written["embeddings"]) > 30

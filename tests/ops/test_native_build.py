@@ -1,0 +1,209 @@
+"""Compilation on first use, and whatever can happen to the cache: each case ends in a working package and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from byola_fast.ops import BackendError
+from byola_fast.ops._native import build, cpu
+
+pytestmark = pytest.mark.slow
+
+TINY = """
+#include <Python.h>
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "tiny", 0, -1, 0, 0, 0, 0, 0};
+PyMODINIT_FUNC PyInit_byola_fast_cpu(void) { return PyModule_Create(&definition); }
+"""
+PREPARE = """
+import sys, logging
+from pathlib import Path
+from byola_fast.ops._native import build, cpu
+build.source_folder = lambda: Path(sys.argv[1])
+print(cpu.prepare())
+"""
+AUGMENT = """
+import torch, byola_fast
+view1, _ = byola_fast.augment(torch.randn(2, 8, 12), seed=0)
+assert view1.isfinite().all()
+print(byola_fast.doctor().backends["CPU", "resize_crop"])
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Sources that compile in no time, and an empty cache."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "library.cpp").write_text(TINY)
+    monkeypatch.setattr(build, "source_folder", lambda: folder)
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
+    monkeypatch.setattr(cpu, "_module", cpu.module())  # put back what a test loads in its place
+    return folder
+
+
+def run(code, *arguments, **environment):
+    """Run a new Python process; drop what torch itself prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("byola_fast")]
+    return done, lines
+
+
+def test_a_build_is_announced_timed_and_cached(tiny, capsys):
+    library = cpu.prepare()
+    assert library.exists()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert told[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
+    assert told[0].endswith(" (half a minute or so)")
+    assert told[1].startswith("byola_fast: compiled in ")
+    assert cpu.prepare() == library
+    assert capsys.readouterr().err == ""
+
+
+def test_folders_with_a_space_and_beyond_ascii(tiny, tmp_path, monkeypatch):
+    environment = tmp_path / "an environment ü"
+    environment.symlink_to(sys.prefix)
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "a cache é"))
+    python = environment / Path(sys.executable).relative_to(sys.prefix)
+    code = "import torch; assert 'ment ü' in torch.__file__, torch.__file__" + PREPARE
+    done = subprocess.run([python, "-c", code, str(tiny)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).exists()
+
+
+def test_two_processes_that_start_together_build_once(tiny):
+    command = [sys.executable, "-c", PREPARE, str(tiny)]
+    together = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in together]
+    assert [process.returncode for process in together] == [0, 0]
+    assert answers[0][0] == answers[1][0]
+    assert sum(stderr.count("byola_fast: compiling") for _, stderr in answers) == 1
+
+
+def test_a_build_killed_half_way_is_done_again(tiny):
+    (tiny / "slow.cpp").write_text("#include <regex>\n#include <map>\n#include <iostream>\n")
+    command = [sys.executable, "-c", PREPARE, str(tiny)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folder = build.cache_folder() / cpu.build_name()
+    deadline = time.monotonic() + 60
+    while not (folder / "build.ninja").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / build.MARKER).exists()
+    (folder / "lock").touch()  # what some versions of torch leave behind
+    (folder / f"{cpu.NAME}.so").write_bytes(b"half a library")
+    (tiny / "slow.cpp").unlink()
+    half = build.cache_folder() / cpu.build_name()
+    half.mkdir(parents=True)
+    (half / "lock").touch()
+    (half / f"{cpu.NAME}.so").write_bytes(b"half a library")
+    cpu.register(cpu.prepare())
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    library = cpu.prepare()
+    assert library.is_relative_to(tmp_path / "tmp")
+    assert [record.getMessage().startswith("byola_fast: cache folder") for record in caplog.records] == [True]
+
+
+def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
+    """As on Lustre mounted without flock: every op raised OSError."""
+    lock = build.fcntl.flock
+
+    def no_locks(file, kind):
+        inside = os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(build.cache_folder()))
+        if inside:
+            raise OSError(38, "Function not implemented")
+        lock(file, kind)
+
+    monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    assert cpu.prepare().is_relative_to(tmp_path / "tmp")
+
+
+def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
+    library = cpu.prepare()
+    monkeypatch.setattr(build, "_writable", lambda folder: pytest.fail("wrote to a finished build"))
+    assert cpu.prepare() == library
+
+
+def test_no_folder_at_all_says_what_would_help(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    with pytest.raises(BackendError, match="set BYOLA_FAST_CACHE"):
+        cpu.prepare()
+
+
+def test_a_missing_compiler_leaves_a_working_package_and_one_line(tmp_path):
+    broken = {"CXX": "/no/such/compiler", "BYOLA_FAST_CACHE": str(tmp_path), "BYOLA_FAST_STRICT": "0"}
+    done, lines = run(AUGMENT, **broken)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference"
+    assert lines == [
+        "byola_fast: cpp backend not used: the C++ compiler '/no/such/compiler' was not found: install g++, or name "
+        "one in CXX"
+    ]
+    done, _ = run(AUGMENT, **(broken | {"BYOLA_FAST_STRICT": "1"}))
+    assert done.returncode != 0
+    assert "BackendError" in done.stderr
+    assert "/no/such/compiler" in done.stderr
+
+
+def test_a_compiler_error_is_named_and_kept(tiny):
+    (tiny / "library.cpp").write_text("this is not C++\n")
+    with pytest.raises(BackendError, match=r"compiling failed: .*library.cpp.* error: .*build.log"):
+        cpu.prepare()
+    folder = build.cache_folder() / cpu.build_name()
+    assert "this is not C++" in (folder / "build.log").read_text()
+
+
+def test_an_environment_that_is_not_activated_finds_ninja(tiny):
+    done, lines = run(PREPARE, tiny, PATH="/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).exists()
+    assert len(lines) == 2
+
+
+def test_another_torch_python_cpu_or_source_has_a_build_of_its_own(tiny, monkeypatch):
+    names = {cpu.build_name()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.11.0")
+        names.add(cpu.build_name())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "version_info", type("V", (), {"major": 3, "minor": 99})())
+        names.add(cpu.build_name())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
+        names.add(cpu.build_name())
+    (tiny / "library.cpp").write_text(TINY + "\n")
+    names.add(cpu.build_name())
+    (tiny / "more.h").touch()
+    names.add(cpu.build_name())
+    assert len(names) == 6
+
+
+def test_missing_sources_say_how_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    with pytest.raises(BackendError, match="install from a checkout"):
+        build.source_folder()
+
+
+def test_the_sources_hold_no_threads_that_need_a_flag():
+    """at::parallel_for is serial without -fopenmp, in silence; the kernels use the stable one, which never is."""
+    for path in build.source_folder().glob("*_cpu.cpp"):
+        assert "at::parallel_for" not in path.read_text()

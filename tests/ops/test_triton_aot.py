@@ -1,0 +1,82 @@
+"""Every Triton kernel compiled ahead of time, on any machine: nothing spilled, and no more resources than budgeted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import kernels
+from byola_fast.ops import _triton
+
+# kernel: registers of a thread and bytes of shared memory at most, programs of an SM at least; for all architectures
+BUDGETS = {
+    "augment_views, bilinear": (64, 128, 4),
+    "augment_views, bilinear, bf16": (64, 128, 4),
+    "augment_views, bicubic": (64, 128, 4),
+    "augment_views, bicubic, bf16": (64, 128, 4),
+    "augment_views, Gaussian": (64, 128, 4),
+    "draw_params": (40, 0, 12),
+    "ema_update": (56, 64, 4),
+    "ema_update, bf16 online": (56, 8192, 4),
+    "normalize": (56, 64, 8),
+    "sample_sums": (64, 64, 8),
+    "batch_stats": (56, 64, 8),
+    "running_stats": (56, 64, 8),
+    "bank_push, flags": (48, 64, 10),
+    "bank_push, rows": (64, 64, 8),
+    "log_mel": (168, 16384, 3),
+    "log_mel, int16, 256": (168, 16384, 3),
+    "log_mixup_exp": (40, 0, 12),
+    "log_mixup_exp, backward": (48, 0, 10),
+    "resize_crop, bilinear": (48, 0, 10),
+    "resize_crop, bicubic": (96, 0, 5),
+    "resize_crop, backward": (40, 0, 12),
+}
+SLOW = {"log_mel": (90,)}  # 20 s to compile; `python -m benchmarks.kernels` has them all
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_triton.interpreted(), reason="the interpreter replaces the compiler"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [(name, a) for name in BUDGETS for a in SLOW.get(name, kernels.ARCHITECTURES)]
+)
+def test_resources(name, architecture):
+    found = kernels.measure(name, architecture)
+    registers, shared, programs = BUDGETS[name]
+    assert found.spilled == 0
+    assert found.registers <= registers
+    assert found.shared <= shared
+    assert found.programs >= programs
+
+
+def test_every_kernel_has_a_budget():
+    assert set(BUDGETS) == set(kernels.variants())
+    compiled = {variant.kernel for variant in kernels.variants().values()}
+    for file in set(_triton.LAUNCHERS.values()):
+        source = sys.modules.get(f"byola_fast.ops._triton.{file}") or __import__(
+            f"byola_fast.ops._triton.{file}", fromlist=["_"]
+        )
+        defined = {name for name in vars(source) if name.endswith("_kernel")}
+        assert defined <= {kernel.split(".")[1] for kernel in compiled}
+
+
+def test_nothing_of_triton_is_imported_before_it_is_used():
+    code = "import sys, torch, byola_fast; byola_fast.augment(torch.zeros(2, 4, 6)); assert 'triton' not in sys.modules"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_the_launcher_of_log_mels_counts_on_what_an_sm_holds():
+    assert [kernels.measure("log_mel, int16, 256", a).programs for a in kernels.ARCHITECTURES] == [3, 4, 3]
+
+
+def test_the_views_fill_an_h200_in_one_wave():
+    """2 x 256 views, 132 multiprocessors: as many programs as run at a time, or more."""
+    found = kernels.measure("augment_views, bilinear", 90)
+    assert found.programs * 132 >= 2 * 256

@@ -1,0 +1,46 @@
+"""The Triton kernels on any machine: the ops' own tests, run under Triton's interpreter in a process of their own.
+
+On a machine with a GPU the same files run on CUDA too, through their ``device`` fixture.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from byola_fast.ops import _triton
+
+TESTS = Path(__file__).parents[1]
+
+# file: which of its tests; gradcheck and sweeps of all draws take too many launches of a Python kernel
+DTYPES = "not dtype0 and not dtype2"  # float32 and bfloat16
+FILES = {
+    "ops/test_triton_kernels.py": "",
+    "ops/test_triton_ema_update.py": "not graph",
+    "ops/test_log_mel.py": "htk and (Nyquist or onset)",
+    "ops/test_log_mixup_exp.py": "not gradcheck",
+    "ops/test_resize_crop.py": f"not gradcheck and not any_shape and not dtype3 and {DTYPES}",
+    "ops/test_augment_views.py": f"not gradcheck and not any_shape and not standard_normal and not linear and {DTYPES}",
+    "ops/test_bank_push.py": DTYPES,
+    "spectrograms/test_statistics.py": "",
+    "ops/test_philox.py": "follow_from_the_words",
+    "views/test_augment.py": "replay or out_is_reused or empty or clean_inputs",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_triton.interpreted(), reason="already under the interpreter")]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_under_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BYOLA_FAST_STRICT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
+    done = subprocess.run(
+        [*command, "-k", FILES[file]], env=environment, cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout

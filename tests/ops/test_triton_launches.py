@@ -1,0 +1,157 @@
+"""What launches compile, on any machine: kernels for the very arguments that a GPU would get, for an H200, and not run.
+
+A size of one becomes a compile-time constant, other sizes may be multiples of 16 or need 64 bits, and pointers may lie
+anywhere: each makes a variant of its own, which the interpreter does not know and ``test_triton_aot.py`` does not try.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from byola_fast.ops import _triton
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_triton.interpreted(), reason="the interpreter replaces the compiler"),
+]
+
+
+class FakeDriver:
+    """All that the compiler asks of a driver."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Compile launches and leave it at that; a list of (name, kernel)."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(driver, "_active", FakeDriver())
+    seen, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen.append((self.__name__, kernel))
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    for file in sorted(set(_triton.LAUNCHERS.values())):
+        module = importlib.import_module(f"byola_fast.ops._triton.{file}")
+        for kernel in (value for value in vars(module).values() if isinstance(value, JITFunction)):
+            kernel.device_caches.clear()  # of a real GPU
+        if hasattr(module, "approximate"):
+            monkeypatch.setattr(module, "approximate", lambda x: x.dtype != torch.float64)
+        if hasattr(module, "resident_programs"):
+            monkeypatch.setattr(module, "resident_programs", lambda x, per_sm: 132 * per_sm)
+    yield seen
+    for file in set(_triton.LAUNCHERS.values()):
+        for kernel in vars(importlib.import_module(f"byola_fast.ops._triton.{file}")).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+
+
+def variants(launched):
+    return len({id(kernel) for _name, kernel in launched})
+
+
+def make_views(
+    batch, shape, size, *, mode="bilinear", mixup="log", dtype=torch.float32, bank=None, offset=0, pool=None
+):
+    from byola_fast.ops._triton import augment_views as module
+
+    rows = None if bank is None else torch.zeros(bank, *shape, dtype=torch.float16)
+    others = None if pool is None else torch.zeros(pool, *shape, dtype=dtype)
+    drawn = torch.rand(2, batch), torch.zeros(2, batch, dtype=torch.int64), torch.ones(2, batch, 4, dtype=torch.int32)
+    given = (others, rows, None if bank is None else torch.tensor(1), torch.zeros(2), *drawn, torch.zeros(2, batch, 2))
+    out = torch.empty(2, batch, *size, dtype=dtype)
+    canvas = [shape[0], int(1.5 * shape[1])]
+    module.augment_views_out(
+        torch.zeros(batch, *shape, dtype=dtype), *given, torch.zeros(2).long(), offset, canvas, mode, mixup, out
+    )
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("batch", "shape", "size", "settings"),
+    [
+        (1, (1, 1), (1, 1), {"bank": 1, "pool": 1, "offset": 1}),
+        (3, (63, 1), (1, 300), {"dtype": torch.bfloat16, "offset": 2**33}),
+        (2, (1, 97), (5, 1), {"mixup": "gaussian", "dtype": torch.float64, "bank": 5}),
+    ],
+)
+def test_two_views(batch, shape, size, settings, mode, launched):
+    make_views(batch, shape, size, mode=mode, **settings)
+    assert [name for name, _kernel in launched] == ["augment_views_kernel"]
+
+
+def test_another_batch_compiles_nothing_anew(launched):
+    from byola_fast.ops._triton import bank_push, log_mel
+
+    for batch, offset in ((32, 0), (31, 1), (1, 31)):
+        make_views(batch, (16, 16), (16, 16), bank=64, offset=offset, pool=batch)
+    assert variants(launched) == 1
+    launched.clear()
+    for batch, samples in ((32, 1600), (31, 1632), (1, 1616)):
+        bank, cursor = torch.zeros(16, 4, 4), torch.zeros(3).long()
+        bank_push.bank_push_(bank, cursor, torch.zeros(batch, 4, 4), None)
+        given = torch.zeros(64), torch.zeros(5, 33), torch.zeros(5, 2).int(), None, 64, 16, True
+        log_mel.log_mel(torch.zeros(batch, samples), *given)
+    assert variants(launched) <= 4  # log-mels of a number of frames that is a multiple of 16, and not
+
+
+@pytest.mark.parametrize(
+    ("hop_length", "mels", "dtype"), [(1, 1, torch.float32), (64, 1, torch.int16), (128, 80, torch.bfloat16)]
+)
+def test_log_mels(hop_length, mels, dtype, launched):
+    from byola_fast.ops._triton import log_mel
+
+    given = torch.zeros(9), torch.zeros(mels, 33), torch.zeros(mels, 2).long(), torch.zeros(2), 64, hop_length
+    log_mel.log_mel(torch.zeros(1, 64).to(dtype), *given, False)
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 7), (2, 7, 1)])
+def test_all_others(shape, dtype, launched):
+    from byola_fast.ops._triton import bank_push, draw_params, log_mixup_exp, normalize
+    from byola_fast.ops._triton import resize_crop as resize
+
+    x, lam, canvas = torch.zeros(shape, dtype=dtype), torch.rand(shape[0]), [shape[1], int(1.5 * shape[2])]
+    crop, sums = torch.ones(shape[0], 4, dtype=torch.int64), normalize.sample_sums(x)
+    log_mixup_exp.log_mixup_exp(x, x, lam)
+    log_mixup_exp.log_mixup_exp_backward(x, x, x, lam)
+    for mode in ("bilinear", "bicubic"):
+        resize.resize_crop(x.transpose(1, 2), crop, [1, 1], [shape[2], shape[1]], mode)
+        resize.resize_crop_backward(torch.zeros(shape[0], 2, 1, dtype=dtype), crop, list(shape[1:]), canvas, mode)
+    normalize.normalize(x, sums)
+    stats = normalize.batch_stats(sums, dtype)
+    state = [torch.zeros(()), torch.zeros(()), torch.tensor(0), torch.tensor(0)]
+    normalize.running_stats_(*state, sums, 1)
+    bank_push.bank_push_(torch.zeros(1, *shape[1:]), torch.zeros(3).long(), x, stats)
+    for count in (None, torch.tensor(1)):
+        ranges = [0, 1], [2**45, 2**20], canvas, 1.0, 0.0
+        draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges)
+    assert len(launched) == 16
+
+
+@pytest.mark.parametrize("online", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_moving_average(online, launched):
+    from byola_fast.ops._triton import ema_update
+
+    target = [torch.zeros(5)[1:], torch.zeros(4)]
+    ema_update.ema_update_(target, [torch.zeros(4, dtype=online), torch.zeros(4, dtype=online)], torch.tensor(0.5))
+    assert variants(launched) == 2  # aligned and not

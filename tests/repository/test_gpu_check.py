@@ -1,0 +1,124 @@
+"""The GPU check on a machine that may have none: every stage in miniature, failures kept apart, no table of nothing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import gpu_check, readme_table
+
+pytestmark = pytest.mark.slow
+
+QUICK = [name for name in gpu_check.STAGES if name not in ("tests", "sanitizers")]
+ROOT = gpu_check.ROOT
+
+
+def test_a_dry_run_exercises_every_stage_and_says_what_it_left_out(tmp_path, capsys):
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", *QUICK]) == 0
+    whole = json.loads((tmp_path / "gpu.json").read_text())
+    assert whole["dry_run"]
+    for name in QUICK:
+        alone = json.loads((tmp_path / f"{name}.json").read_text())
+        assert alone == whole["stages"][name]
+        assert "error" not in alone
+    goals = [row["goal"] for found in whole["stages"].values() for row in found.get("rows", [])]
+    assert len(goals) == 13  # on a GPU 14, with the trainer's
+    told = capsys.readouterr().out
+    assert "left out: capturing a CUDA graph" in told
+    assert "dry run: nothing was measured" in told
+    with pytest.raises(ValueError, match="a dry run measures nothing"):
+        gpu_check.table(whole)
+
+
+def test_the_stage_of_tests_finds_the_tests(tmp_path):
+    found = gpu_check.run(["tests"], tmp_path, "cpu")["stages"]["tests"]
+    assert found["returncode"] == 0
+    assert "tests collected" in found["summary"]
+    assert (tmp_path / "tests.log").exists()
+
+
+def test_the_stage_of_tests_takes_every_test_that_waits_for_a_gpu():
+    """By name: one of its words in the name of the file or of the test."""
+    wanted = re.findall(r"\w+", gpu_check.ON_CUDA.partition(")")[0].replace(" or ", " "))
+    assert "cuda" in wanted
+    found = []
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
+                if "needs_gpu" in marks or "cuda.is_available" in marks:
+                    found.append(f"{path.name}::{node.name}")
+    assert len(found) >= 4
+    assert [name for name in found if not any(word in name for word in wanted)] == []
+
+
+def test_stages_of_several_commands_end_in_one_file(tmp_path, capsys):
+    for stage in ("ceilings", "environment"):
+        assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", stage]) == 0
+    (tmp_path / "gpu.json").unlink()
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only"]) == 0
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["stages"]) == ["environment", "ceilings"]
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "colours"])
+    assert "expected stages of" in capsys.readouterr().err
+
+
+def test_a_stage_apart_is_stopped_at_its_limit_or_dies_alone(tmp_path, monkeypatch):
+    found = gpu_check.run(["ceilings"], tmp_path, "cpu", apart=True)["stages"]["ceilings"]
+    assert "error" not in found
+    assert found["copy_gb_s"] > 0
+
+    sleeping = "import pathlib, sys, time; print('so far', flush=True); "
+    sleeping += (
+        f'pathlib.Path({str(tmp_path / "views.json")!r}).write_text(\'{{"dry_run": true, "part": 1}}\'); time.sleep(60)'
+    )
+    codes = {"views": sleeping, "ema": "import os; print('illegal memory access', flush=True); os._exit(7)"}
+    monkeypatch.setattr(gpu_check, "_command", lambda context: [sys.executable, "-c", codes[context.stage]])
+    monkeypatch.setitem(gpu_check.LIMITS_S, "views", 2.0)
+    whole = gpu_check.run(["views", "ema"], tmp_path, "cpu", apart=True)["stages"]
+    assert set(whole) == {"ceilings", "views", "ema"}
+    assert whole["views"]["error"] == "stopped after 2 s"
+    assert whole["views"]["part"] == 1  # what it had kept
+    assert whole["views"]["output"] == "so far\n"
+    assert whole["ema"]["error"] == "its process ended with exit code 7"
+    assert "illegal memory access" in whole["ema"]["output"]
+
+
+def test_a_command_that_takes_too_long_leaves_its_log_and_no_process(tmp_path):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(61.5)'])"
+    found = gpu_check._logged([sys.executable, "-c", f"print('begun', flush=True); {child}"], tmp_path / "log", 2.0)
+    assert found == {"returncode": 124, "summary": "begun", "stopped_after_s": 2.0}
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "time.sleep(61.5)" not in processes
+
+
+def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    def broken(context):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(gpu_check.STAGES, "ceilings", broken)
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "ceilings", "environment"]) == 1
+    whole = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert whole["ceilings"]["error"] == "RuntimeError: no such kernel"
+    assert "doctor" in whole["environment"]
+    assert "failed: ceilings" in capsys.readouterr().err
+
+
+def test_readme_tells_of_a_gpu_only_what_was_measured(tmp_path):
+    text = "<!-- benchmarks:gpu/goals begin -->\n<!-- benchmarks:gpu/goals end -->"
+    assert readme_table.NOT_MEASURED in readme_table.regenerate(text, tmp_path)
+    row = {"work": "two views", "measured": "12.0 us", "goal": "< 11 us"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": {"views": {"rows": [row]}}}))
+    assert "| two views | 12.0 us | < 11 us |" in readme_table.regenerate(text, tmp_path)
+
+
+def test_files_whose_packages_are_missing_are_left_out_with_those_that_import_them():
+    names = {path.name for path in gpu_check.files_that_import(["soundfile"])}
+    assert {"test_pretrain.py", "test_cli.py"} <= names  # the second imports the first
+    assert "test_resize_crop.py" not in names
+    assert gpu_check.files_that_import([]) == []

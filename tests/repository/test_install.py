@@ -1,0 +1,57 @@
+"""What is installed: a path alone for a checkout that is worked on, and all sources of kernels in a wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A clone of its own, in a folder of the name that git gives it."""
+    folder = tmp_path_factory.mktemp("code") / "byola_fast"
+    folder.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("byola_fast", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def build(checkout, kind, out):
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_a_checkout_is_found_from_the_folder_it_lies_in(checkout, tmp_path):
+    """A finder of modules would lose to that folder's ``byola_fast``, which Python takes for a package without a file.
+
+    ``python train.py`` beside the clone then said "module 'byola_fast' has no attribute 'augment'".
+    """
+    with build(checkout, "editable", tmp_path) as wheel:
+        names = [name for name in wheel.namelist() if "dist-info" not in name]
+        assert [Path(name).suffix for name in names] == [".pth"]
+        (line,) = wheel.read(names[0]).decode().splitlines()
+    assert line == str(checkout)
+    code, path = "import byola_fast; print(byola_fast.__file__)", os.environ | {"PYTHONPATH": line}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=checkout.parent, env=path, text=True)
+    assert Path(found.strip()) == checkout / "byola_fast" / "__init__.py"
+
+
+def test_a_wheel_holds_the_sources_of_all_kernels(checkout, tmp_path):
+    with build(checkout, "wheel", tmp_path) as wheel:
+        packed = {Path(name).name for name in wheel.namelist() if name.startswith("byola_fast/csrc/")}
+        assert packed == {path.name for path in (ROOT / "csrc").iterdir()}
+        assert {"byola_fast/py.typed", "byola_fast/ops/reference.py"} <= set(wheel.namelist())

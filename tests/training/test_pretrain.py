@@ -1,0 +1,290 @@
+"""The trainer on tiny recordings: what it writes, what it survives, and that it repeats itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers.runs import TINY, read_log, write_recordings
+
+from byola_fast import BYOL, AudioNTT2020, Augment
+from byola_fast.audio.pack import pack
+from byola_fast.audio.reading import AudioError
+from byola_fast.networks.checkpoint import load_checkpoint
+from byola_fast.networks.encoder_file import load_encoder_weights
+from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
+from byola_fast.training import pretrain as trainer
+from byola_fast.training import watch
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.pretrain import pretrain
+from byola_fast.training.watch import CollapseWatch
+
+BROKEN = ("empty.flac", "text.wav", "headless.mp3")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
+
+
+@pytest.fixture
+def run(recordings, tmp_path, monkeypatch):
+    def run(name: str = "run", pictures: bool = False, **changes):
+        if not pictures:  # which take longer than the training here
+            monkeypatch.setattr(trainer, "draw_training", lambda *_, **__: None)
+            monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
+        return pretrain(
+            PretrainConfig(**({"audio_dir": str(recordings), "out": str(tmp_path / name)} | TINY | changes))
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["byola-v1", "byola-v2"])
+def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset):
+    result = run(pictures=True, preset=preset, steps=5)
+    assert (result.steps, result.stopped_by) == (5, 0)
+    assert {path.name for path in result.out.iterdir()} == {
+        *("log.jsonl", "checkpoint.pt", "encoder.pth", "training.png", "views.png", "config.yaml", ".lock"),
+    }
+    log = read_log(result.out)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in log] == [0, 0, 0, 1, 1]  # twelve files, others in place of the broken three
+    names = {"step", "epoch", "loss", "collapse", "samples_per_s", "refused", "lr"}
+    assert all(set(line) == names for line in log[:-1])
+    assert set(log[-1]) == {*names, "effective_rank"}
+    assert 1 < log[-1]["effective_rank"] <= 4
+    assert all(0 < line["loss"] < 8 and 0.2 < line["collapse"] < 1.2 and line["refused"] == 0 for line in log)
+    assert log[-1]["lr"] == {"byola-v1": 3e-4, "byola-v2": 1e-4}[preset]
+    assert (result.loss, result.collapse) == (log[-1]["loss"], log[-1]["collapse"])
+    skipped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(next(name for name in BROKEN if name in line) for line in skipped) == sorted(BROKEN)
+
+
+def test_what_is_written_can_be_loaded(run):
+    out = run().out
+    content = load_checkpoint(out / "encoder.pth")
+    assert content["config"]["feature_d"] == 16
+    assert content["config"]["f_max"] == 7800
+    assert -16 < content["stats"][0] < 5
+    assert 0.1 < content["stats"][1] < 10
+    encoder = AudioNTT2020(d=16)
+    load_encoder_weights(encoder, out / "encoder.pth")
+    whole = load_checkpoint(out / "checkpoint.pt")
+    assert torch.equal(encoder.fc[0].weight, whole["model"]["online.encoder.fc.0.weight"])
+    assert whole["step"] == 4
+    assert whole["config"]["preset"] == "byola-v1"
+    assert whole["optimizer"]["state"][0]["step"] == 4
+    aug = Augment(n_memory=16, stats=(0.0, 1.0))
+    aug.load_state_dict(whole["augment"])
+    assert len(aug.bank) == 16
+    assert aug.rng.tolist() == [0, 4]
+
+
+def test_the_same_seed_gives_the_same_losses_whatever_the_workers(run):
+    losses = [
+        [line["loss"] for line in read_log(run(name, steps=3, seed=seed, workers=workers).out)]
+        for name, seed, workers in (("a", 1, 0), ("b", 1, 2), ("c", 2, 0))
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.slow
+def test_training_learns_and_moves_the_target(run, device):
+    for steps in (5, 25):  # the second goes on: on a GPU, with a CUDA graph captured anew
+        result = run(steps=steps, lr=3e-3, device=str(device), log_every=1, compile=False)
+    log = read_log(result.out)
+    assert [line["step"] for line in log] == list(range(1, 26))
+    assert sum(line["loss"] for line in log[-5:]) < 0.7 * sum(line["loss"] for line in log[:5])
+    state = load_checkpoint(result.out / "checkpoint.pt")["model"]
+    weights = state["online.encoder.fc.0.weight"], state["target.target.encoder.fc.0.weight"]
+    assert not torch.equal(*weights)
+
+
+def test_running_statistics_and_few_clips(run, caplog):
+    caplog.set_level("INFO", logger="byola_fast")
+    result = run(stats_segments=0, batch_size=16, steps=3)
+    assert result.steps == 3
+    text = caplog.text
+    assert "12 clips are fewer than batch_size 16: each gives up to 2 segments an epoch" in text
+    assert "training AudioNTT2020, 16-d, on cpu: 3 steps of 16 segments, from 12 clips" in text
+    assert all(text.count(name) == 1 for name in BROKEN)
+    mean, std = load_checkpoint(result.out / "encoder.pth")["stats"]
+    assert -16 < mean < 5
+    assert 0.1 < std < 10
+
+
+def test_epochs_end_a_run_and_lines_are_as_rare_as_asked_for(run):
+    result = run(steps=None, epochs=2, log_every=4)
+    assert [line["step"] for line in read_log(result.out)] == [4, 6]
+
+
+def test_one_file_alone_trains(run, recordings):
+    assert run(audio_dir=str(recordings / "deeper" / "d.opus"), steps=2).steps == 2
+
+
+def test_without_matplotlib_one_line_says_so(run, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = run(pictures=True).out
+    assert not list(out.glob("*.png"))
+    assert caplog.text.count('pip install "byola_fast[eval]"') == 1
+    assert (out / "encoder.pth").exists()
+
+
+@pytest.mark.parametrize("stats_segments", [0, 8])
+def test_all_broken_is_an_error(run, tmp_path, stats_segments):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in "abcde":
+        (folder / f"{name}.wav").write_text("no audio")
+    with pytest.raises(AudioError, match=r"cannot be read, nor can .* 5 files"):
+        run(audio_dir=str(folder), stats_segments=stats_segments)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(ValueError, match="lr: the loss became nan at step"):
+        run(lr=1e30, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"audio_dir": None}, "audio_dir"),
+        ({"preset": "byola-v3"}, "preset: expected one of 'byola-v1', 'byola-v2'"),
+        ({"objective": "dino"}, "objective: expected one of 'byol', 'simclr', 'moco', 'cola'"),
+        ({"encoder": "ViT"}, "encoder: expected one of"),
+        ({"precision": "fp8"}, "precision: expected one of"),
+        ({"resume": True, "restart": True}, "restart: expected no more than one of"),
+        ({"queue_size": 9}, "queue_size: objective 'byol' has no use for it"),
+        ({"save_minutes": 0.0}, "save_minutes: expected minutes above 0"),
+        ({"cuda_graph": True}, "cuda_graph: .* it needs a GPU, and this run is on the CPU"),
+        ({"store_on_gpu": True}, "store_on_gpu: expected a packed store and a GPU"),
+        ({"batch_size": 1}, "batch_size: expected at least 2, got 1"),
+        ({"steps": 0}, "steps: expected at least 1"),
+        ({"lr": -1.0}, "lr"),
+        ({"ema_decay": 2.0}, "ema_decay"),
+        ({"unit_sec": 0.04}, r"unit_sec: expected at least 1120 samples, 0\.07 s, which AudioNTT2020 takes, got 0\.04"),
+        ({"unit_sec": 0.01}, "unit_sec: expected at least 1120 samples"),
+        ({"mixup_ratio": 2.0}, "mixup_ratio: expected a weight"),
+        ({"freq_scale": (1.5, 0.6)}, r"freq_scale: expected \(min, max\)"),
+        ({"virtual_crop_scale": (0.5, 1.5)}, "virtual_crop_scale"),
+        ({"encoder": "AudioNTT2022", "feature_d": 512}, r"d \(feature_d\): expected more than the 1024"),
+        ({"interpolation": "nearest"}, "interpolation"),
+    ],
+)
+def test_settings_out_of_range_are_named(run, changes, words, monkeypatch):
+    monkeypatch.setattr(trainer, "take_stats", lambda *_: pytest.fail("statistics were taken first"))
+    with pytest.raises(ValueError, match=words):
+        run(**changes)
+
+
+def test_a_folder_without_audio_is_an_error(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("no audio")
+    with pytest.raises(AudioError, match="no audio file in this folder"):
+        run(audio_dir=str(tmp_path))
+
+
+def test_files_that_vanish_or_hold_nan_are_named_and_replaced(run, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number in range(6):
+        wav = np.random.default_rng(number).normal(0, 0.1, 8000).astype(np.float32)
+        wav[:] = np.nan if number == 0 else wav
+        soundfile.write(folder / f"{number}.wav", wav, 16000, subtype="FLOAT")
+    update, calls = BYOL.update_target, []
+
+    def vanish(self):
+        calls.append(1)
+        update(self)
+        if len(calls) == 2:
+            (folder / "3.wav").unlink()
+
+    monkeypatch.setattr(BYOL, "update_target", vanish)
+    result = run(audio_dir=str(folder), steps=8, epochs=9)
+    log = read_log(result.out)
+    assert [line["refused"] for line in log] == [0] * 8
+    assert all(np.isfinite(line["loss"]) for line in log)
+    named = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(next(n for n in ("0.wav", "3.wav") if n in line) for line in named) == ["0.wav", "3.wav"]
+
+
+def test_a_packed_store_trains_as_its_folder_does(run, recordings, tmp_path):
+    pack(recordings, tmp_path / "store")
+    losses = [
+        [line["loss"] for line in read_log(run(name, audio_dir=str(path), steps=2).out)]
+        for name, path in (("a", recordings), ("b", tmp_path / "store"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)  # 16 bits
+
+
+def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
+    stats = run_stats(StatsConfig(str(recordings), str(tmp_path / "stats.json"), 8, unit_sec=0.25, workers=0))
+    out = run(stats=str(tmp_path / "stats.json"), steps=1).out
+    assert load_checkpoint(out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
+    assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
+    with pytest.raises(ValueError, match="taken with f_min 60"):
+        run("third", stats=str(tmp_path / "stats.json"), f_min=50.0)
+
+
+def test_bfloat16_learns_and_keeps_weights_in_float32(run):
+    result = run(steps=25, lr=3e-3, precision="bf16")
+    log = read_log(result.out)
+    assert sum(line["loss"] for line in log[-5:]) < 0.7 * sum(line["loss"] for line in log[:5])
+    state = load_checkpoint(result.out / "checkpoint.pt")
+    assert {x.dtype for x in state["model"].values() if x.is_floating_point()} == {torch.float32}
+    assert log[0]["loss"] != read_log(run("wide", steps=1, lr=3e-3).out)[0]["loss"]
+
+
+def test_a_profile_times_every_stage(run, capsys):
+    out = run(profile=True, steps=5).out
+    printed = capsys.readouterr().err
+    stages = ["data", "log-mel", "augmentation", "forward", "backward", "optimiser", "EMA"]
+    content = json.loads((out / "profile.json").read_text())
+    assert list(content["ms"]) == stages
+    assert all(stage in printed for stage in stages)
+    assert all(ms > 0 for ms in content["ms"].values())
+    assert (content["steps"], content["samples"]) == (2, 4)
+    assert content["samples_per_s"] == pytest.approx(4e3 / sum(content["ms"].values()))
+
+
+def test_representations_that_collapse_are_told(run, monkeypatch, caplog):
+    monkeypatch.setattr(watch, "collapse_std", lambda _: torch.tensor(0.01))
+    run(steps=8)
+    told = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("step 5: representations collapse: their spread is 0.010")
+
+
+def test_the_watch_tells_of_each_collapse_once():
+    collapsed = CollapseWatch()
+    spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
+    told = [collapsed({"step": step, "collapse": spread}) is not None for step, spread in enumerate(spreads)]
+    assert [step for step, said in enumerate(told) if said] == [9, 17]
+
+
+def test_tensorboard_gets_the_log(run):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (2, 3):  # the second goes on
+        out = run(tensorboard=True, steps=steps).out
+    events = reader.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [
+        (line["step"], line["loss"]) for line in read_log(out)
+    ]
+
+
+@pytest.mark.slow
+def test_copies_of_the_encoder_are_kept(recordings, tmp_path):
+    pretrain(PretrainConfig(**TINY | {"audio_dir": str(recordings), "out": str(tmp_path), "keep_every": 2, "steps": 5}))
+    kept = [load_checkpoint(tmp_path / f"encoder-{step}.pth")["state_dict"] for step in (2, 4)]
+    assert sorted(path.name for path in tmp_path.glob("encoder*")) == ["encoder-2.pth", "encoder-4.pth", "encoder.pth"]
+    last = load_checkpoint(tmp_path / "encoder.pth")["state_dict"]
+    name = "features.0.weight"
+    assert not torch.equal(kept[0][name], kept[1][name])
+    assert not torch.equal(kept[1][name], last[name])

@@ -1,0 +1,322 @@
+"""Stopping and resuming: bit for bit, whatever stopped the run, and nothing saved is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ranks
+from helpers.runs import TINY, read_log, write_recordings
+from torch import Tensor
+
+from byola_fast import BYOL, cli
+from byola_fast.networks import checkpoint
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint
+from byola_fast.training import pretrain as trainer
+from byola_fast.training import run_folder
+from byola_fast.training.config import PretrainConfig, differing_settings
+from byola_fast.training.pretrain import pretrain
+from byola_fast.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
+
+
+@pytest.fixture
+def settings(recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_training", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
+    return TINY | {"audio_dir": str(recordings), "out": str(tmp_path / "run")}
+
+
+def run_killed(config: dict[str, Any], kill_at: int) -> None:
+    """Train until the middle of a step, and die there."""
+    update, done = BYOL.update_target, []
+
+    def killed(self: BYOL) -> None:
+        done.append(1)
+        if len(done) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(self)
+
+    BYOL.update_target = killed  # type: ignore[method-assign]
+    pretrain(PretrainConfig(**config))
+
+
+def tensors(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return everything in a checkpoint under one name each."""
+    if isinstance(content, dict):
+        return {k: v for name, inner in content.items() for k, v in tensors(inner, f"{prefix}.{name}").items()}
+    if isinstance(content, list | tuple):
+        return {k: v for n, inner in enumerate(content) for k, v in tensors(inner, f"{prefix}.{n}").items()}
+    return {prefix: content}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Compare all that a run leaves: weights, moments, bank, statistics, generators, and the log but for its times."""
+    first, second = (tensors(load_checkpoint(path / "checkpoint.pt")) for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if name not in (".config.out", ".config.steps", ".config.epochs", ".config.save_every"):
+            same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+            assert same, name
+    logs = [[{k: v for k, v in line.items() if k not in ("samples_per_s", "effective_rank")} for line in read_log(path)]
+            for path in (one, other)]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+SCHEDULES = {"lr_schedule": "cosine", "warmup_steps": 9, "ema_schedule": "cosine"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"stats_segments": 0}, {"preset": "byola-v2"} | SCHEDULES])
+def test_twenty_steps_are_seven_a_kill_and_the_rest(settings, tmp_path, changes):
+    config = settings | {"steps": 20, "save_every": 5} | changes
+    pretrain(PretrainConfig(**config | {"out": str(tmp_path / "whole")}))
+    killed = ranks.start(1, tmp_path, run_killed, config, 8)  # in the 8th step, after 7 whole ones
+    assert ranks.finish(killed) == [-signal.SIGKILL]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+    assert pretrain(PretrainConfig(**config)).steps == 20
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"objective": "moco", "queue_size": 10}, {"objective": "cola"}, {"objective": "simclr"}]
+)
+def test_other_objectives_resume_too(settings, tmp_path, changes):
+    pretrain(PretrainConfig(**settings | changes | {"steps": 5, "out": str(tmp_path / "whole")}))
+    for steps in (2, 5):
+        pretrain(PretrainConfig(**settings | changes | {"steps": steps}))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_longer_run_goes_on_and_a_finished_one_has_nothing_to_do(settings, tmp_path, caplog):
+    caplog.set_level("INFO", logger="byola_fast")
+    pretrain(PretrainConfig(**settings | {"steps": 3}))
+    pretrain(PretrainConfig(**settings | {"steps": 5, "log_every": 2, "resume": True}))
+    assert "going on at step 3 of 5" in caplog.text
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for steps in (5, 4):
+        result = pretrain(PretrainConfig(**settings | {"steps": steps}))
+        assert (result.steps, result.stopped_by) == (5, 0)
+        assert f"nothing to do: 5 steps are done, of {steps}; more --epochs or --steps lengthen the run" in caplog.text
+        assert 0 < result.loss < 8
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_going_on_with_other_files_is_said(settings, tmp_path, recordings, caplog):
+    moved = tmp_path / "moved"
+    shutil.copytree(recordings, moved)
+    pretrain(PretrainConfig(**settings | {"steps": 1}))
+    pretrain(PretrainConfig(**settings | {"steps": 2, "audio_dir": str(moved)}))
+    assert "other files" not in caplog.text
+    first = min(path for path in moved.rglob("*") if path.is_file())
+    first.rename(first.with_stem("renamed"))
+    pretrain(PretrainConfig(**settings | {"steps": 3, "audio_dir": str(moved)}))
+    assert f"{moved} holds other files than the run began with; going on with them" in caplog.text
+
+
+def test_another_configuration_is_named_and_nothing_is_touched(settings, tmp_path, recordings):
+    pretrain(PretrainConfig(**settings | {"steps": 2}))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(
+        ValueError, match=r"other settings \(feature_d: 16 there, 24 now; lr: 0\.0003 there, 0\.001 now\)"
+    ):
+        pretrain(PretrainConfig(**settings | {"feature_d": 24, "lr": 1e-3}))
+    with pytest.raises(ValueError, match=r"expected the 12 clips that the run began with, got 1"):
+        pretrain(PretrainConfig(**settings | {"audio_dir": str(recordings / "a.wav")}))
+    with pytest.raises(CheckpointError, match="no such file to resume"):
+        pretrain(PretrainConfig(**settings | {"out": str(tmp_path / "elsewhere"), "resume": True}))
+    assert not (tmp_path / "elsewhere").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert pretrain(PretrainConfig(**settings | {"feature_d": 24, "steps": 1, "restart": True})).steps == 1
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1]
+
+
+def test_settings_that_may_change_do(recordings):
+    before = dict(vars(PretrainConfig(freq_scale=(0.5, 1.0))))
+    now = PretrainConfig(epochs=7, steps=9, audio_dir="moved", workers=3, device="cuda", freq_scale=[0.5, 1.0])
+    assert differing_settings(before, now) == []
+    assert differing_settings(before, PretrainConfig(seed=1, freq_scale=(0.5, 1.0))) == ["seed: 0 there, 1 now"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no checkpoint"])
+def test_a_damaged_checkpoint_is_not_replaced(settings, tmp_path, content):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*; give another out, or restart to replace it"):
+        pretrain(PretrainConfig(**settings))
+    assert (folder / "checkpoint.pt").read_bytes() == content
+
+
+def test_a_checkpoint_of_something_else_is_not_replaced(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"model": {}}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="nothing to go on from"):
+        pretrain(PretrainConfig(**settings))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(settings, tmp_path, monkeypatch, number):
+    update, done = BYOL.update_target, []
+
+    def signalled(self):
+        done.append(1)
+        if len(done) == 3:
+            os.kill(os.getpid(), number)  # in the middle of the third step
+        update(self)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(BYOL, "update_target", signalled)
+    result = pretrain(PretrainConfig(**settings | {"steps": 6}))
+    assert (result.steps, result.stopped_by) == (3, number)
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+    assert pretrain(PretrainConfig(**settings | {"steps": 6})).stopped_by == 0
+    pretrain(PretrainConfig(**settings | {"steps": 6, "out": str(tmp_path / "whole")}))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def main_in_process(argv: list[str]) -> None:
+    trainer.draw_training = trainer.draw_views = lambda *_, **__: None  # type: ignore[assignment]
+    raise SystemExit(cli.main(argv))
+
+
+def test_sigterm_leaves_with_143(settings, tmp_path):
+    given = settings | {"steps": 10000, "epochs": 10000, "out": tmp_path / "run"}
+    audio = given.pop("audio_dir")
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not False] + ["--no_tensorboard"]
+    (process,) = ranks.start(1, tmp_path, main_in_process, ["pretrain", audio, *flags])
+    deadline = time.monotonic() + 50
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() or not log.read_bytes():
+        assert time.monotonic() < deadline
+        assert process.is_alive(), (tmp_path / "rank0.err").read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    assert ranks.finish([process]) == [143]
+    assert "stopped by a signal after step" in (tmp_path / "rank0.err").read_text()
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert saved == read_log(tmp_path / "run")[-1]["step"]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(settings, tmp_path, monkeypatch):
+    forward, calls = BYOL.forward, []
+
+    def poisoned(self, view1, view2):
+        calls.append(1)
+        return forward(self, view1 * (float("nan") if len(calls) == 3 else 1), view2)
+
+    monkeypatch.setattr(BYOL, "forward", poisoned)
+    with pytest.raises(ValueError, match=r"the loss became nan at step 3; .* step 2 is safe in"):
+        pretrain(PretrainConfig(**settings | {"save_every": 1}))
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 2
+    assert all(x.isfinite().all() for x in saved["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypatch):
+    update, done = BYOL.update_target, []
+
+    def spoil(self):
+        done.append(1)
+        update(self)
+        if len(done) == 2:
+            with torch.no_grad():
+                self.online[0].fc[0].bias[0] = float("inf")  # after the loss of this step was computed
+
+    monkeypatch.setattr(BYOL, "update_target", spoil)
+    with pytest.raises(ValueError, match=r"weights grew out of range by step 2; .*step 1 is safe"):
+        pretrain(PretrainConfig(**settings | {"save_every": 1}))
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+
+
+def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplog):
+    save, calls = checkpoint.write_checked, []
+
+    def full(path, write):
+        calls.append(path.name)
+        if 2 < len(calls) < 5:
+            raise CheckpointError(f"{path}: cannot be written: No space left on device; the file is unchanged")
+        save(path, write)
+
+    monkeypatch.setattr(checkpoint, "write_checked", full)
+    pretrain(PretrainConfig(**settings | {"steps": 4, "save_every": 1}))
+    warnings = [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
+    assert len(warnings) == 2
+    assert all("checkpoint.pt: cannot be written" in line and "going on" in line for line in warnings)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+    monkeypatch.setattr(
+        checkpoint, "write_checked", lambda path, write: full(calls.clear() or calls.extend("ab") or path, write)
+    )
+    with pytest.raises(CheckpointError, match="No space left on device"):  # the last one must not fail silently
+        pretrain(PretrainConfig(**settings | {"steps": 5}))
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def test_lines_of_a_full_disk_come_later_and_whole(tmp_path, monkeypatch, caplog):
+    run, write, full = RunFolder(tmp_path), os.write, []
+
+    def small(descriptor: int, data: bytes) -> int:
+        if full == ["half"]:
+            return write(descriptor, data[: len(data) // 2])
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    run.begin(0, PretrainConfig(tensorboard=False))
+    monkeypatch.setattr(run_folder.os, "write", small)
+    for step, state in enumerate(([], ["half"], ["no"], ["no"], []), 1):
+        full[:] = state
+        run.log({"step": step, "loss": 1.0})
+        lines = (tmp_path / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 6 if step == 5 else 2))
+    assert caplog.text.count("No space left on device") == 1
+    run.close()
+
+
+def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file/run: cannot be written: Not a directory"):
+        pretrain(PretrainConfig(**settings | {"out": str(tmp_path / "file" / "run")}))
+
+
+def test_two_runs_do_not_share_a_folder(settings, tmp_path):
+    first = RunFolder(tmp_path / "run")
+    assert first.open(PretrainConfig(**settings)) is None
+    with pytest.raises(CheckpointError, match="another run is writing there"):
+        pretrain(PretrainConfig(**settings))
+    first.close()
+    assert pretrain(PretrainConfig(**settings | {"steps": 1})).steps == 1
+
+
+def test_a_log_cut_short_is_mended(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    run = RunFolder(tmp_path)
+    run.begin(2, PretrainConfig(tensorboard=False))
+    run.log({"step": 3, "loss": 2.0})
+    run.close()
+    assert read_log(tmp_path) == run.lines == [*lines[:2], {"step": 3, "loss": 2.0}]
+
+
+def test_curves_are_drawn_on_the_way(settings, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    monkeypatch.setattr(run_folder, "CURVES_SEC", 0.0)
+    pretrain(PretrainConfig(**settings | {"steps": 5, "save_every": 2}))
+    assert drawn == [2, 4, 5]
