@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_stages, gpu_trainer
+from benchmarks.gpu import stages, trainer
 from benchmarks.measure import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,16 +200,16 @@ def sanitizers(context: Context) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "compilation": compilation,
     "environment": environment,
-    "properties": gpu_stages.properties,
-    "ceilings": gpu_stages.ceilings,
-    "views": gpu_stages.views,
-    "ema": gpu_stages.ema,
-    "front_end": gpu_stages.front_end,
-    "training": gpu_stages.training,
-    "trainer": gpu_trainer.trainer,
-    "ranks": gpu_trainer.ranks,
+    "properties": stages.properties,
+    "ceilings": stages.ceilings,
+    "views": stages.views,
+    "ema": stages.ema,
+    "front_end": stages.front_end,
+    "training": stages.training,
+    "trainer": trainer.trainer,
+    "ranks": trainer.ranks,
     "tests": tests,
-    "designs": gpu_stages.designs,
+    "designs": stages.designs,
     "sanitizers": sanitizers,
 }
 BY_HAND = ("sanitizers",)

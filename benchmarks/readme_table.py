@@ -14,17 +14,18 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import gpu_check, quality_table
+from benchmarks import gpu_check
 from benchmarks.measure import read_results
+from benchmarks.quality import tables as quality_tables
 from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
 NOT_MEASURED = "**GPU figures have not been measured yet.**"
 QUALITY = {
-    "summary": quality_table.summary_table,
-    "study": quality_table.study_table,
-    "ablations": quality_table.ablation_table,
+    "summary": quality_tables.summary_table,
+    "study": quality_tables.study_table,
+    "ablations": quality_tables.ablation_table,
 }
 MARKER = re.compile(r"<!-- benchmarks:")
 

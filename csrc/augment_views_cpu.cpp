@@ -7,7 +7,6 @@
 // Reads x, two partners; writes two views and 48 bytes of sums.
 #include <cmath>
 
-#include "library.h"
 #include "philox.h"
 #include "resize.h"
 #include "tensors.h"
@@ -81,6 +80,7 @@ void draw_normals(Real* out, int64_t count, uint64_t seed, uint32_t step, uint32
 
 }  // namespace
 
+// x (B, F, T), pool (P, F, T), bank (N, F, T), stats (2,) -> out (2, B, *size), sums (2, B, 3)
 Tensor augment_views_out_cpu(
     const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
     const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats, const Tensor& lam,
@@ -194,3 +194,7 @@ Tensor augment_views_out_cpu(
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu));
+}

@@ -1,5 +1,4 @@
 // Append the finite samples of a batch, pre-normalised, to the ring of past inputs. One read, one write.
-#include "library.h"
 #include "tensors.h"
 
 namespace byola {
@@ -31,6 +30,7 @@ bool write_row(const Spectrograms& x, int64_t b, const PreNorm& norm, R* row) {
 
 }  // namespace
 
+// rows (N, F, T), cursor (3,), x (B, F, T), stats (2,)
 void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::optional<Tensor>& stats) {
   const Spectrograms source(x, "x");
   BYOLA_CHECK(rows.dim() == 3 && rows.is_contiguous(), "rows: expected a contiguous (N, F, T) tensor");
@@ -62,3 +62,7 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("bank_push_", TORCH_BOX(&byola::bank_push__cpu));
+}

@@ -1,11 +1,13 @@
 // The parameters of two views: integer arithmetic on 24-bit draws, and one rounding for each float.
 // Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2). About 0.1 us a sample.
-#include "library.h"
+#include <tuple>
+
 #include "philox.h"
 #include "tensors.h"
 
 namespace byola {
 
+// rng (2,), bank_count () -> lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2)
 std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(
     const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch, int64_t pool, int64_t pool_offset,
     int64_t sample_offset, const Sizes& mels, const Sizes& frames, const Sizes& canvas, double mixup_ratio,
@@ -61,3 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("draw_params", TORCH_BOX(&byola::draw_params_cpu));
+}

@@ -12,7 +12,6 @@
 #include <mutex>
 
 #include "fft.h"
-#include "library.h"
 #include "tensors.h"
 
 namespace byola {
@@ -155,6 +154,7 @@ struct LogMel {
 
 }  // namespace
 
+// wav (B, samples) float or int16, window (n,), filter_bank (F, n_fft / 2 + 1), bands (F, 2), stats (2,) -> (B, F, T)
 Tensor log_mel_cpu(
     const Tensor& wav, const Tensor& window, const Tensor& filter_bank, const Tensor& bands,
     const std::optional<Tensor>& stats, int64_t n_fft, int64_t hop_length, bool center) {
@@ -213,3 +213,7 @@ Tensor log_mel_cpu(
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("log_mel", TORCH_BOX(&byola::log_mel_cpu));
+}

@@ -1,6 +1,7 @@
 // y = log((1 - lam) exp(x) + lam exp(z) + eps), and its derivatives. BYOL-A, arXiv:2103.06695.
 // Reads x and z once, writes y once: 12 bytes an element in float32, bound by exp and log and not by memory.
-#include "library.h"
+#include <tuple>
+
 #include "tensors.h"
 
 namespace byola {
@@ -22,6 +23,7 @@ void over_samples(int64_t batch, int64_t elements, F f) {
 
 }  // namespace
 
+// x, z (B, ...), lam (B,) -> (B, ...)
 Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
   const Tensor xs = torch::stable::contiguous(x), zs = torch::stable::contiguous(z);
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
@@ -73,3 +75,8 @@ std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("log_mixup_exp", TORCH_BOX(&byola::log_mixup_exp_cpu));
+  m.impl("log_mixup_exp_backward", TORCH_BOX(&byola::log_mixup_exp_backward_cpu));
+}

@@ -1,6 +1,5 @@
 // Count, sum and sum of squares of each sample; and (x - mean) / std with the joint statistics that such sums give.
 // One read of x each, and one write.
-#include "library.h"
 #include "tensors.h"
 
 namespace byola {
@@ -31,6 +30,7 @@ void normalize_to(const Tensor& x, const Tensor& sums, Tensor& y) {
 
 }  // namespace
 
+// x (B, ...) -> (B, 3)
 Tensor sample_sums_cpu(const Tensor& x) {
   const Tensor xs = torch::stable::contiguous(x);
   const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
@@ -69,6 +69,7 @@ Tensor sample_sums_cpu(const Tensor& x) {
   return sums;
 }
 
+// x (...), sums (..., 3)
 Tensor normalize_cpu(const Tensor& x, const Tensor& sums) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   normalize_to(torch::stable::contiguous(x), sums, y);
@@ -81,3 +82,9 @@ void normalize__cpu(Tensor x, const Tensor& sums) {
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("sample_sums", TORCH_BOX(&byola::sample_sums_cpu));
+  m.impl("normalize", TORCH_BOX(&byola::normalize_cpu));
+  m.impl("normalize_", TORCH_BOX(&byola::normalize__cpu));
+}

@@ -1,11 +1,11 @@
 // Random resize crop of given boxes, and its transpose. BYOL-A, arXiv:2103.06695.
 // Reads the crop's part of x, writes y; all in between stays in a few rows of scratch.
-#include "library.h"
 #include "resize.h"
 #include "tensors.h"
 
 namespace byola {
 
+// x (B, F, T), crop (B, 4) -> (B, *size)
 Tensor resize_crop_cpu(
     const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas, const std::string& interpolation) {
   const Spectrograms source(x, "x");
@@ -36,6 +36,7 @@ Tensor resize_crop_cpu(
   return y;
 }
 
+// The transpose: grad (B, *size) -> (B, *input_size)
 Tensor resize_crop_backward_cpu(
     const Tensor& grad, const Tensor& crop, const Sizes& input_size, const Sizes& canvas,
     const std::string& interpolation) {
@@ -87,3 +88,8 @@ Tensor resize_crop_backward_cpu(
 }
 
 }  // namespace byola
+
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
+  m.impl("resize_crop", TORCH_BOX(&byola::resize_crop_cpu));
+  m.impl("resize_crop_backward", TORCH_BOX(&byola::resize_crop_backward_cpu));
+}

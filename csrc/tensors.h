@@ -1,6 +1,7 @@
 // Tensors of the stable C++ interface, unpacked: dtypes, pointers, strides, and checks with messages.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -16,6 +17,7 @@ namespace byola {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 
 #define BYOLA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "byola_fast: ", __VA_ARGS__)
 

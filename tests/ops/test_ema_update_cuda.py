@@ -186,7 +186,7 @@ def test_compiles_loads_and_registers_with_or_without_a_gpu():
     done = subprocess.run([sys.executable, "-c", BUILT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].strip() == "cuda"
-    assert re.search(r"CUDA: registered at .*library_cuda\.cpp", done.stdout)
+    assert re.search(r"CUDA: registered at .*register_cuda\.cpp", done.stdout)
 
 
 def test_the_build_is_left_alone_where_it_is_of_no_use(monkeypatch, tmp_path):

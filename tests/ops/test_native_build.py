@@ -42,7 +42,7 @@ def tiny(tmp_path, monkeypatch):
     """Sources that compile in no time, and an empty cache."""
     folder = tmp_path / "csrc"
     folder.mkdir()
-    (folder / "library.cpp").write_text(TINY)
+    (folder / "kernels.cpp").write_text(TINY)
     monkeypatch.setattr(build, "source_folder", lambda: folder)
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
@@ -165,8 +165,8 @@ def test_a_missing_compiler_leaves_a_working_package_and_one_line(tmp_path):
 
 
 def test_a_compiler_error_is_named_and_kept(tiny):
-    (tiny / "library.cpp").write_text("this is not C++\n")
-    with pytest.raises(BackendError, match=r"compiling failed: .*library.cpp.* error: .*build.log"):
+    (tiny / "kernels.cpp").write_text("this is not C++\n")
+    with pytest.raises(BackendError, match=r"compiling failed: .*kernels.cpp.* error: .*build.log"):
         cpu.prepare()
     folder = build.cache_folder() / cpu.build_name()
     assert "this is not C++" in (folder / "build.log").read_text()
@@ -190,7 +190,7 @@ def test_another_torch_python_cpu_or_source_has_a_build_of_its_own(tiny, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
         names.add(cpu.build_name())
-    (tiny / "library.cpp").write_text(TINY + "\n")
+    (tiny / "kernels.cpp").write_text(TINY + "\n")
     names.add(cpu.build_name())
     (tiny / "more.h").touch()
     names.add(cpu.build_name())

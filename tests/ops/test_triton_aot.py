@@ -35,7 +35,7 @@ BUDGETS = {
     "resize_crop, bicubic": (96, 0, 5),
     "resize_crop, backward": (40, 0, 12),
 }
-SLOW = {"log_mel": (90,)}  # 20 s to compile; `python -m benchmarks.kernels` has them all
+SLOW = {"log_mel": (90,)}  # 20 s to compile; `python -m benchmarks.gpu.kernels` has them all
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,8 +8,10 @@ import json
 import pytest
 from helpers.tasks import PITCHES, make_task
 
-from benchmarks import quality, quality_table, readme_table
-from benchmarks.quality_runs import STUDIES, Study
+from benchmarks import readme_table
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import tables as quality_tables
+from benchmarks.quality.runs import STUDIES, Study
 from byola_fast.training.config import PretrainConfig
 
 pytestmark = pytest.mark.slow
@@ -36,7 +38,7 @@ def study(tmp_path, monkeypatch):
         "CURVES": rows[:1],
         "START": rows[1],
     }.items():
-        monkeypatch.setattr(quality_table, name, value)
+        monkeypatch.setattr(quality_tables, name, value)
     folders = [str(tmp_path / "tasks" / "tones" / "audio"), str(tmp_path / "tasks")]
     options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "quality")]
     return lambda *more: quality.main([*folders, *options, *more])
@@ -70,17 +72,17 @@ def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, mon
     monkeypatch.setattr(quality, "pretrain", None)  # nothing is left to do
     assert study() == 0
 
-    table = quality_table.study_table(results)
+    table = quality_tables.study_table(results)
     assert table.count("\n| SimCLR |  |  |  | 1 |") == 1  # what stands for the start of training
     assert table.count("\n| BYOL-A | 3 | 0 | 0 | 2 |") == 1
     assert "| BYOL-A, AudioSet |  | 5,000 an epoch |  | 1 | 75.0 | 75.0 |" in table
     assert table.count("±") >= 3  # random, and both steps of byol-v1
     (results / "byol-v1-1.json").write_text(json.dumps(cut | {"seed": 1}))  # the other seed has not come as far
-    summary = quality_table.summary_table(results)
+    summary = quality_tables.summary_table(results)
     assert "\n| BYOL-A | 1 | 0 | 0 | 2 |" in summary
     assert "\n| BYOL-A | 3 | 0 | 0 | 1 |" in summary
     (results / "byol-v1-1.json").write_text(json.dumps(again | {"seed": 1}))
-    assert "\n| BYOL-A | 1 |" not in quality_table.summary_table(results)
+    assert "\n| BYOL-A | 1 |" not in quality_tables.summary_table(results)
     page = tmp_path / "page.md"
     page.write_text("<!-- benchmarks:quality/ablations begin -->\n<!-- benchmarks:quality/ablations end -->\n")
     assert readme_table.main(["--readme", str(page), "--results", str(tmp_path)]) == 0
@@ -124,5 +126,5 @@ def test_every_row_is_a_run_that_can_be():
 
 
 def test_before_any_run_the_tables_say_so(tmp_path):
-    assert quality_table.study_table(tmp_path) == quality_table.NO_RUNS
-    assert quality_table.ablation_table(tmp_path) == quality_table.NO_RUNS
+    assert quality_tables.study_table(tmp_path) == quality_tables.NO_RUNS
+    assert quality_tables.ablation_table(tmp_path) == quality_tables.NO_RUNS

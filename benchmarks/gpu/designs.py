@@ -2,7 +2,7 @@
 """Other ways to build the fused kernel, kept short, to be compared with the one that the package ships.
 
 Each makes both views of a batch from x and a full bank, log-mixup-exp and bilinear, without statistics, fader and sums.
-``python -m benchmarks.designs`` prints what the compiler makes of them for an H200; ``gpu_check.py`` times them.
+``python -m benchmarks.gpu.designs`` prints what the compiler makes of them for an H200; ``gpu_check.py`` times them.
 
 - ``registers``: one program a view, the mixed tile in registers, one ``tl.gather`` for each tap along each axis.
 - ``matrices``: the resize as two products with interpolation matrices built in registers (three TF32 products each,
@@ -159,7 +159,7 @@ def held_normalize_(x: Tensor, block: int = 8192) -> None:
 
 def table() -> str:
     """Return a Markdown table of what each design takes on an H200, for 64 x 96."""
-    from benchmarks.kernels import Variant, _names, compile_variant, resources
+    from benchmarks.gpu.kernels import Variant, _names, compile_variant, resources
 
     pointers = _names("x bank lam out", "fp32") | {"bank_index": "i64", "crop": "i32"}
     lines = [

@@ -274,7 +274,7 @@ def designs(context: Any) -> dict[str, Any]:
     device, batch = context.device, sizes(context, BATCH, 2)
     if context.skip("timing other designs of the kernel: they are Triton's, which needs a GPU"):
         return {}
-    from benchmarks.designs import DESIGNS, held_normalize_, run_design
+    from benchmarks.gpu.designs import DESIGNS, held_normalize_, run_design
     from byola_fast.ops._triton import augment_views as kernel
 
     x, bank = (torch.randn(n, 64, 96, device=device) for n in (batch, 2048))

@@ -1,4 +1,4 @@
-"""Tables of the study of representations, from the JSON files that ``benchmarks/quality.py`` leaves."""
+"""Tables of the study of representations, from the JSON files that ``benchmarks/quality`` leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
+from benchmarks.quality.runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
 from byola_fast.training.config import PretrainConfig
 
 NO_RUNS = "**The study has not been run yet.**"

@@ -3,7 +3,7 @@
     python -m benchmarks.quality CORPUS [TASKS] [--work FOLDER] [--only NAME ...] [--seeds N ...] [--threads 1]
 
 CORPUS is a folder of unlabelled audio, or a packed store. TASKS holds a folder for each task, ``NAME/NAME.csv`` with
-its audio in ``NAME/audio``. Each run of ``quality_runs.py`` leaves one JSON file in ``benchmarks/results/quality``,
+its audio in ``NAME/audio``. Each run of ``runs.py`` leaves one JSON file in ``benchmarks/results/quality``,
 renewed at every score. Stopped at any moment, the same command goes on; several may run side by side, on other cores or
 other machines, as each takes runs that no other is at. ``python -m benchmarks.readme_table`` makes the tables.
 
@@ -32,7 +32,7 @@ import soundfile
 import torch
 
 from benchmarks.measure import machine, versions
-from benchmarks.quality_runs import AUDIOSET, COMMON, STUDIES, Study
+from benchmarks.quality.runs import AUDIOSET, COMMON, STUDIES, Study
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import read_audio
 from byola_fast.evaluation.config import EvalConfig
@@ -47,7 +47,7 @@ TASKS = tuple(AUDIOSET)
 BASELINES = ("random", "melstats")
 RANDOM_SEEDS = 3
 SAMPLE_RATE = 16000
-RESULTS = Path(__file__).parent / "results" / "quality"
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
 
 logger = logging.getLogger("benchmarks")
 

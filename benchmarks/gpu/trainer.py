@@ -23,7 +23,7 @@ SMALL = {"feature_d": 512, "batch_size": 64, "n_memory": 256}
 TINY = {"feature_d": 16, "proj_dim": 32, "batch_size": 4, "n_memory": 8, "threads": 1}
 MANY_CLIPS = 8000  # 31 steps of 256 an epoch, whose draws are then no part of the time
 CLOSE = 0.05  # of losses between 0 and 8, after a few steps whose roundings differ
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_store(folder: Path, clips: int) -> Path:
@@ -119,7 +119,7 @@ def ranks(context: Any) -> dict[str, Any]:
         out = folder / name.replace(", ", "-")
         settings = common | {"sync_batchnorm": "Sync" in name}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command += ["-m", "benchmarks.gpu_trainer", name.partition(",")[0], str(out), json.dumps(settings)]
+        command += ["-m", "benchmarks.gpu.trainer", name.partition(",")[0], str(out), json.dumps(settings)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         lines = (out / "log.jsonl").read_text().splitlines()

@@ -1,0 +1,1 @@
+"""Are the representations good? Pre-train on real audio and evaluate on labelled tasks."""
