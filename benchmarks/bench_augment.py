@@ -22,16 +22,16 @@ SIZES = (64, 256, 2048)
 TWO_VIEWS = ("loop", "reference", "compiled", "byola_fast", "byola_fast, out=", "copy", "exp/log floor")
 SCALING = tuple(f"{name}, B = {batch}" for name in ("byola_fast", "byola_fast, out=") for batch in SIZES)
 SINGLE = ("loop", "reference", "byola_fast", "copy")
-MODES = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
-def two_views(device: str, mode: str) -> Group:
+def two_views(device: str, interpolation: str) -> Group:
     """Two views of 256 samples, post-normalisation included."""
     data = Batches(BATCH, device)
-    contenders = [c for place in places_on(device) for c in view_contenders(data, place, mode, TWO_VIEWS)]
+    contenders = [c for place in places_on(device) for c in view_contenders(data, place, interpolation, TWO_VIEWS)]
     return Group(
         "two_views",
-        f"{mode}, B = {BATCH}",
+        f"{interpolation}, B = {BATCH}",
         contenders,
         ("loop", "reference", "compiled", "copy"),
         floor="exp/log floor",
@@ -73,7 +73,7 @@ def log_mixup_exp(device: str) -> Group:
     return single_op("log_mixup_exp", f"B = {BATCH}", data, runs, exact, moved=3)
 
 
-def resize_crop(device: str, mode: str) -> Group:
+def resize_crop(device: str, interpolation: str) -> Group:
     """One random resize crop of 256 samples."""
     data = Batches(BATCH, device)
     crop = [p[2][0] for p in data.params]
@@ -83,21 +83,25 @@ def resize_crop(device: str, mode: str) -> Group:
 
     def loop(k: int) -> Tensor:
         x = data.x[k % data.count]
-        return torch.cat([crop_one(a[None], box, mode) for a, box in zip(x, boxes[k % data.count], strict=True)])
+        return torch.cat(
+            [crop_one(a[None], box, interpolation) for a, box in zip(x, boxes[k % data.count], strict=True)]
+        )
 
     def exact(k: int) -> Tensor:
         return reference.resize_crop_reference(
-            data.x[k % data.count].double(), crop[k % data.count], size, canvas, mode
+            data.x[k % data.count].double(), crop[k % data.count], size, canvas, interpolation
         )
 
     runs: dict[str, Callable[[int], Tensor]] = {
         "loop": loop,
         "reference": lambda k: reference.resize_crop_reference(
-            data.x[k % data.count], crop[k % data.count], size, canvas, mode
+            data.x[k % data.count], crop[k % data.count], size, canvas, interpolation
         ),
-        "byola_fast": lambda k: byola_fast.ops.resize_crop(data.x[k % data.count], crop[k % data.count], mode=mode),
+        "byola_fast": lambda k: byola_fast.ops.resize_crop(
+            data.x[k % data.count], crop[k % data.count], interpolation=interpolation
+        ),
     }
-    return single_op("resize_crop", f"{mode}, B = {BATCH}", data, runs, exact, moved=2)
+    return single_op("resize_crop", f"{interpolation}, B = {BATCH}", data, runs, exact, moved=2)
 
 
 def single_op(
@@ -134,9 +138,9 @@ def single_op(
 
 @pytest.mark.parametrize("contender", TWO_VIEWS)
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_two_views(replay: Any, mode: str, place: Place, contender: str) -> None:
-    replay(two_views, contender, place, mode=mode)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_two_views(replay: Any, interpolation: str, place: Place, contender: str) -> None:
+    replay(two_views, contender, place, interpolation=interpolation)
 
 
 @pytest.mark.parametrize("contender", SCALING)
@@ -153,6 +157,6 @@ def test_log_mixup_exp(replay: Any, place: Place, contender: str) -> None:
 
 @pytest.mark.parametrize("contender", SINGLE)
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_resize_crop(replay: Any, mode: str, place: Place, contender: str) -> None:
-    replay(resize_crop, contender, place, mode=mode)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_resize_crop(replay: Any, interpolation: str, place: Place, contender: str) -> None:
+    replay(resize_crop, contender, place, interpolation=interpolation)

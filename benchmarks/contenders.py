@@ -50,7 +50,7 @@ def mix_one(x: Tensor, z: Tensor, lam: float) -> Tensor:
     return torch.log((1 - lam) * torch.exp(x) + lam * torch.exp(z) + EPS)
 
 
-def crop_one(x: Tensor, box: Sequence[int], mode: str) -> Tensor:
+def crop_one(x: Tensor, box: Sequence[int], interpolation: str) -> Tensor:
     """Cut a box from the zero canvas around one spectrogram ``(1, F, T)`` and resize it."""
     mels, frames = x.shape[1:]
     rows, columns = canvas_size(mels, frames)
@@ -58,17 +58,19 @@ def crop_one(x: Tensor, box: Sequence[int], mode: str) -> Tensor:
     canvas = torch.zeros(1, rows, columns, dtype=x.dtype, device=x.device)
     canvas[:, top : top + mels, left : left + frames] = x
     i, j, h, w = box
-    return F.interpolate(canvas[None, :, i : i + h, j : j + w], size=(mels, frames), mode=mode, align_corners=True)[0]
+    return F.interpolate(
+        canvas[None, :, i : i + h, j : j + w], size=(mels, frames), mode=interpolation, align_corners=True
+    )[0]
 
 
-def views_loop(x: Tensor, params: LoopParams, mode: str) -> tuple[Tensor, ...]:
+def views_loop(x: Tensor, params: LoopParams, interpolation: str) -> tuple[Tensor, ...]:
     """Make two views of ``x (B, F, T)`` one sample at a time, as people do today; from the paper's definition."""
     views = []
     for view in params:
         made = []
         for sample, (lam, partner, box) in enumerate(view):
             mixed = x[sample][None] if partner < 0 else mix_one(x[sample][None], x[partner][None], lam)
-            made.append(crop_one(mixed, box, mode)[0])
+            made.append(crop_one(mixed, box, interpolation)[0])
         views.append(torch.stack(made))
     both = torch.stack(views)
     return ((both - both.mean()) / both.std().clamp_min(EPS)).unbind(0)
@@ -92,28 +94,28 @@ def draw(x: Tensor, step: int) -> Params:
     return reference.draw_params_reference(rng, None, batch, batch, 0, 0, *sizes, canvas, MIXUP_RATIO, 0.0)
 
 
-def views_sums(x: Tensor, pool: Tensor, params: Params, mode: str) -> tuple[Tensor, Tensor]:
+def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> tuple[Tensor, Tensor]:
     """Return views ``(2, B, F, T)`` before post-normalisation, and their sums."""
     out = x.new_empty(2, *x.shape)
     rng = params[1].new_zeros(2)  # only the Gaussian mixer reads it
     canvas = list(canvas_size(*x.shape[1:]))
-    given = (x, pool, None, None, None, *params, rng, 0, canvas, mode, "log")
+    given = (x, pool, None, None, None, *params, rng, 0, canvas, interpolation, "log")
     return out, reference.augment_views_out_reference(*given, out)
 
 
-def views_reference(x: Tensor, params: Params, mode: str) -> tuple[Tensor, ...]:
+def views_reference(x: Tensor, params: Params, interpolation: str) -> tuple[Tensor, ...]:
     """Make two views with the plain PyTorch reference, called past the dispatcher, so that it stays the reference."""
-    return reference.normalize_reference(*views_sums(x, x, params, mode)).unbind(0)
+    return reference.normalize_reference(*views_sums(x, x, params, interpolation)).unbind(0)
 
 
-def views_exact(x: Tensor, params: Params, mode: str) -> tuple[Tensor, ...]:
+def views_exact(x: Tensor, params: Params, interpolation: str) -> tuple[Tensor, ...]:
     """Return the float64 reference, a chunk at a time."""
     lam, partner, crop, fader = params
     wide, parts = x.double(), []
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
         given = lam[:, rows], partner[:, rows], crop[:, rows], fader[:, rows]
-        parts.append(views_sums(wide[rows], wide, given, mode))
+        parts.append(views_sums(wide[rows], wide, given, interpolation))
     views, sums = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
     return reference.normalize_reference(views, sums).unbind(0)
 
@@ -139,8 +141,8 @@ class Batches:
 
         self.exact = functools.lru_cache(maxsize=1)(self._exact)
 
-    def _exact(self, mode: str, number: int) -> tuple[Tensor, ...]:
-        return views_exact(self.x[number % self.count], self.params[number % self.count], mode)
+    def _exact(self, interpolation: str, number: int) -> tuple[Tensor, ...]:
+        return views_exact(self.x[number % self.count], self.params[number % self.count], interpolation)
 
     def new_views(self) -> Tensor:
         return torch.empty(2, *self.shape, device=self.device)
@@ -153,15 +155,15 @@ class Batches:
         return Contender(name, run, expected, place, shapes, self.samples, round(moved * self.bytes), **more)
 
 
-def view_contenders(data: Batches, place: Place, mode: str, names: Sequence[str]) -> list[Contender]:
+def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequence[str]) -> list[Contender]:
     """Return the named contenders for two views; each must read x and two partners and write two views, 5 inputs."""
     compiled = torch.compile(views_reference, dynamic=False) if "compiled" in names else views_reference
     loop_given = [loop_params(p) for p in data.params] if "loop" in names else []
-    mine = functools.partial(byola_fast.augment, stats=data.stats, seed=SEED, interpolation=mode)
+    mine = functools.partial(byola_fast.augment, stats=data.stats, seed=SEED, interpolation=interpolation)
     out, source, positive = data.new_views(), data.new_views().normal_(), torch.empty_like(data.x[0])
 
     def of_set(function: Callable[..., Any], given: Sequence[Any]) -> Callable[[int], Sequence[Tensor]]:
-        return lambda k: function(data.x[k % data.count], given[k % data.count], mode)
+        return lambda k: function(data.x[k % data.count], given[k % data.count], interpolation)
 
     def fresh(k: int) -> Any:
         return mine(data.x[k % data.count], step=k % data.count)
@@ -193,7 +195,7 @@ def view_contenders(data: Batches, place: Place, mode: str, names: Sequence[str]
         data.contender(
             name,
             runs[name],
-            expected.get(name, functools.partial(data.exact, mode)),
+            expected.get(name, functools.partial(data.exact, interpolation)),
             place,
             moved.get(name, 5.0),
             backend=backend if name.startswith("byola_fast") else "torch",

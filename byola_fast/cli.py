@@ -93,13 +93,13 @@ def _published(argv: Sequence[str]) -> list[str]:
     """Put, in place of the file after ``pretrain --config``, its content with published names turned into ours."""
     import yaml
 
-    told: list[str] = []
+    message: list[str] = []
     for argument in argv:
         flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
-        if argv[0] == "pretrain" and (flag or told[-1:] == ["--config"]) and Path(value).is_file():
+        if argv[0] == "pretrain" and (flag or message[-1:] == ["--config"]) and Path(value).is_file():
             value = yaml.safe_dump(from_published(read_yaml(value)))
-        told.append(flag + value)
-    return told
+        message.append(flag + value)
+    return message
 
 
 def _make_parser(demo: bool) -> Any:
@@ -111,8 +111,8 @@ def _make_parser(demo: bool) -> Any:
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
     train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
-    told = "YAML file of settings, named as the flags are or as in published config.yaml files"
-    train.add_argument("--config", action="config", help=told)
+    message = "YAML file of settings, named as the flags are or as in published config.yaml files"
+    train.add_argument("--config", action="config", help=message)
     _add_settings(train, PretrainConfig)
     if demo:
         train.set_defaults(**DEMO)
@@ -177,16 +177,16 @@ def _run(command: str, settings: Any) -> int:
         values.pop("config")
         result = pretrain(PretrainConfig(**values))
         if not _rank():
-            told = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
-            print(f"{result.steps} steps: {told}; results in {result.out}")
+            message = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
+            print(f"{result.steps} steps: {message}; results in {result.out}")
         if result.stopped_by:
-            told = "stopped by a signal after step %d; all is saved, and the same command goes on from there"
-            logging.getLogger("byola_fast").warning(told, result.steps)
+            message = "stopped by a signal after step %d; all is saved, and the same command goes on from there"
+            logging.getLogger("byola_fast").warning(message, result.steps)
         return SIGNALLED + result.stopped_by if result.stopped_by else 0
     if command == "pack":
         packed = run_pack(PackConfig(values.pop("AUDIO_DIR"), values.pop("OUT"), **values))
-        told = "unchanged since it was packed" if packed.unchanged else f"{len(packed.broken)} of them without audio"
-        print(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({told})")
+        message = "unchanged since it was packed" if packed.unchanged else f"{len(packed.broken)} of them without audio"
+        print(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({message})")
         return 0
     if command == "stats":
         stats = run_stats(StatsConfig(values.pop("AUDIO_DIR"), **values))
@@ -195,8 +195,8 @@ def _run(command: str, settings: Any) -> int:
     if command == "embed":
         written = run_embed(EmbedConfig(weights=values.pop("WEIGHTS"), paths=values.pop("PATHS"), **values))
         if written is not None:
-            told = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
-            print(f"{written.out}: {told}; {written.speed:.0f} x real time")
+            message = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
+            print(f"{written.out}: {message}; {written.speed:.0f} x real time")
         return 0
     if command == "export":
         print(run_export(ExportConfig(weights=values.pop("WEIGHTS"), **values)))

@@ -73,8 +73,8 @@ def doctor() -> Report:
     }
     notes = [f"system: {platform.platform()}"]
     notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
-    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
-    notes.append(f"environment: {', '.join(told) or 'nothing set that matters here'}")
+    message = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    notes.append(f"environment: {', '.join(message) or 'nothing set that matters here'}")
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()
         notes.append(f"CUDA: {first_call(torch.device('cuda'))}")

@@ -118,7 +118,7 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
 
 
 def _check(audio: Tensor) -> None:
-    check.is_float("audio", audio)
+    check.require_float("audio", audio)
     if audio.ndim != 2 or not audio.numel():
         raise ValueError(f"audio: expected shape (n_sounds, n_samples), not empty, got {tuple(audio.shape)}")
 

@@ -124,7 +124,11 @@ CALLS = {
         ValueError,
         "canvas: expected (mels, frames)",
     ),
-    "unknown mode": (lambda: ops.resize_crop(X, CROP, mode="nearest"), ValueError, "mode: expected one of 'bilinear'"),
+    "unknown interpolation of the op": (
+        lambda: ops.resize_crop(X, CROP, interpolation="nearest"),
+        ValueError,
+        "interpolation: expected one of 'bilinear'",
+    ),
     "bank_count elsewhere": (
         lambda: ops.draw_params(torch.tensor([1, 2]), 3, (8, 12), bank_count=torch.zeros((), device="meta").long()),
         ValueError,
@@ -178,11 +182,11 @@ def test_boxes_and_rows_out_of_range_are_moved_inside_below_the_checks(device):
     x = torch.randn(4, 8, 12, device=device)
     wild = torch.tensor([[-50, 10**6, 3, 4], [0, 0, -7, 10**8], [7, 17, 8, 18], [2**30, -(2**30), 1, 1]], device=device)
     tame = torch.tensor([[0, 14, 3, 4], [0, 0, 1, 18], [0, 0, 8, 18], [7, 0, 1, 1]], device=device)
-    for mode in ("bilinear", "bicubic"):
-        got = torch.ops.byola_fast.resize_crop(x, wild, [8, 12], [8, 18], mode)
-        torch.testing.assert_close(got, ops.resize_crop(x, tame, mode=mode), rtol=0, atol=0)
-        back = torch.ops.byola_fast.resize_crop_backward(x, wild, [8, 12], [8, 18], mode)
-        expected = torch.ops.byola_fast.resize_crop_backward(x, tame, [8, 12], [8, 18], mode)
+    for interpolation in ("bilinear", "bicubic"):
+        got = torch.ops.byola_fast.resize_crop(x, wild, [8, 12], [8, 18], interpolation)
+        torch.testing.assert_close(got, ops.resize_crop(x, tame, interpolation=interpolation), rtol=0, atol=0)
+        back = torch.ops.byola_fast.resize_crop_backward(x, wild, [8, 12], [8, 18], interpolation)
+        expected = torch.ops.byola_fast.resize_crop_backward(x, tame, [8, 12], [8, 18], interpolation)
         torch.testing.assert_close(back, expected, rtol=0, atol=0)
     params = augment(x, seed=1, return_params=True)[2]
     far, last = params.bank_index + 10**9, torch.full_like(params.bank_index, 3)

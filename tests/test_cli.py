@@ -207,8 +207,8 @@ def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
         _, errors = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    told = [errors.index(words) for words in ("stopping after this step", "stopped by a signal after step")]
-    assert told == sorted(told)
+    message = [errors.index(words) for words in ("stopping after this step", "stopped by a signal after step")]
+    assert message == sorted(message)
     assert errors.count("stopping after this step") == 1
     assert byola_fast.networks.checkpoint.load_checkpoint(out / "checkpoint.pt")["step"] > 5
 

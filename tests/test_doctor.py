@@ -20,11 +20,11 @@ def test_every_op_on_every_device_is_named_and_readable(monkeypatch):
     assert ("CUDA" in report.devices) or "no GPU" in text
     monkeypatch.setenv("BYOLA_FAST_CACHE", "/some where/else")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    told = str(byola_fast.doctor())
-    assert platform.platform() in told
-    assert "compiled kernels: /some where/else/cpu-torch" in told
-    assert "BYOLA_FAST_CACHE=/some where/else, " in told
-    assert "OMP_NUM_THREADS=3" in told
+    message = str(byola_fast.doctor())
+    assert platform.platform() in message
+    assert "compiled kernels: /some where/else/cpu-torch" in message
+    assert "BYOLA_FAST_CACHE=/some where/else, " in message
+    assert "OMP_NUM_THREADS=3" in message
 
 
 def test_ops_made_of_others_say_of_which():

@@ -123,5 +123,5 @@ def test_hears_own_validator(validator, tmp_path, capsys, encoder):
         except validator.ModelError as error:  # no Exception, so that pytest would stop
             pytest.fail(str(error))
     assert "Max interval between timestamps is 40.0ms" in capsys.readouterr().out
-    told = [" ".join(str(one.message).split()) for one in caught if "timestamps" in str(one.message)]
-    assert [words for words in told if not words.startswith("IMPORTANT: A common bug")] == []  # always given
+    message = [" ".join(str(one.message).split()) for one in caught if "timestamps" in str(one.message)]
+    assert [words for words in message if not words.startswith("IMPORTANT: A common bug")] == []  # always given

@@ -25,11 +25,11 @@ from byola_fast.cli import main, read_yaml
 )
 def test_errors_say_what_was_given_and_what_is_wanted(argv, words, capsys):
     assert main(argv) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert words in told
-    assert "class '" not in told
-    assert "Parser" not in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert words in message
+    assert "class '" not in message
+    assert "Parser" not in message
 
 
 def test_no_command_shows_all(capsys):

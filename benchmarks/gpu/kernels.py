@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, ahead of time and without a GPU: registers, spills, occupancy, code.
 
-``python -m benchmarks.gpu.kernels`` prints the table for every kernel and architecture. Tests hold the figures to budgets.
+``python -m benchmarks.gpu.kernels`` prints the table for every kernel and architecture. Tests hold them to budgets.
 """
 
 from __future__ import annotations

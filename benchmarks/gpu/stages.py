@@ -198,25 +198,27 @@ def ceilings(context: Any) -> dict[str, Any]:
 def views(context: Any) -> dict[str, Any]:
     """Two views at B = 256 inside a CUDA graph, cold and warm, against a copy, ``compiled`` and ``loop``; host time."""
     found: dict[str, Any] = {"rows": []}
-    for mode in ("bilinear", "bicubic"):
-        found[mode] = _views(context, mode)
-        found["rows"] += found[mode].pop("rows")
+    for interpolation in ("bilinear", "bicubic"):
+        found[interpolation] = _views(context, interpolation)
+        found["rows"] += found[interpolation].pop("rows")
         context.keep(found)
     return found
 
 
-def _views(context: Any, mode: str) -> dict[str, Any]:
+def _views(context: Any, interpolation: str) -> dict[str, Any]:
     device, batch = context.device, sizes(context, BATCH, 4)
     count = cold_sets(context, STEP_BYTES * batch)
     inputs = [torch.randn(batch, 64, 96, device=device) for _ in range(count)]
     given = contenders.draw(inputs[0], 0)
-    exact = contenders.views_exact(inputs[0], given, mode)
-    mine = byola_fast.augment(inputs[0], stats=(0.0, 1.0), seed=contenders.SEED, step=0, interpolation=mode)
+    exact = contenders.views_exact(inputs[0], given, interpolation)
+    mine = byola_fast.augment(inputs[0], stats=(0.0, 1.0), seed=contenders.SEED, step=0, interpolation=interpolation)
     for view, truth in zip(mine, exact, strict=True):
         torch.testing.assert_close(view.double(), truth, rtol=0, atol=5e-4)
 
     rows = sizes(context, 2048, 8)
-    aug = byola_fast.Augment(seed=1, shape=(64, 96), n_memory=rows, stats=(0.0, 1.0), interpolation=mode).to(device)
+    aug = byola_fast.Augment(seed=1, shape=(64, 96), n_memory=rows, stats=(0.0, 1.0), interpolation=interpolation).to(
+        device
+    )
     for k in range(-(-rows // batch)):
         aug(inputs[k % count])
     out = torch.empty(2, batch, 64, 96, device=device)
@@ -226,17 +228,17 @@ def _views(context: Any, mode: str) -> dict[str, Any]:
         "byola_fast": [graphed(context, partial(aug, x, out=out)) for x in inputs],
         "copy": [graphed(context, partial(c.copy_, s)) for s, c in zip(source, copied, strict=True)],
     }
-    told: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     try:
         compiled = contenders.views_reference if context.dry else torch.compile(contenders.views_reference)
-        for view, truth in zip(compiled(inputs[0], given, mode), exact, strict=True):
+        for view, truth in zip(compiled(inputs[0], given, interpolation), exact, strict=True):
             torch.testing.assert_close(view.double(), truth, rtol=0, atol=5e-4)
-        graphs["compiled"] = [graphed(context, partial(compiled, x, given, mode)) for x in inputs[:4]]
+        graphs["compiled"] = [graphed(context, partial(compiled, x, given, interpolation)) for x in inputs[:4]]
     except Exception as error:  # a contender that cannot run here keeps ours from nothing
-        told["compiled"] = f"{type(error).__name__}: {error}"
+        message["compiled"] = f"{type(error).__name__}: {error}"
     cold = time_in_turns(context, {name: _rotate(replays) for name, replays in graphs.items()})
     warm = time_in_turns(context, {name: every(replays[0]) for name, replays in graphs.items()}, warm=True)
-    one_by_one = partial(contenders.views_loop, inputs[0], contenders.loop_params(given), mode)
+    one_by_one = partial(contenders.views_loop, inputs[0], contenders.loop_params(given), interpolation)
     loop = time_in_turns(context, {"loop": every(one_by_one)}, rounds=3)["loop"]
     host = host_time_us(context, partial(byola_fast.augment, inputs[0], stats=(0.0, 1.0), seed=1, out=out))
     host_module = host_time_us(context, partial(aug, inputs[0], out=out))
@@ -246,7 +248,7 @@ def _views(context: Any, mode: str) -> dict[str, Any]:
     times += f" `compiled`, {loop['median_us'] / ours:.0f} x `loop`"
     goals = [
         {
-            "work": f"two views, {mode}, B = {batch}, in a graph",
+            "work": f"two views, {interpolation}, B = {batch}, in a graph",
             "measured": f"{ours:.1f} us; {share:.0%} of the copy rate, {times}",
             "goal": ">= 75 % of the copy rate, >= 3 x `compiled`, >= 1000 x `loop`",
         },
@@ -261,8 +263,8 @@ def _views(context: Any, mode: str) -> dict[str, Any]:
             "goal": "< 100 us",
         },
     ]
-    told |= {"cold": cold, "warm": warm, "loop": loop, "host_us": host, "host_module_us": host_module}
-    return {**told, "batch": batch, "input_sets": count, "rows": goals}
+    message |= {"cold": cold, "warm": warm, "loop": loop, "host_us": host, "host_module_us": host_module}
+    return {**message, "batch": batch, "input_sets": count, "rows": goals}
 
 
 def _rotate(replays: Sequence[Callable[[], Any]]) -> Run:
@@ -442,13 +444,13 @@ def front_end(context: Any) -> dict[str, Any]:
         for label, name in (("", "byola_fast"), (", int16", "byola_fast, int16"))
     ]
     ours, other = "byola_fast, log-mel", "torchaudio, log-mel"
-    told = f"{medians[ours]:.0f} us, int16 {medians['byola_fast, int16, log-mel']:.0f} us; "
-    told += f"{medians[other] / medians[ours]:.1f} x torchaudio"
+    message = f"{medians[ours]:.0f} us, int16 {medians['byola_fast, int16, log-mel']:.0f} us; "
+    message += f"{medians[other] / medians[ours]:.1f} x torchaudio"
     if (mine := extra[ours]) is not None and (memory := extra[other]) is not None:
-        told += f"; {mine / 2**20:.0f} MiB beside input and output, torchaudio's {memory / 2**20:.0f}"
+        message += f"; {mine / 2**20:.0f} MiB beside input and output, torchaudio's {memory / 2**20:.0f}"
     row = {
         "work": f"wav to log-mel, B = {batch}",
-        "measured": f"{told}; host {host:.0f} us",
+        "measured": f"{message}; host {host:.0f} us",
         "goal": "< 10 % of its memory",
     }
     return {"times": times, "extra_bytes": extra, "host_us": host, "rows": [*rows, row]}
@@ -487,8 +489,12 @@ def training(context: Any) -> dict[str, Any]:
     loop = time_in_turns(context, {"loop": every(partial(contenders.views_loop, x, given, "bilinear"))}, rounds=3)
     at_256 = next(iter(found["samples_per_s"].values()))
     with_loop = len(x) / (len(x) / at_256 + loop["loop"]["median_us"] / 1e6)
-    told = f"{best:,.0f} samples/s; {at_256 / with_loop:.1f} x the step with `loop` at B = {len(x)}"
-    row = {"work": "training step, byola-v1, d = 2048, bf16", "measured": told, "goal": ">= 40,000 samples/s; >= 5 x"}
+    message = f"{best:,.0f} samples/s; {at_256 / with_loop:.1f} x the step with `loop` at B = {len(x)}"
+    row = {
+        "work": "training step, byola-v1, d = 2048, bf16",
+        "measured": message,
+        "goal": ">= 40,000 samples/s; >= 5 x",
+    }
     return found | {"rows": [row], "loop_us": loop["loop"]["median_us"]}
 
 

@@ -99,8 +99,8 @@ def trainer(context: Any) -> dict[str, Any]:
     train(folder / "profile", **(common | whole | {"steps": 60, "profile": True}))
     found["stages_ms"] = json.loads((folder / "profile" / "profile.json").read_text())["ms"]
     shutil.rmtree(folder)
-    told = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, all of `pretrain`"
-    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, its defaults", "measured": told, "goal": ""}]}
+    message = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, all of `pretrain`"
+    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, its defaults", "measured": message, "goal": ""}]}
 
 
 def ranks(context: Any) -> dict[str, Any]:

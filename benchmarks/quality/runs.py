@@ -28,7 +28,7 @@ class Study:
     """
 
     name: str
-    told: str
+    message: str
     seeds: int = 1
     scored: tuple[int, ...] = (SHORT,)
     settings: tuple[tuple[str, Any], ...] = ()
@@ -40,8 +40,8 @@ class Study:
         return self.scored[-1]
 
 
-def _study(name: str, told: str, *, paper: float | None = None, **settings: Any) -> Study:
-    return Study(name, told, settings=tuple(settings.items()), paper=paper)
+def _study(name: str, message: str, *, paper: float | None = None, **settings: Any) -> Study:
+    return Study(name, message, settings=tuple(settings.items()), paper=paper)
 
 
 BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", seeds=3, scored=(100, SHORT, 600, LONG), paper=72.3)

@@ -30,20 +30,20 @@ def _study(folder: Path, ends_alone: bool) -> str:
         return NO_RUNS
     rows = [_row("what", "steps of 256", "hours heard", "minutes", "seeds", *AUDIOSET, "mean")]
     rows.append(_row("---", *["---:"] * 9))
-    for name, told in (("melstats", "mel statistics"), ("random", "random weights")):
+    for name, message in (("melstats", "mel statistics"), ("random", "random weights")):
         baseline = _read(folder / f"{name}.json")
         if baseline is not None:
-            rows.append(_row(told, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
+            rows.append(_row(message, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
     started = [point for run in _runs(folder, START.name) for point in run["curve"]]
     if started and not ends_alone:
-        rows.append(_row(START.told, "", "", "", len(started), *_scores(started), _spread(started)))
+        rows.append(_row(START.message, "", "", "", len(started), *_scores(started), _spread(started)))
     for study, runs in found.values():
         seeds = Counter(point["step"] for run in runs for point in run["curve"])
         settled = max(step for step, count in seeds.items() if count == max(seeds.values()))
         for step in sorted(step for step in seeds if step >= settled or not ends_alone):
             points = [point for run in runs for point in run["curve"] if point["step"] == step]
             effort = (step, f"{_hours(runs[0], points[0]):.0f}", f"{min(p['seconds'] for p in points) / 60:.0f}")
-            rows.append(_row(study.told, *effort, len(points), *_scores(points), _spread(points)))
+            rows.append(_row(study.message, *effort, len(points), *_scores(points), _spread(points)))
     known = [*AUDIOSET.values()]
     marks = [f"{value:.1f}" for value in [*known, statistics.fmean(known)]]
     rows.append(_row("BYOL-A, AudioSet", "", "5,000 an epoch", "", 1, *marks))
@@ -68,7 +68,7 @@ def ablation_table(folder: Path) -> str:
             ahead = statistics.fmean(point["mean"] for point in points) - reference
             paper = "" if study.paper is None else f"{study.paper:.1f}"
             own = "" if study is BYOL else f"{ahead:+.1f}"
-            rows.append(_row(study.told, len(points), *_scores(points), _spread(points), own, paper))
+            rows.append(_row(study.message, len(points), *_scores(points), _spread(points), own, paper))
     return "\n".join(rows)
 
 

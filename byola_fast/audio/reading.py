@@ -176,10 +176,10 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
 
     with _open(path) as file:
         rate, found = int(file.samplerate), False
-        most = max(1, round(block_sec * rate))
+        maximum = max(1, round(block_sec * rate))
         resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
         ends = [np.empty(0, np.float32)] if rate != sample_rate else []  # what the filter still holds at the end
-        blocks = filter(len, _mono_blocks(file, UNKNOWN_FRAMES, most))
+        blocks = filter(len, _mono_blocks(file, UNKNOWN_FRAMES, maximum))
         for frames in itertools.chain(blocks, ends):
             if not np.isfinite(frames).all():
                 raise AudioError(path, "NaN or infinite samples")
@@ -261,7 +261,7 @@ def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np
     return np.concatenate(blocks)[start - first :]
 
 
-def _mono_blocks(file: soundfile.SoundFile, wanted: int, most: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
+def _mono_blocks(file: soundfile.SoundFile, wanted: int, maximum: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
     """The next ``wanted`` frames mixed to mono, at most ``most`` at a time, as far as they can be decoded."""
     import numpy as np
     import soundfile
@@ -269,7 +269,7 @@ def _mono_blocks(file: soundfile.SoundFile, wanted: int, most: int) -> Iterator[
     # soundfile seeks to where it is after every read of a seekable file, and an MP3 decoder loses its bit reservoir.
     file.seekable = lambda: False
     while wanted > 0:
-        block = np.full((min(wanted, most), file.channels), np.nan, np.float32)
+        block = np.full((min(wanted, maximum), file.channels), np.nan, np.float32)
         try:
             got = len(file.read(out=block))
         except soundfile.SoundFileError:  # the file breaks off inside this block: what was decoded lies in it

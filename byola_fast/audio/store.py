@@ -183,8 +183,8 @@ class SegmentStore(_Clips):
             if done == len(content):
                 return
         if len(content):
-            told = f"cut short since the store was opened: needed {begin + len(content)} bytes, has {begin + done}"
-            raise StoreError(self._data[part], told)
+            message = f"cut short since the store was opened: needed {begin + len(content)} bytes, has {begin + done}"
+            raise StoreError(self._data[part], message)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read all samples and compare them with their checksums.
@@ -235,8 +235,8 @@ class DeviceStore(_Clips):
             self.samples = torch.empty(sum(sizes), dtype=torch.int16, device=device)
             buffer = torch.empty(min(sum(sizes), UPLOAD_SAMPLES), dtype=torch.int16, pin_memory=device.type == "cuda")
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
-            told = f"{2 * sum(sizes) / 2**30:.1f} GiB of samples do not fit into the memory of {device}"
-            raise StoreError(store.path, f"{told}: {error}") from error
+            message = f"{2 * sum(sizes) / 2**30:.1f} GiB of samples do not fit into the memory of {device}"
+            raise StoreError(store.path, f"{message}: {error}") from error
         for number, size in enumerate(sizes):
             for first in range(0, size, len(buffer)):
                 chunk = buffer[: size - first]
@@ -286,5 +286,5 @@ def _check_same_store(path: Path, header: PartHeader, first: PartHeader, first_n
     for name in ("parts", "sample_rate", "files", "listing_sha256"):
         own, wanted = getattr(header, name), getattr(first, name)
         if own != wanted:
-            told = {"listing_sha256": "was packed from other files", "files": f"was packed from {own} files"}
-            raise StoreError(path, f"{told.get(name, f'{name} {own}')}, unlike {first_name} ({name} {wanted})")
+            message = {"listing_sha256": "was packed from other files", "files": f"was packed from {own} files"}
+            raise StoreError(path, f"{message.get(name, f'{name} {own}')}, unlike {first_name} ({name} {wanted})")

@@ -185,16 +185,16 @@ def find_headers(folder: Path) -> list[Path]:
     files = sorted(path.name for path in folder.iterdir() if PART_NAME.match(path.name))
     found = {match.groups() for name in files if (match := HEADER_NAME.fullmatch(name))}
     unfinished = [name for name in files if name.endswith(".tmp") or (not found and name.endswith(".int16"))]
-    told = f"; packing has not finished: {some_of(unfinished)}" if unfinished else ""
+    message = f"; packing has not finished: {some_of(unfinished)}" if unfinished else ""
     if not found:
-        raise StoreError(folder, f"no packed store in this folder{told}")
+        raise StoreError(folder, f"no packed store in this folder{message}")
     counts = sorted({int(parts) for _part, parts in found})
     if len(counts) > 1:
         raise StoreError(folder, f"parts of several stores, of {' and of '.join(map(str, counts))} parts; remove one")
     parts, present = counts[0], {int(part) for part, _parts in found}
     if missing := list(islice((part for part in range(parts) if part not in present), SHOWN + 1)):
         names = [part_name(part, parts) for part in missing]
-        raise StoreError(folder, f"{parts - len(present)} of {parts} parts missing: {some_of(names)}{told}")
+        raise StoreError(folder, f"{parts - len(present)} of {parts} parts missing: {some_of(names)}{message}")
     return [folder / f"{part_name(part, parts)}.json" for part in sorted(present)]
 
 
@@ -228,10 +228,10 @@ class PartWriter:
             folder.mkdir(parents=True, exist_ok=True)
             others = {int(match[2]) for path in folder.iterdir() if (match := HEADER_NAME.fullmatch(path.name))}
             if others - {parts}:
-                told = (
+                message = (
                     f"holds a store of {max(others - {parts})} parts, not {parts}; remove it or choose another folder"
                 )
-                raise StoreError(folder, told)
+                raise StoreError(folder, message)
             self._file = _open_locked(self._temporary[0])
 
     def write(self, wav: npt.NDArray[np.int16]) -> None:

@@ -19,7 +19,7 @@ from byola_fast.embedding.streaming import BATCH_SEC, embed_clips
 from byola_fast.embedding.tables import FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
 from byola_fast.runtime.device import keep_freed_memory, pick_device
-from byola_fast.runtime.distributed import explain_loss, join
+from byola_fast.runtime.distributed import join, name_lost_rank
 from byola_fast.runtime.files import file_sha256
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats
@@ -114,12 +114,12 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         "dtype": config.dtype,
     }
     kept = f"what is done is kept in {out}.parts, and the same command goes on from there"
-    with join(torch.device("cpu"), TIMEOUT_MIN) as world, explain_loss(world, lambda: kept):
+    with join(torch.device("cpu"), TIMEOUT_MIN) as world, name_lost_rank(world, lambda: kept):
         store = Unfinished(Path(f"{out}.parts"), settings, world.rank)
         done = store.clips(files)
         todo = [name for name in list(files)[world.rank :: world.size] if name not in done]
         speed = _embed(embedder, files, todo, store, config)
-        world.most(0)  # waits for all
+        world.all_max(0)  # waits for all
         if not world.first:
             return None
         clips = store.clips(files)
@@ -178,6 +178,8 @@ def _embed(
             ended += piece.last
             if not store.rank:
                 sound = samples / embedder.sample_rate
-                told = f"{sound / 3600:.2f} h of sound, {sound / (time.monotonic() - started + 1e-9):.0f} x real time"
-                progress.show(ended, told, len(todo))
+                message = (
+                    f"{sound / 3600:.2f} h of sound, {sound / (time.monotonic() - started + 1e-9):.0f} x real time"
+                )
+                progress.show(ended, message, len(todo))
     return samples / embedder.sample_rate / (time.monotonic() - started)

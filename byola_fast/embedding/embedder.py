@@ -113,7 +113,7 @@ class Embedder(nn.Module):
 
     def forward(self, wav: Tensor, *, frames: bool = False) -> Any:
         """Return the embedding of each waveform, or with ``frames`` its ``FrameEmbeddings``; see the class."""
-        check.is_float("wav", wav)
+        check.require_float("wav", wav)
         if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
         lms = self.log_mels(wav if wav.ndim == 2 else wav[None])

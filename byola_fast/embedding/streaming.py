@@ -73,26 +73,26 @@ def embed_clips(
         raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
     workers = min(num_workers(workers), len(files))
     rate = embedder.sample_rate
-    most = max(round(batch_sec * rate), 1)
-    least = max(round(pad_sec * rate), embedder.min_samples)
+    maximum = max(round(batch_sec * rate), 1)
+    minimum = max(round(pad_sec * rate), embedder.min_samples)
     waiting: dict[int, list[tuple[int, Tensor, int]]] = {}
     held = 0
-    reading = read_in_processes(_Reader(files, rate, most), range(len(files)), workers)
+    reading = read_in_processes(_Reader(files, rate, maximum), range(len(files)), workers)
     with closing(reading) as decoded:
         for number, (array, error) in enumerate(decoded):
             if error is not None:
                 yield _broken(embedder, number, error)
                 continue
-            if len(array) > most:
+            if len(array) > maximum:
                 yield from _embed_long(embedder, files[number], number, frames, batch_sec)
                 continue
-            wav = F.pad(torch.from_numpy(array), (0, max(0, least - len(array))))
+            wav = F.pad(torch.from_numpy(array), (0, max(0, minimum - len(array))))
             group = waiting.setdefault(len(wav), [])
             group.append((number, wav, len(array)))
             held += len(wav)
-            if len(group) * len(wav) >= most:
+            if len(group) * len(wav) >= maximum:
                 length = len(wav)
-            elif held > WAITING * most:
+            elif held > WAITING * maximum:
                 length = max(waiting, key=lambda each: each * len(waiting[each]))
             else:
                 continue
@@ -209,8 +209,8 @@ def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
 class _Reader:
     """Waveforms by number; of a long file the beginning, one sample longer than a batch."""
 
-    def __init__(self, files: Sequence[Path], sample_rate: int, most: int) -> None:
-        self.files, self.sample_rate, self.most_sec = files, sample_rate, (most + 1) / sample_rate
+    def __init__(self, files: Sequence[Path], sample_rate: int, maximum: int) -> None:
+        self.files, self.sample_rate, self.most_sec = files, sample_rate, (maximum + 1) / sample_rate
 
     def __getitem__(self, number: int) -> tuple[npt.NDArray[np.float32] | None, AudioError | None]:
         try:  # arrays travel through a pipe, where tensors would keep a file descriptor each

@@ -68,8 +68,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     keep_freed_memory()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
     audio = _audio_folder(config)
-    task, told = _without_missing(task, audio, config)
-    left_out += told
+    task, message = _without_missing(task, audio, config)
+    left_out += message
     for words in absent_classes(task):
         if not config.keep_going and (" alone: " in words or " split train: " in words):
             raise TaskError(f"{config.task}: {words}; --keep_going counts their clips as errors")
@@ -133,10 +133,10 @@ def _without_missing(task: Task, audio: Path, config: EvalConfig) -> tuple[Task,
         logger.warning("missing: %s", audio / task.file_names[number])
     if len(missing) > NAMED:
         logger.warning("missing: %d more", len(missing) - NAMED)
-    told = f"{len(missing)} of {len(task.file_names)} files missing in {audio}"
+    message = f"{len(missing)} of {len(task.file_names)} files missing in {audio}"
     if not config.keep_going or len(missing) == len(task.file_names):
-        raise TaskError(f"{config.task}: {told}, first {task.file_names[missing[0]]}; --keep_going leaves them out")
-    return task.without(set(missing)), [told]
+        raise TaskError(f"{config.task}: {message}, first {task.file_names[missing[0]]}; --keep_going leaves them out")
+    return task.without(set(missing)), [message]
 
 
 def _make_embedder(

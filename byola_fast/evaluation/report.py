@@ -98,8 +98,8 @@ def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title:
     if len(classes) <= WRITTEN_CLASSES:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.5 else "black"
-            told = f"{100 * share[row, column]:.0f}"
-            axes.text(column, row, told, ha="center", va="center", fontsize=7, color=colour)
+            message = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, message, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the class")
     if title:
         axes.set_title(title, fontsize=10, loc="left")

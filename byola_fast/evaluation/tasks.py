@@ -101,10 +101,10 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
     for column in ("file_name", "label", kind):
         empty = [number for number, row in lines if not (row[column] or "").strip(" ,")]
         if empty:
-            told = f"{len(empty)} lines without {column}: {_some(empty)}"
+            message = f"{len(empty)} lines without {column}: {_some(empty)}"
             if not keep_going:
-                raise TaskError(f"{path}: {told}; --keep_going leaves them out")
-            left_out.append(told)
+                raise TaskError(f"{path}: {message}; --keep_going leaves them out")
+            left_out.append(message)
             lines = [(number, row) for number, row in lines if number not in set(empty)]
     file_names = [row["file_name"].strip() for _number, row in lines]
     if twice := [name for name, count in Counter(file_names).items() if count > 1]:
@@ -153,17 +153,19 @@ def rounds(task: Task, seed: int) -> Iterator[Round]:
 
 def absent_classes(task: Task) -> list[str]:
     """Return, in words, which classes are missing from which part; parts that a probe learns from first."""
-    told = []
+    message = []
     for fold in task.folds:
         present = {label for own, part in zip(task.labels, task.parts, strict=True) for label in own if part != fold}
         if missing := sorted(set(task.classes) - present):
-            told.append(f"{len(missing)} of {len(task.classes)} classes occur in fold {fold} alone: {_some(missing)}")
+            message.append(
+                f"{len(missing)} of {len(task.classes)} classes occur in fold {fold} alone: {_some(missing)}"
+            )
     for split in () if task.folds else ("train", "valid", "test"):
         present = {label for own, part in zip(task.labels, task.parts, strict=True) for label in own if part == split}
         missing = sorted(set(task.classes) - present)
         if missing and split in task.parts:
-            told.append(f"{len(missing)} of {len(task.classes)} classes absent from split {split}: {_some(missing)}")
-    return told
+            message.append(f"{len(missing)} of {len(task.classes)} classes absent from split {split}: {_some(missing)}")
+    return message
 
 
 def _labels(cell: str) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     path = Path(path)
     if os.path.isdir(path):  # False, too, where that cannot be known
         inside = [name for name in RUN_WEIGHTS if (path / name).is_file()]
-        told = f"; give a file, as {path / inside[0]}" if inside else ", not a file of weights"
-        raise CheckpointError(f"{path}: Is a directory{told}")
+        message = f"; give a file, as {path / inside[0]}" if inside else ", not a file of weights"
+        raise CheckpointError(f"{path}: Is a directory{message}")
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path, map_location)
     try:

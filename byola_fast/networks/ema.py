@@ -123,7 +123,7 @@ class EMA(nn.Module):
         super().__init__()
         if not isinstance(online, nn.Module):
             raise TypeError(f"online: expected a torch.nn.Module, got {type(online).__name__}")
-        check.is_one_of("buffers", buffers, BUFFERS)
+        check.require_one_of("buffers", buffers, BUFFERS)
         if not isinstance(decay, CosineDecay) and not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
         self.decay = decay
@@ -273,7 +273,7 @@ def _pairs(
         names = ", ".join(sorted(targets.keys() ^ onlines.keys())[:5])
         raise ValueError(f"online: expected the {kind} names of the target; only one of the two has {names}")
     for name, t in targets.items():
-        check.has_shape(f"online.{name}", onlines[name], tuple(t.shape))
+        check.require_shape(f"online.{name}", onlines[name], tuple(t.shape))
     return [(name, t, onlines[name]) for name, t in targets.items()]
 
 

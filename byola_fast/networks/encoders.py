@@ -56,8 +56,8 @@ class AudioNTT(nn.Module):
 
     def _local(self, x: Tensor) -> Tensor:
         """``(B, 1, F, T)`` to ``(B, T // frame_stride, local_d)``, mels outermost, channels innermost."""
-        check.is_float("x", x)
-        check.has_shape("x", x, ("B", 1, self.n_mels, "T"))
+        check.require_float("x", x)
+        check.require_shape("x", x, ("B", 1, self.n_mels, "T"))
         if x.shape[3] < self.frame_stride:
             raise ValueError(f"x: expected at least {self.frame_stride} frames, got {x.shape[3]}")
         layers: list[Any] = list(self.features)
@@ -236,7 +236,7 @@ def make_encoder(name: str, *, n_mels: int = 64, feature_d: int | None = None) -
     >>> make_encoder("AudioNTT2022").feature_d
     3072
     """
-    check.is_one_of("encoder", name, tuple(ENCODERS))
+    check.require_one_of("encoder", name, tuple(ENCODERS))
     widths = {} if feature_d is None else {"d": feature_d}
     return ENCODERS[name](n_mels, **widths)
 

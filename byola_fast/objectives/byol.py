@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.ema import EMA
-from byola_fast.objectives.learner import MLP, Learner, Output, feature_width, to_watch
+from byola_fast.objectives.learner import MLP, Learner, Output, detached, feature_width
 from byola_fast.objectives.losses import byol_loss
 
 
@@ -79,7 +79,7 @@ class BYOL(Learner):
             target1, target2 = self._both(self.target, view1, view2)
         prediction1, prediction2 = self._both(self.predictor, projection1, projection2)
         loss = byol_loss(prediction1, target2) + byol_loss(prediction2, target1)
-        return Output(loss, to_watch(projection1))
+        return Output(loss, detached(projection1))
 
     def update_target(self) -> None:
         """Move the target towards the online network; to be called after each step of the optimiser."""

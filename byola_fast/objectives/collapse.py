@@ -10,7 +10,7 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import compute_dtype
 
 
-def collapse_std(z: Tensor) -> Tensor:
+def spread(z: Tensor) -> Tensor:
     """Measure collapse: ``sqrt(size)`` times the mean over dimensions of the std over the batch of ``z / |z|``.
 
     1 where directions are spread evenly, 0 where every sample has the same one.
@@ -27,13 +27,13 @@ def collapse_std(z: Tensor) -> Tensor:
     Source:
         SimSiam, arXiv:2011.10566, section 4.1.
 
-    >>> collapse_std(torch.ones(8, 4))
+    >>> spread(torch.ones(8, 4))
     tensor(0.)
-    >>> bool(collapse_std(torch.randn(4096, 16)) > 0.95)
+    >>> bool(spread(torch.randn(4096, 16)) > 0.95)
     True
     """
-    check.is_float("z", z)
-    _is_batch("z", z, least=2)
+    check.require_float("z", z)
+    _is_batch("z", z, minimum=2)
     spread: Tensor = directions(z).std(0).mean() * z.shape[1] ** 0.5
     return spread
 
@@ -64,7 +64,7 @@ def effective_rank(z: Tensor) -> Tensor:
     >>> round(effective_rank(torch.eye(4)).item(), 3), round(effective_rank(torch.ones(8, 4)).item(), 3)
     (4.0, 1.0)
     """
-    check.is_float("z", z)
+    check.require_float("z", z)
     _is_batch("z", z)
     with torch.autocast(z.device.type, enabled=False):
         wide = z.to(compute_dtype(z.dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.ema import EMA
-from byola_fast.objectives.learner import MLP, Learner, Output, feature_width, to_watch
+from byola_fast.objectives.learner import MLP, Learner, Output, detached, feature_width
 from byola_fast.objectives.losses import bilinear_loss, directions, info_nce_loss, nt_xent_loss
 from byola_fast.runtime.distributed import gather_rows
 
@@ -61,7 +61,7 @@ class SimCLR(Learner):
         self._check_views(view1, view2)
         projection1, projection2 = self._both(self.online, view1, view2)
         loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
-        return Output(loss, to_watch(projection1))
+        return Output(loss, detached(projection1))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}"
@@ -147,7 +147,7 @@ class MoCo(Learner):
         loss = info_nce_loss(projection, keys, queue, self.temperature, count=self.cursor[1].clone())
         if self.training:
             self._push(gather_rows(keys)[0] if self.gather else keys)
-        return Output(loss, to_watch(projection))
+        return Output(loss, detached(projection))
 
     def update_target(self) -> None:
         """Move the target towards the online network; to be called after each step of the optimiser."""
@@ -212,7 +212,7 @@ class COLA(Learner):
         self._check_views(view1, view2)
         projection1, projection2 = self._both(self.online, view1, view2)
         loss = bilinear_loss(projection1, projection2, self.similarity.weight, gather=self.gather)
-        return Output(loss, to_watch(projection1))
+        return Output(loss, detached(projection1))
 
 
 def _positive(name: str, value: float) -> float:

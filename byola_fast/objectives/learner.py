@@ -17,7 +17,7 @@ class Output(NamedTuple):
     Attributes:
         loss: 0-d, to be minimised.
         projection: ``(B, proj_size)``, the online projection of the first view, without gradient and of at least
-            float32; for ``collapse_std`` and ``effective_rank``.
+            float32; for ``spread`` and ``effective_rank``.
     """
 
     loss: Tensor
@@ -104,6 +104,6 @@ def feature_width(encoder: nn.Module) -> int:
     return feature_d
 
 
-def to_watch(projection: Tensor) -> Tensor:
+def detached(projection: Tensor) -> Tensor:
     """Return a projection as an ``Output`` holds it."""
     return projection.detach().to(compute_dtype(projection.dtype))

@@ -36,10 +36,10 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
     >>> byol_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
     tensor(2.)
     """
-    check.is_float("q", q)
-    check.is_float("z", z)
+    check.require_float("q", q)
+    check.require_float("z", z)
     _is_batch("q", q)
-    check.has_shape("z", z, tuple(q.shape))
+    check.require_shape("z", z, tuple(q.shape))
     cosine = (directions(q) * directions(z)).sum(1)
     return (2 - 2 * cosine).mean()
 
@@ -119,9 +119,9 @@ def info_nce_loss(
     >>> info_nce_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 1.0)
     tensor(0.3133)
     """
-    _is_pair("q", q, "k", k, least=1)
-    check.is_float("negatives", negatives)
-    check.has_shape("negatives", negatives, ("K", q.shape[1]))
+    _is_pair("q", q, "k", k, minimum=1)
+    check.require_float("negatives", negatives)
+    check.require_shape("negatives", negatives, ("K", q.shape[1]))
     with torch.autocast(q.device.type, enabled=False):
         query, key = directions(q), directions(k)
         cosines = query @ negatives.to(query.dtype).T
@@ -162,8 +162,8 @@ def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: b
     tensor(0.6931)
     """
     _is_pair("anchor", anchor, "positive", positive)
-    check.is_float("weight", weight)
-    check.has_shape("weight", weight, (anchor.shape[1], anchor.shape[1]))
+    check.require_float("weight", weight)
+    check.require_shape("weight", weight, (anchor.shape[1], anchor.shape[1]))
     with torch.autocast(anchor.device.type, enabled=False):
         rows, others = anchor.to(compute_dtype(anchor.dtype)), positive.to(compute_dtype(positive.dtype))
         everyone, first = gather_rows(others) if gather else (others, 0)
@@ -182,14 +182,14 @@ def directions(z: Tensor) -> Tensor:
     return unit
 
 
-def _is_batch(name: str, z: Tensor, least: int = 1) -> None:
-    check.has_shape(name, z, ("B", "size"))
-    if z.shape[0] < least:
-        raise ValueError(f"{name}: expected at least {least} sample{'s' * (least > 1)}, got {z.shape[0]}")
+def _is_batch(name: str, z: Tensor, minimum: int = 1) -> None:
+    check.require_shape(name, z, ("B", "size"))
+    if z.shape[0] < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} sample{'s' * (minimum > 1)}, got {z.shape[0]}")
 
 
-def _is_pair(name: str, x: Tensor, other: str, y: Tensor, least: int = 2) -> None:
-    check.is_float(name, x)
-    check.is_float(other, y)
-    _is_batch(name, x, least)
-    check.has_shape(other, y, tuple(x.shape))
+def _is_pair(name: str, x: Tensor, other: str, y: Tensor, minimum: int = 2) -> None:
+    check.require_float(name, x)
+    check.require_float(other, y)
+    _is_batch(name, x, minimum)
+    check.require_shape(other, y, tuple(x.shape))

@@ -67,7 +67,7 @@ def make_learner(
     >>> type(make_learner("simclr", AudioNTT2020(d=32), proj_size=16, proj_dim=64)).__name__
     'SimCLR'
     """
-    check.is_one_of("objective", objective, tuple(LEARNERS))
+    check.require_one_of("objective", objective, tuple(LEARNERS))
     settings: dict[str, Any] = {
         "proj_size": proj_size,
         "proj_dim": proj_dim,

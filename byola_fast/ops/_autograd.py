@@ -38,19 +38,19 @@ def _log_mixup_exp_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _save_resize_crop(ctx: Any, inputs: Any, output: Any) -> None:
-    x, crop, _size, ctx.canvas, ctx.mode = inputs
+    x, crop, _size, ctx.canvas, ctx.interpolation = inputs
     ctx.input_size = x.shape[1:]
     ctx.save_for_backward(crop)
 
 
 def _resize_crop_backward(ctx: Any, grad: Tensor) -> Any:
     (crop,) = ctx.saved_tensors
-    return ops.resize_crop_backward(grad, crop, ctx.input_size, ctx.canvas, ctx.mode), None, None, None, None
+    return ops.resize_crop_backward(grad, crop, ctx.input_size, ctx.canvas, ctx.interpolation), None, None, None, None
 
 
 def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
     x, pool, bank, bank_count, stats, lam, bank_index, crop, _fader, rng, *settings = inputs
-    ctx.sample_offset, _size, ctx.canvas, ctx.mode, ctx.mixup = settings
+    ctx.sample_offset, _size, ctx.canvas, ctx.interpolation, ctx.mixup = settings
     ctx.foreign_pool = pool is not None
     ctx.save_for_backward(x, bank, bank_count, stats, lam, bank_index, crop, rng, output[0])
 
@@ -63,7 +63,19 @@ def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> 
     of_total, of_squares = grad_sums[..., 1, None, None], grad_sums[..., 2, None, None]
     grad = grad_views.to(dtype) + (of_total + 2 * views * of_squares).to(dtype)
     to_x, to_stats = ops.augment_views_backward(
-        grad, x, bank, bank_count, stats, lam, bank_index, crop, rng, ctx.sample_offset, ctx.canvas, ctx.mode, ctx.mixup
+        grad,
+        x,
+        bank,
+        bank_count,
+        stats,
+        lam,
+        bank_index,
+        crop,
+        rng,
+        ctx.sample_offset,
+        ctx.canvas,
+        ctx.interpolation,
+        ctx.mixup,
     )
     return to_x, None, None, None, None if stats is None else to_stats, *[None] * 10
 

@@ -6,37 +6,37 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MODES = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic")
 MIXERS = ("log", "linear", "gaussian", "none")
 
 
-def is_tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
     """Refuse what is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
-def is_float(name: str, x: object) -> None:
+def require_float(name: str, x: object) -> None:
     """Refuse what is not a floating-point tensor."""
-    is_tensor(name, x)
+    require_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in FLOATS:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise TypeError(f"{name}: expected a floating-point tensor ({wanted}), got {x.dtype}")
 
 
-def is_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
+def require_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
     """Refuse what is not an integer tensor of one of these dtypes."""
-    is_tensor(name, x)
+    require_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
 
 
-def has_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
+def require_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
     """Refuse what is no tensor, or of a shape that differs from ``wanted``; letters stand for any size."""
-    is_tensor(name, x)
+    require_tensor(name, x)
     assert isinstance(x, Tensor)
     if tuple(x.shape) == wanted:
         return
@@ -46,36 +46,36 @@ def has_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
-def is_spectrogram(name: str, x: object) -> None:
+def require_spectrogram(name: str, x: object) -> None:
     """Refuse what is not a float tensor (B, F, T) with F and T of at least 1."""
-    is_float(name, x)
+    require_float(name, x)
     assert isinstance(x, Tensor)
-    has_shape(name, x, ("B", "F", "T"))
+    require_shape(name, x, ("B", "F", "T"))
     if x.shape[1] < 1 or x.shape[2] < 1:
         raise ValueError(f"{name}: expected at least one mel and one frame, got shape {tuple(x.shape)}")
 
 
-def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+def require_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse tensors on two devices."""
     if x.device != other.device:
         raise ValueError(f"{name}: expected on the device of {other_name} ({other.device}), got {x.device}")
 
 
-def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+def require_same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse tensors of two dtypes."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {x.dtype}")
 
 
-def is_count(name: str, count: Tensor | None, other_name: str, other: Tensor) -> None:
+def require_count(name: str, count: Tensor | None, other_name: str, other: Tensor) -> None:
     """Refuse a count that is no 0-d integer tensor, or lies on another device; None is none."""
     if count is not None:
-        is_integer(name, count)
-        has_shape(name, count, ())
-        same_device(name, count, other_name, other)
+        require_integer(name, count)
+        require_shape(name, count, ())
+        require_same_device(name, count, other_name, other)
 
 
-def is_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+def require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     """Refuse an unknown word."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
@@ -86,7 +86,7 @@ def is_pair(value: object) -> bool:
     return hasattr(value, "__len__") and len(value) == 2
 
 
-def no_grad_to(op: str, **tensors: Tensor | None) -> None:
+def require_no_grad(op: str, **tensors: Tensor | None) -> None:
     """Refuse to drop a gradient in silence."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
@@ -94,21 +94,21 @@ def no_grad_to(op: str, **tensors: Tensor | None) -> None:
                 raise RuntimeError(f"{op}: gives no gradient to {name}; detach it, or call under torch.no_grad()")
 
 
-def readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Return whether values may be looked at: on the CPU, and not while a graph is traced."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def lam_in_range(name: str, lam: Tensor) -> None:
+def require_lam_in_range(name: str, lam: Tensor) -> None:
     """Refuse weights outside [0, 1]; NaN too."""
-    if readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+    if is_readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         worst = lam[~((lam >= 0) & (lam <= 1))][0].item()
         raise ValueError(f"{name}: expected weights in [0, 1], got {worst}")
 
 
-def crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
+def require_crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
     """Refuse crop boxes (i, j, h, w) that are empty or leave the canvas."""
-    if readable(crop) and crop.numel():
+    if is_readable(crop) and crop.numel():
         boxes = crop.reshape(-1, 4).long()
         start, extent = boxes[:, :2], boxes[:, 2:]
         bad = ((start < 0) | (extent < 1) | (start + extent > torch.tensor(canvas))).any(1)
@@ -118,9 +118,9 @@ def crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
             raise ValueError(f"{name}: expected boxes (i, j, h, w) inside the canvas {canvas}, got {box} at {number}")
 
 
-def index_in_range(name: str, index: Tensor, rows: int) -> None:
+def require_index_in_range(name: str, index: Tensor, rows: int) -> None:
     """Refuse partner rows outside [0, rows); -1 stands for no partner."""
-    if readable(index) and index.numel():
+    if is_readable(index) and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= rows:
             wrong = low if low < -1 else high

@@ -39,17 +39,17 @@ def check_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
             if x.device != target[0].device:
                 where = target[0].device
                 raise ValueError(f"{name}[{number}]: expected on the device of target[0] ({where}), got {x.device}")
-        check.has_shape(f"online[{number}]", o, tuple(t.shape))
+        check.require_shape(f"online[{number}]", o, tuple(t.shape))
 
 
 def check_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
     """Refuse a decay that is no float scalar, is on a third device, or, where it can be read, lies outside [0, 1]."""
-    check.is_float("decay", decay)
+    check.require_float("decay", decay)
     if decay.numel() != 1:
         raise ValueError(f"decay: expected a 0-d tensor, got shape {tuple(decay.shape)}")
     if len(target) and isinstance(target[0], Tensor) and decay.device.type != "cpu":
-        check.same_device("decay", decay, "target[0]", target[0])
-    if check.readable(decay) and not 0 <= float(decay) <= 1:
+        check.require_same_device("decay", decay, "target[0]", target[0])
+    if check.is_readable(decay) and not 0 <= float(decay) <= 1:
         raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
 
 

@@ -58,9 +58,9 @@ for _schema in SCHEMAS.strip().splitlines():
 
 def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Allocate the views and fill them: the functional op for every device and backend."""
-    *parameters, size, canvas, mode, mixup = args
+    *parameters, size, canvas, interpolation, mixup = args
     out = x.new_empty(2, x.shape[0], *size)
-    sums = torch.ops.byola_fast.augment_views_out(x, *parameters, canvas, mode, mixup, out)
+    sums = torch.ops.byola_fast.augment_views_out(x, *parameters, canvas, interpolation, mixup, out)
     return out, sums
 
 
@@ -141,12 +141,12 @@ def _(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_fake("resize_crop")
-def _(x: Tensor, crop: Tensor, size: Sequence[int], canvas: Sequence[int], mode: str) -> Tensor:
+def _(x: Tensor, crop: Tensor, size: Sequence[int], canvas: Sequence[int], interpolation: str) -> Tensor:
     return x.new_empty(x.shape[0], *size)
 
 
 @_fake("resize_crop_backward")
-def _(grad: Tensor, crop: Tensor, input_size: Sequence[int], canvas: Sequence[int], mode: str) -> Tensor:
+def _(grad: Tensor, crop: Tensor, input_size: Sequence[int], canvas: Sequence[int], interpolation: str) -> Tensor:
     return grad.new_empty(grad.shape[0], *input_size)
 
 

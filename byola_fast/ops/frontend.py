@@ -69,27 +69,27 @@ def log_mel(
     >>> log_mel(torch.zeros(2, 16), torch.hann_window(8), bank, n_fft=8, hop_length=4).shape
     torch.Size([2, 1, 5])
     """
-    check.is_tensor("wav", wav)
+    check.require_tensor("wav", wav)
     if wav.dtype not in (*check.FLOATS, torch.int16):
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*check.FLOATS, torch.int16))
         raise TypeError(f"wav: expected one of {wanted}, got {wav.dtype}")
-    check.has_shape("wav", wav, ("B", "samples"))
-    check.is_float("window", window)
-    check.has_shape("window", window, ("n",))
+    check.require_shape("wav", wav, ("B", "samples"))
+    check.require_float("window", window)
+    check.require_shape("window", window, ("n",))
     if not 1 <= window.shape[0] <= n_fft:
         raise ValueError(f"window: expected 1 to n_fft = {n_fft} values, got {window.shape[0]}")
-    check.is_float("filter_bank", filter_bank)
-    check.has_shape("filter_bank", filter_bank, ("F", n_fft // 2 + 1))
+    check.require_float("filter_bank", filter_bank)
+    check.require_shape("filter_bank", filter_bank, ("F", n_fft // 2 + 1))
     bands = mel_bands(filter_bank) if bands is None else bands
-    check.is_integer("bands", bands)
-    check.has_shape("bands", bands, (filter_bank.shape[0], 2))
+    check.require_integer("bands", bands)
+    check.require_shape("bands", bands, (filter_bank.shape[0], 2))
     if stats is not None:
-        check.is_float("stats", stats)
-        check.has_shape("stats", stats, (2,))
-        check.same_device("stats", stats, "wav", wav)
+        check.require_float("stats", stats)
+        check.require_shape("stats", stats, (2,))
+        check.require_same_device("stats", stats, "wav", wav)
     for name, tensor in (("window", window), ("filter_bank", filter_bank), ("bands", bands)):
-        check.same_device(name, tensor, "wav", wav)
-    check.no_grad_to("log_mel", window=window, filter_bank=filter_bank, stats=stats)
+        check.require_same_device(name, tensor, "wav", wav)
+    check.require_no_grad("log_mel", window=window, filter_bank=filter_bank, stats=stats)
     num_frames(wav.shape[1], n_fft, hop_length, center)
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
     # What is exported must run where this package is not installed. The flag itself: torch 2.11 compiles a call of

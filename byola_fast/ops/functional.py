@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -52,18 +53,18 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     >>> log_mixup_exp(x, z, torch.tensor([0.0, 0.5]))[:, 0, 0]
     tensor([1.1921e-07, 1.4338e+00])
     """
-    check.is_float("x", x)
-    check.is_float("z", z)
-    check.is_float("lam", lam)
+    check.require_float("x", x)
+    check.require_float("z", z)
+    check.require_float("lam", lam)
     if x.dim() < 1:
         raise ValueError("x: expected shape (B, ...), got a 0-d tensor")
-    check.same_dtype("z", z, "x", x)
-    check.has_shape("z", z, tuple(x.shape))
-    check.has_shape("lam", lam, (x.shape[0],))
-    check.same_device("z", z, "x", x)
-    check.same_device("lam", lam, "x", x)
-    check.no_grad_to("log_mixup_exp", lam=lam)
-    check.lam_in_range("lam", lam)
+    check.require_same_dtype("z", z, "x", x)
+    check.require_shape("z", z, tuple(x.shape))
+    check.require_shape("lam", lam, (x.shape[0],))
+    check.require_same_device("z", z, "x", x)
+    check.require_same_device("lam", lam, "x", x)
+    check.require_no_grad("log_mixup_exp", lam=lam)
+    check.require_lam_in_range("lam", lam)
     return torch.ops.byola_fast.log_mixup_exp(x, z, lam)
 
 
@@ -85,29 +86,32 @@ def resize_crop(
     x: Tensor,
     crop: Tensor,
     size: tuple[int, int] | None = None,
-    mode: str = "bilinear",
+    interpolation: str = "bilinear",
     canvas: tuple[int, int] | None = None,
+    *,
+    mode: str | None = None,
 ) -> Tensor:
     """Cut one box per sample from a zero canvas on which the input lies centred, and resize it.
 
-    Equals ``torch.nn.functional.interpolate(box, size, mode=mode, align_corners=True)`` of each box: output o along an
-    axis lies at ``o (extent - 1) / (size - 1)`` of the box, and taps are clamped to the box's edge, so that nothing
-    bleeds in from outside it. Zeros of the canvas inside the box do count.
+    Equals ``F.interpolate(box, size, mode=interpolation, align_corners=True)`` of each box: output o along an axis lies
+    at ``o (extent - 1) / (size - 1)`` of the box. Taps are clamped to the box's edge, so that nothing bleeds in from
+    outside it. Zeros of the canvas inside the box do count.
 
     Args:
         x: log-mel spectrograms.
         crop: boxes ``(i, j, h, w)`` on the canvas: first mel, first frame, mels, frames; int32 or int64.
         size: (mels, frames) of the output; the input's by default.
-        mode: "bilinear", or "bicubic" (a = -0.75).
+        interpolation: "bilinear", or "bicubic" (a = -0.75).
         canvas: (mels, frames) of the canvas, at least the input's; ``(F, int(1.5 T))`` by default. The input lies at
             ``(canvas - input) // 2``.
+        mode: the old name of ``interpolation``; warns, and goes in 0.3.
 
     Shape:
         x ``(B, F, T)`` or ``(B, 1, F, T)`` with any strides, crop ``(B, 4)``; a new contiguous tensor of the same rank.
 
     Raises:
-        TypeError: wrong dtypes. ValueError: shapes, devices, sizes or an unknown mode; boxes that leave the canvas
-        (checked on the CPU; on other devices they are moved inside it, never read out of bounds).
+        TypeError: wrong dtypes. ValueError: shapes, devices, sizes or an unknown interpolation; boxes that leave the
+        canvas (checked on the CPU; on other devices they are moved inside it, never read out of bounds).
 
     Numerics:
         Tap positions are exact integer fractions, more accurate than ``F.interpolate``'s float32 positions. Half
@@ -125,19 +129,27 @@ def resize_crop(
              [1.5000, 2.0000, 2.5000],
              [3.0000, 3.5000, 4.0000]]])
     """
-    check.is_float("x", x)
+    check.require_float("x", x)
     flat = without_channel("x", x)
-    check.is_spectrogram("x", flat)
-    check.is_integer("crop", crop)
-    check.has_shape("crop", crop, (x.shape[0], 4))
-    check.same_device("crop", crop, "x", x)
-    check.is_one_of("mode", mode, check.MODES)
+    check.require_spectrogram("x", flat)
+    check.require_integer("crop", crop)
+    check.require_shape("crop", crop, (x.shape[0], 4))
+    check.require_same_device("crop", crop, "x", x)
+    interpolation = _renamed_mode(interpolation, mode)
+    check.require_one_of("interpolation", interpolation, check.INTERPOLATIONS)
     mels, frames = flat.shape[1:]
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
-    check.crop_in_canvas("crop", crop, canvas)
-    y = torch.ops.byola_fast.resize_crop(flat, crop, size, canvas, mode)
+    check.require_crop_in_canvas("crop", crop, canvas)
+    y = torch.ops.byola_fast.resize_crop(flat, crop, size, canvas, interpolation)
     return y[:, None] if x.dim() == 4 else y
+
+
+def _renamed_mode(interpolation: str, mode: str | None) -> str:
+    if mode is None:
+        return interpolation
+    warnings.warn("mode= is now called interpolation=", FutureWarning, stacklevel=3)
+    return mode
 
 
 def without_channel(name: str, x: Tensor) -> Tensor:
@@ -150,10 +162,14 @@ def without_channel(name: str, x: Tensor) -> Tensor:
     raise ValueError(f"{name}: expected shape (B, F, T) or (B, 1, F, T), got {tuple(x.shape)}{hint}")
 
 
-def pair(name: str, value: Sequence[int], least: tuple[int, int]) -> tuple[int, int]:
+def pair(name: str, value: Sequence[int], minimum: tuple[int, int]) -> tuple[int, int]:
     """Return two integers (mels, frames), each at least what is asked."""
-    if not isinstance(value, Sequence) or len(value) != 2 or not all(v >= n for v, n in zip(value, least, strict=True)):
-        raise ValueError(f"{name}: expected (mels, frames) of at least {least}, got {value!r}")
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(v >= n for v, n in zip(value, minimum, strict=True))
+    ):
+        raise ValueError(f"{name}: expected (mels, frames) of at least {minimum}, got {value!r}")
     if not all(v <= MAX_SIDE for v in value):
         raise ValueError(f"{name}: expected fewer than 2^31 mels and frames, got {value!r}")
     return value[0], value[1]
@@ -226,10 +242,10 @@ def draw_params(
     Source:
         BYOL-A, arXiv:2103.06695, for what is drawn; Salmon et al., SC 2011, for how.
     """
-    check.is_integer("rng", rng, (torch.int64,))
-    check.has_shape("rng", rng, (2,))
+    check.require_integer("rng", rng, (torch.int64,))
+    check.require_shape("rng", rng, (2,))
     weights_in_range(mixup_ratio, fader_gain)
-    check.is_count("bank_count", bank_count, "rng", rng)
+    check.require_count("bank_count", bank_count, "rng", rng)
     pool = batch if pool is None else pool
     if pool > MAX_ROWS:
         raise ValueError(f"pool: expected at most 2^24 rows, got {pool}")
@@ -264,9 +280,10 @@ def augment_views(
     sample_offset: int = 0,
     size: tuple[int, int] | None = None,
     canvas: tuple[int, int] | None = None,
-    mode: str = "bilinear",
+    interpolation: str = "bilinear",
     mixup: str = "log",
     out: Tensor | None = None,
+    mode: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make both views of a batch in one pass: pre-normalise, mix, crop and resize, fade; and sum them up.
 
@@ -278,7 +295,7 @@ def augment_views(
         bank_count: rows filled in the bank; at 0 the pool is used.
         stats: mean and std of the pre-normalisation; None for none.
         sample_offset: number of the first sample in the global batch (Gaussian noise depends on it).
-        size, canvas, mode: as in ``resize_crop``.
+        size, canvas, interpolation, mode: as in ``resize_crop``.
         mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none".
         out: a contiguous tensor to write the views to.
 
@@ -301,9 +318,10 @@ def augment_views(
     Source:
         BYOL-A, arXiv:2103.06695; the fader, arXiv:2204.07402.
     """
-    check.is_spectrogram("x", x)
-    check.is_one_of("mode", mode, check.MODES)
-    check.is_one_of("mixup", mixup, check.MIXERS)
+    check.require_spectrogram("x", x)
+    interpolation = _renamed_mode(interpolation, mode)
+    check.require_one_of("interpolation", interpolation, check.INTERPOLATIONS)
+    check.require_one_of("mixup", mixup, check.MIXERS)
     batch, mels, frames = x.shape
     for name, tensor, shape in (
         ("lam", lam, (2, batch)),
@@ -312,40 +330,40 @@ def augment_views(
         ("fader", fader, (2, batch, 2)),
         ("rng", rng, (2,)),
     ):
-        check.has_shape(name, tensor, shape)
-        check.same_device(name, tensor, "x", x)
-    check.is_integer("rng", rng, (torch.int64,))
+        check.require_shape(name, tensor, shape)
+        check.require_same_device(name, tensor, "x", x)
+    check.require_integer("rng", rng, (torch.int64,))
     for name, rows in (("pool", pool), ("bank", bank)):
         if rows is not None:
-            check.is_float(name, rows)
-            check.has_shape(name, rows, ("N", mels, frames))
-            check.same_device(name, rows, "x", x)
+            check.require_float(name, rows)
+            check.require_shape(name, rows, ("N", mels, frames))
+            check.require_same_device(name, rows, "x", x)
     if pool is not None:
-        check.same_dtype("pool", pool, "x", x)
+        check.require_same_dtype("pool", pool, "x", x)
     if (bank is None) != (bank_count is None):
         raise ValueError("bank, bank_count: expected both or neither")
-    check.is_count("bank_count", bank_count, "x", x)
+    check.require_count("bank_count", bank_count, "x", x)
     if stats is not None:
-        check.has_shape("stats", stats, (2,))
-        check.same_device("stats", stats, "x", x)
-    check.no_grad_to("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
+        check.require_shape("stats", stats, (2,))
+        check.require_same_device("stats", stats, "x", x)
+    check.require_no_grad("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
-        return torch.ops.byola_fast.augment_views(*parameters, size, canvas, mode, mixup)
+        return torch.ops.byola_fast.augment_views(*parameters, size, canvas, interpolation, mixup)
     check_out(out, x, size, pool=pool, bank=bank)
-    check.no_grad_to("augment_views with out=", x=x, stats=stats)
-    sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, mode, mixup, out)
+    check.require_no_grad("augment_views with out=", x=x, stats=stats)
+    sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, interpolation, mixup, out)
     increment_version(out)  # kernels write past autograd, which must know of it
     return out, sums
 
 
 def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor | None) -> None:
     """Refuse an ``out`` that the views of ``x (B, F, T)`` cannot be written to."""
-    check.has_shape("out", out, (2, x.shape[0], *size))
-    check.same_dtype("out", out, "x", x)
-    check.same_device("out", out, "x", x)
+    check.require_shape("out", out, (2, x.shape[0], *size))
+    check.require_same_dtype("out", out, "x", x)
+    check.require_same_device("out", out, "x", x)
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
     if not torch.compiler.is_compiling() and x.numel():
@@ -373,7 +391,7 @@ def sample_sums(x: Tensor) -> Tensor:
     tensor([[ 2.,  3.,  5.],
             [ 2.,  7., 25.]], dtype=torch.float64)
     """
-    check.is_float("x", x)
+    check.require_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (B, ...), got {tuple(x.shape)}")
     return torch.ops.byola_fast.sample_sums(x)
@@ -403,14 +421,14 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
     >>> normalize(x, torch.tensor([3.0, 6.0, 14.0], dtype=torch.float64))
     tensor([-1.,  0.,  1.])
     """
-    check.is_float("x", x)
-    check.is_float("sums", sums)
+    check.require_float("x", x)
+    check.require_float("sums", sums)
     if sums.dim() < 1 or sums.shape[-1] != 3:
         raise ValueError(f"sums: expected shape (..., 3), got {tuple(sums.shape)}")
-    check.same_device("sums", sums, "x", x)
+    check.require_same_device("sums", sums, "x", x)
     if not inplace:
         return torch.ops.byola_fast.normalize(x, sums)
-    check.no_grad_to("normalize in place", x=x, sums=sums)
+    check.require_no_grad("normalize in place", x=x, sums=sums)
     torch.ops.byola_fast.normalize_(x, sums)
     increment_version(x)
     return x
@@ -437,19 +455,19 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
     Autograd:
         None; the bank holds data.
     """
-    check.is_float("rows", rows)
-    check.has_shape("rows", rows, ("N", "F", "T"))
+    check.require_float("rows", rows)
+    check.require_shape("rows", rows, ("N", "F", "T"))
     if not 1 <= rows.shape[0] <= MAX_ROWS or not rows.is_contiguous():
         raise ValueError(f"rows: expected 1 to 2^24 rows, contiguous, got {tuple(rows.shape)}, {rows.stride()}")
-    check.is_integer("cursor", cursor, (torch.int64,))
-    check.has_shape("cursor", cursor, (3,))
+    check.require_integer("cursor", cursor, (torch.int64,))
+    check.require_shape("cursor", cursor, (3,))
     if not cursor.is_contiguous():  # kernels write to it
         raise ValueError(f"cursor: expected a contiguous tensor, got strides {cursor.stride()}")
-    check.is_float("x", x)
-    check.has_shape("x", x, ("B", *rows.shape[1:]))
+    check.require_float("x", x)
+    check.require_shape("x", x, ("B", *rows.shape[1:]))
     for name, tensor in (("cursor", cursor), ("x", x), ("stats", stats)):
         if tensor is not None:
-            check.same_device(name, tensor, "rows", rows)
+            check.require_same_device(name, tensor, "rows", rows)
     torch.ops.byola_fast.bank_push_(rows, cursor, x.detach(), None if stats is None else stats.detach())
     increment_version((rows, cursor))
 
@@ -500,14 +518,14 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
             if not isinstance(tensors, Sequence):
                 raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}") from None
             for number, tensor in enumerate(tensors):
-                check.is_tensor(f"{name}[{number}]", tensor)
+                check.require_tensor(f"{name}[{number}]", tensor)
         raise
 
 
 def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
     """Return the decay of ``ema_update_`` as a tensor, or refuse it."""
     if isinstance(decay, Tensor):
-        check.has_shape("decay", decay, ())
+        check.require_shape("decay", decay, ())
     elif not isinstance(decay, (int, float)):
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:

@@ -129,7 +129,7 @@ def log_mixup_exp_backward_reference(grad: Tensor, x: Tensor, z: Tensor, lam: Te
 # random resize crop
 
 
-def _taps(size: int, extent: Tensor, mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _taps(size: int, extent: Tensor, interpolation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the taps along one axis, corners aligned: positions in the crop and weights, ``(B, size, taps)``.
 
     Output o lies at o * (extent - 1) / (size - 1). The quotient and the remainder of that integer division are exact,
@@ -142,7 +142,7 @@ def _taps(size: int, extent: Tensor, mode: str, dtype: torch.dtype) -> tuple[Ten
     a = CUBIC_A
     offsets: tuple[int, ...]
     weights: tuple[Tensor, ...]
-    if mode == "bilinear":
+    if interpolation == "bilinear":
         offsets, weights = (0, 1), (1 - t, t)
     else:
         offsets = (-1, 0, 1, 2)
@@ -158,12 +158,12 @@ def _taps(size: int, extent: Tensor, mode: str, dtype: torch.dtype) -> tuple[Ten
 
 
 def _axis_taps(
-    size: int, start: Tensor, extent: Tensor, length: int, canvas: int, mode: str, dtype: torch.dtype
+    size: int, start: Tensor, extent: Tensor, length: int, canvas: int, interpolation: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row numbers in the input, their weights, and whether they lie in the input rather than in the margin."""
     extent = extent.long().clamp(1, canvas)
     start = start.long().clamp_min(0).minimum(canvas - extent)
-    taps, weights = _taps(size, extent, mode, dtype)
+    taps, weights = _taps(size, extent, interpolation, dtype)
     rows = taps + start[:, None, None] - (canvas - length) // 2
     return rows.clamp(0, max(length - 1, 0)), weights, (rows >= 0) & (rows < length)
 
@@ -185,25 +185,25 @@ def _resize_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, inside: T
     return total
 
 
-def resize_crop_reference(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], mode: str) -> Tensor:
+def resize_crop_reference(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], interpolation: str) -> Tensor:
     """Cut ``crop`` from the zero canvas on which ``x`` lies centred and resize it, one axis at a time."""
     dtype = compute_dtype(x.dtype)
     i, j, h, w = crop.unbind(1)
-    mels = _axis_taps(size[0], i, h, x.shape[1], canvas[0], mode, dtype)
-    frames = _axis_taps(size[1], j, w, x.shape[2], canvas[1], mode, dtype)
+    mels = _axis_taps(size[0], i, h, x.shape[1], canvas[0], interpolation, dtype)
+    frames = _axis_taps(size[1], j, w, x.shape[2], canvas[1], interpolation, dtype)
     y = _resize_rows(x.to(dtype), *mels)
     y = _resize_rows(y.transpose(1, 2), *frames).transpose(1, 2)
     return y.to(x.dtype).contiguous()
 
 
 def resize_crop_backward_reference(
-    grad: Tensor, crop: Tensor, input_size: list[int], canvas: list[int], mode: str
+    grad: Tensor, crop: Tensor, input_size: list[int], canvas: list[int], interpolation: str
 ) -> Tensor:
     """Apply the transpose of ``resize_crop``: scatter each output's gradient to the taps that made it."""
     dtype = compute_dtype(grad.dtype)
     i, j, h, w = crop.unbind(1)
-    mels = _axis_taps(grad.shape[1], i, h, input_size[0], canvas[0], mode, dtype)
-    frames = _axis_taps(grad.shape[2], j, w, input_size[1], canvas[1], mode, dtype)
+    mels = _axis_taps(grad.shape[1], i, h, input_size[0], canvas[0], interpolation, dtype)
+    frames = _axis_taps(grad.shape[2], j, w, input_size[1], canvas[1], interpolation, dtype)
     g = _resize_rows_backward(grad.to(dtype).transpose(1, 2), *frames, input_size[1]).transpose(1, 2)
     return _resize_rows_backward(g, *mels, input_size[0]).to(grad.dtype).contiguous()
 
@@ -318,7 +318,7 @@ def augment_views_out_reference(
     rng: Tensor,
     sample_offset: int,
     canvas: list[int],
-    mode: str,
+    interpolation: str,
     mixup: str,
     out: Tensor,
 ) -> Tensor:
@@ -334,7 +334,7 @@ def augment_views_out_reference(
             z = partners_reference(x if pool is None else pool, bank, bank_count, stats, bank_index[view])
             alone = (bank_index[view] < 0)[:, None, None]
             mixed = torch.where(alone, clean, mix_reference(clean, z, lam[view], mixup))
-        y = resize_crop_reference(mixed, crop[view], list(out.shape[2:]), canvas, mode)
+        y = resize_crop_reference(mixed, crop[view], list(out.shape[2:]), canvas, interpolation)
         y = y + fader_curve_reference(fader[view], out.shape[3], y.dtype)
         out[view] = y
         wide = y.to(sums.dtype)
@@ -363,7 +363,7 @@ def augment_views_backward_reference(
     rng: Tensor,
     sample_offset: int,
     canvas: list[int],
-    mode: str,
+    interpolation: str,
     mixup: str,
     resize_crop_backward: Callable[..., Tensor] = resize_crop_backward_reference,
 ) -> tuple[Tensor, Tensor]:
@@ -377,7 +377,7 @@ def augment_views_backward_reference(
     noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
     for view in range(2):
         g = grad[view].to(clean.dtype)
-        g = resize_crop_backward(g, crop[view], list(x.shape[1:]), canvas, mode)
+        g = resize_crop_backward(g, crop[view], list(x.shape[1:]), canvas, interpolation)
         weight = _per_sample(lam[view], clean)
         if noise is not None:
             kept = (1 - weight) * clean.exp()

@@ -44,21 +44,21 @@ class World:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def most(self, *values: int) -> list[int]:
+    def all_max(self, *values: int) -> list[int]:
         """Return each value's greatest over all processes; on the CPU, so that gloo notices the dead at once."""
         if self.size == 1:
             return list(values)
-        told = torch.tensor(values, dtype=torch.int64)
-        distributed.all_reduce(told, distributed.ReduceOp.MAX)
-        return told.tolist()
+        message = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(message, distributed.ReduceOp.MAX)
+        return message.tolist()
 
     def mean(self, *values: float) -> list[float]:
         """Return the means over all processes."""
         if self.size == 1:
             return list(values)
-        told = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(told)
-        return (told / self.size).tolist()
+        message = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(message)
+        return (message / self.size).tolist()
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of ranks."""
@@ -68,21 +68,21 @@ class World:
         distributed.all_gather_object(values, value)
         return values
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """Let rank 0 make a value and give it to all; where it raises, all do."""
         if self.size == 1:
             return make()
-        told: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         if self.first:
             try:
-                told[0] = make()
+                message[0] = make()
             except Exception as error:
                 distributed.broadcast_object_list([None, str(error)])
                 raise
-        distributed.broadcast_object_list(told)
-        if told[1] is not None:
-            raise RankError(f"rank 0 stopped: {told[1]}")
-        return told[0]
+        distributed.broadcast_object_list(message)
+        if message[1] is not None:
+            raise RankError(f"rank 0 stopped: {message[1]}")
+        return message[0]
 
     def wrap(self, learner: nn.Module) -> nn.Module:
         """Return the module to call: the learner, or DistributedDataParallel around it.
@@ -117,7 +117,7 @@ def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
     else:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         joining = World(device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        with explain_loss(joining, lambda: "nothing was begun"):
+        with name_lost_rank(joining, lambda: "nothing was begun"):
             distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
         try:
             yield World(device, distributed.get_rank(), distributed.get_world_size())
@@ -130,7 +130,7 @@ def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
 
 
 @contextmanager
-def explain_loss(world: World, told: Callable[[], str]) -> Iterator[None]:
+def name_lost_rank(world: World, message: Callable[[], str]) -> Iterator[None]:
     """Turn what gloo and NCCL raise when a process is gone into one clear error.
 
     Args:
@@ -147,7 +147,7 @@ def explain_loss(world: World, told: Callable[[], str]) -> Iterator[None]:
         if world.size == 1 or isinstance(error, RankError) or not lost:
             raise
         why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]  # without the place in gloo
-        raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {told()}") from error
+        raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {message()}") from error
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:

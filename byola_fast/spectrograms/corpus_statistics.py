@@ -178,6 +178,6 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
         raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")
     for name in FRONT_END if to_lms is not None else ():
         if front_end.get(name) != getattr(to_lms, name):
-            told = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
-            raise ValueError(f"{path}: taken with {told}; take it anew with byola-fast stats --{name}")
+            message = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
+            raise ValueError(f"{path}: taken with {message}; take it anew with byola-fast stats --{name}")
     return stats

@@ -90,7 +90,7 @@ class LogMel(torch.nn.Module):
                 f"f_min, f_max: expected 0 <= f_min < f_max <= sample_rate / 2 = {sample_rate / 2:g} Hz, "
                 f"got {f_min:g} and {f_max:g} Hz"
             )
-        check.is_one_of("mel_scale", mel_scale, ("slaney", "htk"))
+        check.require_one_of("mel_scale", mel_scale, ("slaney", "htk"))
         if norm not in ("slaney", None):
             raise ValueError(f"norm: expected 'slaney' or None, got {norm!r}")
 
@@ -122,7 +122,7 @@ class LogMel(torch.nn.Module):
 
         With ``stats (2,)``, mean and std, it is pre-normalised on the way: ``(lms - mean) / max(std, eps)``.
         """
-        check.is_tensor("wav", wav)
+        check.require_tensor("wav", wav)
         if wav.ndim not in (1, 2):
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), got {tuple(wav.shape)}")
         window = self.window

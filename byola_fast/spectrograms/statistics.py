@@ -29,8 +29,8 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
         ValueError: not two finite numbers with std of at least 0.
     """
     if isinstance(stats, Tensor):
-        check.is_float("stats", stats)
-        check.has_shape("stats", stats, (2,))
+        check.require_float("stats", stats)
+        check.require_shape("stats", stats, (2,))
         return stats.to(device, non_blocking=device.type == "cuda")  # towards the CPU it must wait
     if not check.is_pair(stats) or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
         raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")

@@ -179,11 +179,11 @@ class PretrainConfig:
         choices.update(precision=PRECISIONS, lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
         for name, known in choices.items():
             if getattr(self, name) is not None:
-                check.is_one_of(name, getattr(self, name), tuple(known))
-        least = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
-        least.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
-        least.update(warmup_steps=0)
-        for name, bound in least.items():
+                check.require_one_of(name, getattr(self, name), tuple(known))
+        minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
+        minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
+        minimum.update(warmup_steps=0)
+        for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")

@@ -21,7 +21,7 @@ from byola_fast.networks.encoder_file import describe_encoder
 from byola_fast.networks.encoders import AudioNTT, make_encoder
 from byola_fast.objectives.registry import make_learner
 from byola_fast.runtime.device import keep_freed_memory, pick_device
-from byola_fast.runtime.distributed import World, explain_loss, join
+from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
 from byola_fast.spectrograms.log_mel import LogMel
@@ -100,14 +100,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with (
         join(device, config.timeout_min) as world,
         closing(RunFolder(config.out)) as run,
-        explain_loss(world, run.told),
+        name_lost_rank(world, run.message),
     ):
         return _train(config.resolved(device.type), world, run)
 
 
 def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResult:
     device = world.device
-    saved = world.from_first(lambda: run.open(config))
+    saved = world.broadcast(lambda: run.open(config))
     torch.manual_seed(config.seed)
 
     # Data: one random segment of every clip in each epoch (cola: two), and this process's part of each global batch.
@@ -126,8 +126,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     if batches.own < 2:
         raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
     if batches.repeats > 1 and world.first:
-        told = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
-        logger.info(told, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
+        message = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
+        logger.info(message, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
     total = min(config.epochs * batches.steps_per_epoch, config.steps or sys.maxsize)
     to_lms = LogMel(**config.front_end()).to(device)
 
@@ -137,7 +137,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
     network = _prepare(learner, config, world)
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
-    stats, broken = (saved["stats"], {}) if saved else world.from_first(lambda: _take_stats(source, to_lms, config))
+    stats, broken = (saved["stats"], {}) if saved else world.broadcast(lambda: _take_stats(source, to_lms, config))
     batches.broken.update(broken)  # reported already
 
     # Views, optimiser.
@@ -188,7 +188,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         return {"config": config_now, "stats": _stats_now(aug, stats)}
 
     def save(last: bool) -> None:
-        state.check_finite(step, run.told())
+        state.check_finite(step, run.message())
         content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
         if world.first:
             run.save(content, encoder, **described(), last=last)
@@ -227,9 +227,9 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
 def _check_shape(config: PretrainConfig, encoder: AudioNTT, to_lms: LogMel, source: Source) -> tuple[int, int]:
     """Return (mels, frames) of the segments, or refuse settings that do not go with them."""
-    least = max(to_lms.n_fft // 2 + 1, (encoder.frame_stride - 1) * to_lms.hop_length)
-    if source.num_samples < least:
-        needed = f"{least} samples, {least / config.sample_rate:.3g} s"
+    minimum = max(to_lms.n_fft // 2 + 1, (encoder.frame_stride - 1) * to_lms.hop_length)
+    if source.num_samples < minimum:
+        needed = f"{minimum} samples, {minimum / config.sample_rate:.3g} s"
         raise ValueError(f"unit_sec: expected at least {needed}, which {config.encoder} takes, got {config.unit_sec}")
     shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
     resolve_settings(config.preset, config.augmentation()).check_ranges(*shape)
@@ -249,7 +249,7 @@ def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source
     folder = Path(str(config.audio_dir))
     if config.demo:
         folder = run.path / "demo_audio"
-        world.from_first(lambda: len(write_demo_corpus(folder, seed=config.seed)))
+        world.broadcast(lambda: len(write_demo_corpus(folder, seed=config.seed)))
     source = open_source(folder, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
     if isinstance(source, SegmentStore) and world.device.type == "cuda" and config.store_on_gpu is not False:
         free, _all = torch.cuda.mem_get_info(world.device)

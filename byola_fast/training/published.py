@@ -46,8 +46,8 @@ def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
         name = key if key in ours else PUBLISHED_NAMES.get(key)
         if name is None:
             alike = get_close_matches(str(key), sorted(ours | PUBLISHED_NAMES.keys() | set(PUBLISHED_SHAPES)))
-            told = f"; like it are {', '.join(alike)}" if alike else ""
-            raise ValueError(f"{key}: not a setting{told}; byola-fast pretrain --help lists all")
+            message = f"; like it are {', '.join(alike)}" if alike else ""
+            raise ValueError(f"{key}: not a setting{message}; byola-fast pretrain --help lists all")
         if None not in (value, settings.get(name)) and settings[name] != value:
             raise ValueError(f"{key}: expected one value of {name}, got {settings[name]} and {value}")
         settings[name] = settings.get(name) if value is None else value

@@ -77,10 +77,10 @@ class RunFolder:
             raise CheckpointError(f"{checkpoint}: nothing to go on from; give another out, or restart to replace it")
         if not isinstance(saved["config"], Mapping) or type(saved["step"]) is not int:
             raise CheckpointError(f"{checkpoint}: damaged; give another out, or restart to replace it")
-        if told := differing_settings(saved["config"], config):
+        if differing := differing_settings(saved["config"], config):
             raise ValueError(
-                f"{checkpoint}: a run with other settings ({'; '.join(told)}); give another out, the settings of that "
-                "run to continue it, or restart to replace it"
+                f"{checkpoint}: a run with other settings ({'; '.join(differing)}); give another out, the settings of "
+                "that run to continue it, or restart to replace it"
             )
         self.saved_step = saved["step"]
         return saved
@@ -169,7 +169,7 @@ class RunFolder:
         except CheckpointError as error:
             logger.warning("%s; going on", error)
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Say what is safe on disk and how to go on."""
         checkpoint = self.path / CHECKPOINT
         if self.saved_step is None and not checkpoint.exists():
@@ -252,8 +252,8 @@ class RunState(NamedTuple):
         for group, own in zip(self.optimizer.param_groups, here, strict=True):
             group["lr"] = own["lr"]  # a CUDA graph holds this very tensor
         if self.world.size != len(saved["rng"]):
-            told = "%d processes go on with what %d began: dropout and BatchNorm's batches differ from then on"
-            logger.warning(told, self.world.size, len(saved["rng"]))
+            message = "%d processes go on with what %d began: dropout and BatchNorm's batches differ from then on"
+            logger.warning(message, self.world.size, len(saved["rng"]))
         if self.world.rank < len(saved["rng"]):
             rng = saved["rng"][self.world.rank]
             torch.set_rng_state(rng["cpu"])
@@ -261,7 +261,7 @@ class RunState(NamedTuple):
                 torch.cuda.set_rng_state(rng["cuda"], self.world.device)
         return saved["step"], saved["epoch"]
 
-    def check_finite(self, step: int, told: str) -> None:
+    def check_finite(self, step: int, message: str) -> None:
         """Refuse to save weights that are not finite.
 
         Raises:
@@ -269,4 +269,4 @@ class RunState(NamedTuple):
         """
         norms = torch._foreach_norm([parameter.detach() for parameter in self.learner.parameters()])
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
-            raise ValueError(f"lr: weights grew out of range by step {step}; lower the learning rate; {told}")
+            raise ValueError(f"lr: weights grew out of range by step {step}; lower the learning rate; {message}")

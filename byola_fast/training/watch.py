@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from byola_fast.objectives.collapse import collapse_std, effective_rank
+from byola_fast.objectives.collapse import effective_rank, spread
 from byola_fast.runtime.distributed import World
 from byola_fast.runtime.progress import Progress
 from byola_fast.training.config import PretrainConfig
@@ -85,18 +85,18 @@ class Watch:
         Raises:
             ValueError: the mean loss over processes is not finite.
         """
-        self.stopped_by, late = self.world.most(self._stop.number, self._is_late())
+        self.stopped_by, late = self.world.all_max(self._stop.number, self._is_late())
         self.ending = bool(self.stopped_by) or step == self.total
         self.saving = self.ending or bool(late) or step % (self.config.save_every or self.total) == 0
 
-        own = [loss.item(), collapse_std(projection).item()]
+        own = [loss.item(), spread(projection).item()]
         if self.saving:
             own.append(effective_rank(projection).item())
         values = self.world.mean(*own)
         now = time.perf_counter()
         if not math.isfinite(values[0]):
-            told = f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.told()}"
-            raise ValueError(told)
+            message = f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.message()}"
+            raise ValueError(message)
         line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "collapse": values[1]}
         if self.saving:
             line["effective_rank"] = values[2]
@@ -105,8 +105,8 @@ class Watch:
         self.last, self._logged = step, now
         if self._progress is not None:
             self.run.log(line)
-            told = f"loss {line['loss']:.3f}  spread {line['collapse']:.2f}  {line['samples_per_s']:.0f} samples/s"
-            self._progress.show(step, told)
+            message = f"loss {line['loss']:.3f}  spread {line['collapse']:.2f}  {line['samples_per_s']:.0f} samples/s"
+            self._progress.show(step, message)
             if warning := self._collapse(line):
                 logger.warning("%s", warning)
 
@@ -129,8 +129,8 @@ class CollapseWatch:
         if self.low < COLLAPSED_LINES or self.warned:
             return None
         self.warned = True
-        told = f"step {line['step']}: representations collapse: their spread is {line['collapse']:.3f}"
-        return f"{told} (1 is healthy, 0 is one vector for all sounds); try a lower lr or a larger batch_size"
+        message = f"step {line['step']}: representations collapse: their spread is {line['collapse']:.3f}"
+        return f"{message} (1 is healthy, 0 is one vector for all sounds); try a lower lr or a larger batch_size"
 
 
 class StopSignal:
@@ -145,8 +145,8 @@ class StopSignal:
         number: the signal received, 0 for none.
     """
 
-    def __init__(self, told: str = "") -> None:
-        self.number, self.told = 0, told
+    def __init__(self, message: str = "") -> None:
+        self.number, self.message = 0, message
         self._received = 0.0
         self._before: dict[int, Any] = {}
 
@@ -167,8 +167,8 @@ class StopSignal:
         now = time.monotonic()
         if number == signal.SIGINT and self.number and now - self._received > 1:
             raise KeyboardInterrupt
-        if not self.number and self.told:
+        if not self.number and self.message:
             with suppress(OSError):
-                os.write(2, self.told.encode())  # print may be in the middle of a line, and is not entered twice
+                os.write(2, self.message.encode())  # print may be in the middle of a line, and is not entered twice
         self.number = self.number or number
         self._received = now

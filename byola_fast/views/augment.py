@@ -78,9 +78,9 @@ def augment(
     (torch.Size([8, 1, 64, 96]), torch.Size([8, 1, 64, 96]))
     """
     chosen = resolve_settings(preset, settings)
-    check.is_float("lms", lms)
+    check.require_float("lms", lms)
     x = without_channel("lms", lms)
-    check.is_spectrogram("lms", x)
+    check.require_spectrogram("lms", x)
     pre_stats = batch_stats(x) if stats is None else given_stats(stats, x.device)
     if params is None:
         rng = _fresh_rng(x.device, seed, step, generator)
@@ -170,10 +170,10 @@ class Augment(nn.Module):
         out: Tensor | None = None,
     ) -> Any:
         """Return ``view1, view2`` (and params), and advance step and bank."""
-        check.is_float("lms", lms)
+        check.require_float("lms", lms)
         x = without_channel("lms", lms)
-        check.is_spectrogram("lms", x)
-        check.same_device("lms", x, "Augment", self.rng)
+        check.require_spectrogram("lms", x)
+        check.require_same_device("lms", x, "Augment", self.rng)
         flat_out = _flat_out(out, lms, self.settings)
         rows = self.bank.prepare(x)
         held = self.bank.count
@@ -181,7 +181,7 @@ class Augment(nn.Module):
         everyone = x if pool is None else pool
         if params is not None:
             held = held if params.bank_count is None else params.bank_count
-            from_bank = not check.readable(held) or bool(held)
+            from_bank = not check.is_readable(held) or bool(held)
             params.check(x.shape[0], x.device, _canvas(x, self.settings), len(rows) if from_bank else len(everyone))
             params = replace(params, bank_count=held)
 
@@ -240,8 +240,8 @@ def _fresh_rng(
 
 def _set_word(word: Tensor, name: str, value: int | Tensor, limit: int) -> None:
     if isinstance(value, Tensor):
-        check.is_integer(name, value)
-        check.has_shape(name, value, ())
+        check.require_integer(name, value)
+        check.require_shape(name, value, ())
         word.copy_(value, non_blocking=True)
     elif isinstance(value, (int, torch.SymInt)) and 0 <= value < limit:
         word.fill_(value)
@@ -309,7 +309,7 @@ def _make_views(
         sample_offset=params.sample_offset,
         size=settings.size,
         canvas=_canvas(x, settings),
-        mode=settings.interpolation,
+        interpolation=settings.interpolation,
         mixup=settings.mixup,
         out=out,
     )
@@ -329,7 +329,7 @@ def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | N
     """Return ``out`` without the channel that the views will have."""
     if out is None:
         return None
-    check.is_tensor("out", out)
+    check.require_tensor("out", out)
     if lms.dim() == 4:
         if out.dim() != 5 or out.shape[2] != 1:
             raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {tuple(out.shape)}")

@@ -87,7 +87,7 @@ class MemoryBank(nn.Module):
             raise ValueError(
                 f"x: expected the memory bank's (mels, frames) {tuple(rows.shape[1:])}, got {tuple(x.shape)}"
             )
-        check.same_device("x", x, "the memory bank", rows)
+        check.require_same_device("x", x, "the memory bank", rows)
         return rows
 
     def push(self, x: Tensor, stats: Tensor | None = None) -> None:

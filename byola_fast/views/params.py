@@ -38,8 +38,8 @@ class Settings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check.is_one_of("mixup", self.mixup, check.MIXERS)
-        check.is_one_of("interpolation", self.interpolation, check.MODES)
+        check.require_one_of("mixup", self.mixup, check.MIXERS)
+        check.require_one_of("interpolation", self.interpolation, check.INTERPOLATIONS)
 
     def check_ranges(self, mels: int, frames: int) -> None:
         """Refuse what ``ops.draw_params`` would refuse for inputs of a size, before there are any.
@@ -66,7 +66,7 @@ def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: an unknown preset or value. TypeError: an unknown setting.
     """
-    check.is_one_of("preset", preset, tuple(PRESETS))
+    check.require_one_of("preset", preset, tuple(PRESETS))
     for name in changes:
         if name not in SETTING_NAMES:
             raise TypeError(f"unknown setting {name!r}; known settings are {', '.join(SETTING_NAMES)}")
@@ -131,18 +131,18 @@ class AugmentParams:
             canvas: (mels, frames) of the virtual canvas.
             rows: how many rows partners are chosen from.
         """
-        check.is_float("params.lam", self.lam)
+        check.require_float("params.lam", self.lam)
         for name, wanted in (("lam", ()), ("bank_index", ()), ("crop", (4,)), ("fader", (2,))):
             tensor = getattr(self, name)
-            check.has_shape(f"params.{name}", tensor, (2, batch, *wanted))
+            check.require_shape(f"params.{name}", tensor, (2, batch, *wanted))
             if tensor.device != device:
                 raise ValueError(f"params.{name}: expected on {device}, got {tensor.device}; use params.to(device)")
-        check.is_integer("params.bank_index", self.bank_index)
-        check.is_integer("params.crop", self.crop)
-        check.has_shape("params.rng", self.rng, (2,))
-        check.lam_in_range("params.lam", self.lam)
-        check.crop_in_canvas("params.crop", self.crop, canvas)
-        check.index_in_range("params.bank_index", self.bank_index, rows)
+        check.require_integer("params.bank_index", self.bank_index)
+        check.require_integer("params.crop", self.crop)
+        check.require_shape("params.rng", self.rng, (2,))
+        check.require_lam_in_range("params.lam", self.lam)
+        check.require_crop_in_canvas("params.crop", self.crop, canvas)
+        check.require_index_in_range("params.bank_index", self.bank_index, rows)
 
     def __str__(self) -> str:
         seed, step = self.rng.tolist()

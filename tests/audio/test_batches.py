@@ -343,7 +343,7 @@ def test_batches_are_put_on_the_device(source: Callable[..., Source], kind: str,
 
 
 @pytest.mark.parametrize(
-    ("size", "arguments", "told"),
+    ("size", "arguments", "message"),
     [
         (0, {}, "batch_size: expected a multiple of world_size 1, got 0"),
         (10, {"world_size": 4}, "batch_size: expected a multiple of world_size 4, got 10"),
@@ -355,9 +355,9 @@ def test_batches_are_put_on_the_device(source: Callable[..., Source], kind: str,
     ],
 )
 def test_arguments_out_of_range_are_named(
-    source: Callable[..., Source], size: int, arguments: dict[str, int], told: str
+    source: Callable[..., Source], size: int, arguments: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Batches(source("store"), size, seed=0, **arguments)
 
 

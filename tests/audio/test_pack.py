@@ -56,14 +56,16 @@ def test_broken_files_are_reported_once_and_recorded(tmp_path: Path, caplog: pyt
     done = []
     for workers in (0, 2):
         caplog.clear()
-        result = pack(folder, tmp_path / "out", workers=workers, force=True, progress=lambda *told: done.append(told))
+        result = pack(
+            folder, tmp_path / "out", workers=workers, force=True, progress=lambda *message: done.append(message)
+        )
         assert [record.getMessage() for record in caplog.records] == [
             f"skipping {folder / 'empty.wav'}: empty file (0 bytes)",
             f"skipping {folder / 'inf.wav'}: NaN or infinite samples",
             f"skipping {folder / 'text.wav'}: not audio that libsndfile can read",
         ]
         assert (result.files, list(result.broken), result.unchanged) == (9, ["empty.wav", "inf.wav", "text.wav"], False)
-        assert [told[:2] for told in done] == [(number, 9) for number in range(1, 10)]
+        assert [message[:2] for message in done] == [(number, 9) for number in range(1, 10)]
         assert done[-1][2] == result.seconds == sum(SegmentStore(tmp_path / "out").lengths.tolist()) / RATE
         done.clear()
 
@@ -312,18 +314,18 @@ def test_kill_9_at_any_moment_leaves_the_old_or_the_new_store_whole(tmp_path: Pa
 def test_a_first_packing_that_was_killed_is_recognised(tmp_path: Path) -> None:
     folder, out, moment = write_clips(tmp_path / "audio"), tmp_path / "out", 0
     pack(folder, tmp_path / "whole", workers=0)
-    wanted, told = content(tmp_path / "whole"), set()
+    wanted, message = content(tmp_path / "whole"), set()
     while die_at(moment, lambda: pack(folder, out, workers=0)):
         try:
             assert content(out) == wanted
         except StoreError as error:
-            told.add(str(error))
+            message.add(str(error))
         moment += 1
         for path in out.iterdir():
             path.unlink()
     assert moment == 6 + 3 + 2
-    assert all("no packed store in this folder; packing has not finished: part-00000-of-00001" in x for x in told)
-    assert len(told) == 3  # samples alone; a header too; and the samples in place already
+    assert all("no packed store in this folder; packing has not finished: part-00000-of-00001" in x for x in message)
+    assert len(message) == 3  # samples alone; a header too; and the samples in place already
 
 
 @pytest.mark.slow

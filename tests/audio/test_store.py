@@ -298,17 +298,17 @@ def test_forged_offsets_never_lead_out_of_the_data(copied: Path, place: int, val
     offsets = json.loads(text)["offsets"]
     valid = [*offsets[:place], value, *offsets[place + 1 :]]
     forge(copied, {"offsets": valid})
-    told = ""
+    message = ""
     try:
         store = SegmentStore(copied)
         store.gather(store.readable.nonzero().flatten(), 0)
     except StoreError as error:
-        told = str(error)
+        message = str(error)
     finally:
         path.write_bytes(text)
-    if told:
+    if message:
         assert valid != offsets
-        assert "damaged" in told
+        assert "damaged" in message
     else:
         assert valid == sorted(valid)
         assert (valid[0], valid[-1]) == (0, offsets[-1])

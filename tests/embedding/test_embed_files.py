@@ -170,7 +170,7 @@ def test_work_of_other_settings_is_refused_and_stays(weights, corpus, tmp_path):
 @pytest.mark.parametrize("ranks", [2, 7])
 def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
     class OneAtATime(World):
-        def most(self, *values):
+        def all_max(self, *values):
             return list(values)
 
     settings = config(weights, corpus, tmp_path / "e.npz")
@@ -196,7 +196,7 @@ def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
 
 def test_a_lost_rank_is_told_and_what_is_done_stays(weights, corpus, tmp_path, monkeypatch):
     class Lost(World):
-        def most(self, *values):
+        def all_max(self, *values):
             raise RuntimeError("Connection closed by peer")
 
     lost = Lost(torch.device("cpu"), 0, 2)

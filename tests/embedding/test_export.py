@@ -71,8 +71,8 @@ def test_an_exported_program_runs_without_this_package(tmp_path):
     wavs, found = tmp_path / "wavs.pt", tmp_path / "found.pt"
     torch.save(cases(embedder), wavs)
     command = [sys.executable, "-c", RUN_ELSEWHERE, str(path), str(wavs), str(found)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert json.loads(told)["frame_period_ms"] == 40
+    message = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert json.loads(message)["frame_period_ms"] == 40
     for wav, frames in zip(torch.load(wavs), torch.load(found), strict=True):
         torch.testing.assert_close(frames, embedder(wav, frames=True).frames, rtol=1e-4, atol=1e-5)
 

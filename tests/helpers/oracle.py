@@ -19,7 +19,7 @@ def log_mixup_exp(x, z, lam):
     return torch.log((1 - weight) * x.exp() + weight * z.exp() + EPS)
 
 
-def resize_crop(x, crop, size, canvas, mode):
+def resize_crop(x, crop, size, canvas, interpolation):
     """Build each canvas, cut each box, resize each box."""
     views = []
     for sample, (i, j, h, w) in zip(x.double().cpu(), crop.tolist(), strict=True):
@@ -27,11 +27,11 @@ def resize_crop(x, crop, size, canvas, mode):
         top, left = ((c - n) // 2 for c, n in zip(canvas, sample.shape, strict=True))
         full[top : top + sample.shape[0], left : left + sample.shape[1]] = sample
         box = full[None, None, i : i + h, j : j + w]
-        views.append(F.interpolate(box, size, mode=mode, align_corners=True)[0, 0])
+        views.append(F.interpolate(box, size, mode=interpolation, align_corners=True)[0, 0])
     return torch.stack(views) if views else torch.zeros(0, *size, dtype=torch.float64)
 
 
-def views(x, params, *, size=None, canvas=None, mode="bilinear", mixup="log", stats=(0.0, 1.0), bank=None):
+def views(x, params, *, size=None, canvas=None, interpolation="bilinear", mixup="log", stats=(0.0, 1.0), bank=None):
     """Both views before post-normalisation, ``(2, B, *size)``."""
     x = (x.double().cpu() - stats[0]) / max(stats[1], EPS)
     size = tuple(x.shape[1:]) if size is None else size
@@ -47,7 +47,7 @@ def views(x, params, *, size=None, canvas=None, mode="bilinear", mixup="log", st
             elif mixup == "linear" and partner >= 0:
                 mixed = (1 - lam) * x[b] + lam * rows[partner]
             crop = params.crop[view, b][None].cpu()
-            mixed = resize_crop(mixed[None], crop, size, canvas, mode)[0]
+            mixed = resize_crop(mixed[None], crop, size, canvas, interpolation)[0]
             head, tail = params.fader[view, b].tolist()
             result[view, b] = mixed + torch.linspace(head, tail, size[1], dtype=torch.float64)
     return result

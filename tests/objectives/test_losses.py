@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from byola_fast.objectives.collapse import collapse_std, effective_rank
+from byola_fast.objectives.collapse import effective_rank, spread
 from byola_fast.objectives.losses import bilinear_loss, byol_loss, directions, info_nce_loss, nt_xent_loss
 
 
@@ -51,11 +51,11 @@ def test_zero_and_half_precision_are_finite():
 def test_collapse_is_its_formula_and_tells_health_from_collapse():
     z = torch.randn(9, 5)
     rows = torch.nn.functional.normalize(z.double(), dim=1)
-    spread = ((rows - rows.mean(0)).square().sum(0) / 8).sqrt()
-    assert_close(collapse_std(z), spread.mean() * 5**0.5)
-    assert 0.97 < collapse_std(torch.randn(2000, 64)) < 1.03
-    assert collapse_std(torch.randn(1, 64).expand(50, 64)) < 1e-6
-    assert collapse_std(torch.randn(1, 64) + 0.05 * torch.randn(50, 64)) < 0.1
+    deviation = ((rows - rows.mean(0)).square().sum(0) / 8).sqrt()
+    assert_close(spread(z), deviation.mean() * 5**0.5)
+    assert 0.97 < spread(torch.randn(2000, 64)) < 1.03
+    assert spread(torch.randn(1, 64).expand(50, 64)) < 1e-6
+    assert spread(torch.randn(1, 64) + 0.05 * torch.randn(50, 64)) < 0.1
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -152,10 +152,10 @@ def test_contrastive_losses_keep_out_of_half_precision():
         lambda a, b: info_nce_loss(a, b, directions(b), 0.1),
         lambda a, b: bilinear_loss(a, b, w),
         byol_loss,
-        collapse_std,
+        spread,
     ]
     for call in calls:
-        arguments = (a, b) if call is not collapse_std else (a,)
+        arguments = (a, b) if call is not spread else (a,)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = call(*arguments)
         assert cast.dtype == torch.float32
@@ -189,7 +189,7 @@ def test_effective_rank_of_known_matrices(rank):
         (lambda: byol_loss(torch.ones(3), torch.ones(3)), ValueError, "q: expected shape"),
         (lambda: byol_loss(torch.ones(0, 3), torch.ones(0, 3)), ValueError, "at least 1 sample, got 0"),
         (lambda: byol_loss(torch.ones(2, 3).long(), torch.ones(2, 3)), TypeError, "floating-point"),
-        (lambda: collapse_std(torch.ones(1, 3)), ValueError, "at least 2 samples, got 1"),
+        (lambda: spread(torch.ones(1, 3)), ValueError, "at least 2 samples, got 1"),
         (lambda: effective_rank(torch.ones(0, 3)), ValueError, "at least 1 sample, got 0"),
         (lambda: effective_rank(torch.ones(3)), ValueError, "z: expected shape"),
         (lambda: nt_xent_loss(torch.ones(1, 3), torch.ones(1, 3)), ValueError, "z1: expected at least 2 samples"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from byola_fast import AugmentParams, ops
 from byola_fast.ops import philox
 
-MODES = ["bilinear", "bicubic"]
+INTERPOLATIONS = ["bilinear", "bicubic"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 RNG = torch.tensor([11, 5])
 
@@ -30,15 +30,17 @@ def run(x, params, **kwargs):
 
 
 @pytest.mark.parametrize("mixup", ["log", "linear", "none"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 64, 96), (3, 63, 97), (2, 5, 7), (1, 1, 1), (4, 1, 1)])
-def test_partners_from_the_batch(shape, dtype, mode, mixup, device):
+def test_partners_from_the_batch(shape, dtype, interpolation, mixup, device):
     x = 2 * torch.randn(shape, device=device).to(dtype) - 1
     params = draw(shape[0], shape[1:], device)
     before = x.clone()
-    views, sums = run(x, params, mode=mode, mixup=mixup, stats=torch.tensor([-1.0, 2.0], device=device))
-    expected = oracle.views(x, params, mode=mode, mixup=mixup, stats=(-1.0, 2.0))
+    views, sums = run(
+        x, params, interpolation=interpolation, mixup=mixup, stats=torch.tensor([-1.0, 2.0], device=device)
+    )
+    expected = oracle.views(x, params, interpolation=interpolation, mixup=mixup, stats=(-1.0, 2.0))
     assert views.dtype == dtype
     assert_close(views, expected)
     assert_close(ops.normalize(expected.to(device), sums), oracle.normalize(expected), factor=1e6)  # sums of float32
@@ -46,16 +48,16 @@ def test_partners_from_the_batch(shape, dtype, mode, mixup, device):
 
 
 @pytest.mark.parametrize("bank_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", MODES)
-def test_partners_from_the_bank(mode, bank_dtype, device):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_partners_from_the_bank(interpolation, bank_dtype, device):
     x = torch.randn(4, 63, 97, device=device)
     bank = torch.randn(9, 63, 97, device=device).to(bank_dtype)
     bank[5:] = math.nan  # rows not filled must not matter
     count = torch.tensor(5, device=device)
     params = draw(4, (63, 97), device, bank_count=count)
     assert int(params.bank_index.max()) < 5
-    views, _ = run(x, params, mode=mode, bank=bank, bank_count=count)
-    assert_close(views, oracle.views(x, params, mode=mode, bank=bank))
+    views, _ = run(x, params, interpolation=interpolation, bank=bank, bank_count=count)
+    assert_close(views, oracle.views(x, params, interpolation=interpolation, bank=bank))
 
 
 def test_an_empty_bank_gives_partners_from_the_batch_or_a_pool(device):
@@ -125,7 +127,7 @@ def test_any_shape_stride_dtype_crop_and_canvas(data):
     shape = data.draw(st.tuples(st.integers(0, 4), st.integers(1, 30), st.integers(1, 40)))
     stride = data.draw(st.tuples(*[st.integers(1, 3)] * 3))
     dtype = data.draw(st.sampled_from(DTYPES))
-    mode = data.draw(st.sampled_from(MODES))
+    interpolation = data.draw(st.sampled_from(INTERPOLATIONS))
     mixup = data.draw(st.sampled_from(["log", "linear", "none"]))
     base = torch.randn(*[n * s for n, s in zip(shape, stride, strict=True)]).to(dtype)
     x = base[:: stride[0], :: stride[1], :: stride[2]]
@@ -136,8 +138,8 @@ def test_any_shape_stride_dtype_crop_and_canvas(data):
     crop = torch.stack([oracle.random_crops(x.shape[0], canvas, seed) for _ in range(2)])
     params = draw(x.shape[0], x.shape[1:])
     params = AugmentParams(params.lam, params.bank_index, crop, params.fader, params.rng)
-    views, sums = run(x, params, mode=mode, mixup=mixup, canvas=canvas, size=size)
-    expected = oracle.views(x, params, mode=mode, mixup=mixup, canvas=canvas, size=size)
+    views, sums = run(x, params, interpolation=interpolation, mixup=mixup, canvas=canvas, size=size)
+    expected = oracle.views(x, params, interpolation=interpolation, mixup=mixup, canvas=canvas, size=size)
     assert_close(views, expected)
     assert sums.shape == (2, x.shape[0], 3)
 
@@ -165,8 +167,8 @@ def test_nan_stays_in_its_sample_and_its_partners(device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixup", ["log", "linear", "gaussian", "none"])
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(mode, mixup, device):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_gradcheck(interpolation, mixup, device):
     x = torch.randn(3, 5, 7, dtype=torch.float64, device=device, requires_grad=True)
     stats = torch.tensor([0.3, 1.2], dtype=torch.float64, device=device, requires_grad=True)
     params = draw(3, (5, 7), device)
@@ -175,7 +177,9 @@ def test_gradcheck(mode, mixup, device):
 
         def both(x, stats, rows=rows, count=count):
             count = None if count is None else count.to(device)
-            views, sums = run(x, params, stats=stats, mode=mode, mixup=mixup, bank=rows, bank_count=count)
+            views, sums = run(
+                x, params, stats=stats, interpolation=interpolation, mixup=mixup, bank=rows, bank_count=count
+            )
             return ops.normalize(views, sums), sums
 
         assert torch.autograd.gradcheck(both, (x, stats))

@@ -20,7 +20,7 @@ def fresh_compiler():
 def test_a_model_that_calls_the_ops_compiles_whole_and_once(device):
     def model(x, z, lam, crop, sums, weight):
         mixed = ops.log_mixup_exp(x, z, lam)
-        y = ops.resize_crop(mixed, crop, size=(6, 9), mode="bicubic")
+        y = ops.resize_crop(mixed, crop, size=(6, 9), interpolation="bicubic")
         return (ops.normalize(y, sums) * weight).square().mean()
 
     compiled = torch.compile(model, fullgraph=True)

@@ -26,15 +26,16 @@ from helpers.cpu_math import check_math
 torch.manual_seed(1)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     for shape in ((5, 64, 96), (3, 63, 97), (2, 5, 7), (2, 1, 1), (2, 9, 400)):
-        for mode in ("bilinear", "bicubic"):
+        for interpolation in ("bilinear", "bicubic"):
             x = (2 * torch.randn(shape) - 1).to(dtype)
             *_, params = augment(x, seed=3, preset="byola-v2", return_params=True)
-            got = augment(x, params=params, stats=(-1, 2), interpolation=mode, preset="byola-v2", post_norm=False)
-            assert_close(torch.stack(got), oracle.views(x, params, stats=(-1.0, 2.0), mode=mode))
+            given = dict(params=params, stats=(-1, 2), preset="byola-v2", post_norm=False)
+            got = augment(x, interpolation=interpolation, **given)
+            assert_close(torch.stack(got), oracle.views(x, params, stats=(-1.0, 2.0), interpolation=interpolation))
             crop = params.crop[0]
             wide = x.double().requires_grad_()
             if shape[2] < 9:
-                assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, mode=mode), wide)
+                assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, interpolation=interpolation), wide)
 check_math()
 print(cpu.module().build_info()["simd"])
 """

@@ -26,7 +26,7 @@ from byola_fast import RunningStats, ops
 from byola_fast.ops import functional, reference
 from byola_fast.spectrograms.statistics import batch_stats
 
-MODES = ["bilinear", "bicubic"]
+INTERPOLATIONS = ["bilinear", "bicubic"]
 SHAPES = st.tuples(st.integers(0, 5), st.integers(1, 24), st.integers(1, 40))
 OPS = torch.ops.byola_fast
 
@@ -76,21 +76,21 @@ def test_log_mixup_exp(data):
 @given(st.data())
 def test_resize_crop(data):
     batch, mels, frames = shape = data.draw(SHAPES)
-    dtype, mode = data.draw(st.sampled_from(FLOATS)), data.draw(st.sampled_from(MODES))
+    dtype, interpolation = data.draw(st.sampled_from(FLOATS)), data.draw(st.sampled_from(INTERPOLATIONS))
     canvas = mels + data.draw(st.integers(0, 12)), frames + data.draw(st.integers(0, 80))
     size = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 150)))
     crop = random_crops(batch, canvas, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))))
     crop = crop.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
     x, grad = (lay_out(data, normal(data, of, dtype)) for of in (shape, (batch, *size)))
     crop = lay_out(data, crop, EXACT)
-    check(data, ops.resize_crop, [x, crop, size, mode, canvas], lambda x, crop, size, mode, canvas:
-          reference.resize_crop_reference(x, crop, list(size), list(canvas), mode))  # fmt: skip
-    rest = [list(shape[1:]), list(canvas), mode]
+    check(data, ops.resize_crop, [x, crop, size, interpolation, canvas], lambda x, crop, size, interpolation, canvas:
+          reference.resize_crop_reference(x, crop, list(size), list(canvas), interpolation))  # fmt: skip
+    rest = [list(shape[1:]), list(canvas), interpolation]
     # an element of a small crop gathers all of its outputs
     gathered = 1 + size[0] * size[1] / 4
     check(data, OPS.resize_crop_backward, [grad, crop, *rest], reference.resize_crop_backward_reference, gathered)
-    with_channel = ops.resize_crop(x[:, None], crop, size, mode, canvas)
-    assert torch.equal(with_channel[:, 0], ops.resize_crop(x, crop, size, mode, canvas))
+    with_channel = ops.resize_crop(x[:, None], crop, size, interpolation, canvas)
+    assert torch.equal(with_channel[:, 0], ops.resize_crop(x, crop, size, interpolation, canvas))
 
 
 @fuzzed
@@ -98,7 +98,10 @@ def test_resize_crop(data):
 def test_augment_views(data):
     batch, mels, frames = shape = data.draw(SHAPES)
     dtype = data.draw(st.sampled_from(FLOATS))
-    mode, mixup = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(["log", "linear", "gaussian", "none"]))
+    interpolation, mixup = (
+        data.draw(st.sampled_from(INTERPOLATIONS)),
+        data.draw(st.sampled_from(["log", "linear", "gaussian", "none"])),
+    )
     canvas = mels + data.draw(st.integers(0, 12)), frames + data.draw(st.integers(0, 80))
     size = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 60)))
     x = lay_out(data, normal(data, shape, dtype))
@@ -125,12 +128,12 @@ def test_augment_views(data):
     rng = torch.tensor([data.draw(st.integers(-(2**63), 2**63 - 1)), data.draw(st.integers(0, 2**32 - 1))])
     parameters = [lay_out(data, each) for each in (lam, index, crop, fader, rng)]
     offset = data.draw(st.integers(0, 2**31))
-    arguments = [x, pool, bank, count, stats, *parameters, offset, list(size), list(canvas), mode, mixup]
+    arguments = [x, pool, bank, count, stats, *parameters, offset, list(size), list(canvas), interpolation, mixup]
 
     def definition(x, *args):
-        *given, size, canvas, mode, mixup = args
+        *given, size, canvas, interpolation, mixup = args
         out = torch.empty(2, x.shape[0], *size, dtype=torch.float64)
-        sums = reference.augment_views_out_reference(x, *given, canvas, mode, mixup, out)
+        sums = reference.augment_views_out_reference(x, *given, canvas, interpolation, mixup, out)
         return out, sums
 
     def op(*arguments):
@@ -141,7 +144,11 @@ def test_augment_views(data):
     check(data, lambda *a: op(*a)[0], arguments, lambda *a: definition(*a)[0], factor=2)
     check(data, lambda *a: op(*a)[1], arguments, lambda *a: definition(*a)[1], factor=2 * max(1, elements))
     names = ("pool", "bank", "bank_count", "stats")
-    named = dict(zip(names, arguments[1:5], strict=True)) | {"mode": mode, "mixup": mixup, "sample_offset": offset}
+    named = dict(zip(names, arguments[1:5], strict=True)) | {
+        "interpolation": interpolation,
+        "mixup": mixup,
+        "sample_offset": offset,
+    }
     out = torch.empty(2, batch, *size, dtype=dtype)
     views, _ = ops.augment_views(x, *parameters, size=size, canvas=canvas, out=out, **named)
     assert views is out
@@ -299,8 +306,8 @@ def test_ema_update(data):
 def test_log_mel(data):
     n_fft = data.draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 243, 256])))
     hop, center = data.draw(st.integers(1, 300)), data.draw(st.booleans())
-    least = n_fft // 2 + 1 if center else n_fft
-    batch, samples = data.draw(st.integers(0, 3)), least + data.draw(st.integers(0, 120 * hop if hop < 9 else 900))
+    minimum = n_fft // 2 + 1 if center else n_fft
+    batch, samples = data.draw(st.integers(0, 3)), minimum + data.draw(st.integers(0, 120 * hop if hop < 9 else 900))
     dtype = data.draw(st.sampled_from([*FLOATS, torch.int16]))
     values = 0.05 * normal(data, (batch, samples), torch.float64)
     wav = lay_out(data, (32768 * values).clamp(-32768, 32767).short() if dtype == torch.int16 else values.to(dtype))

@@ -103,8 +103,8 @@ def test_noise_is_tight_against_float64(center, device):
     data=st.data(),
 )
 def test_any_sizes_agree_with_the_reference(n_fft, hop_length, n_mels, batch, center, dtype, data):
-    least = n_fft // 2 + 1 if center else n_fft
-    samples = least + data.draw(st.integers(0, min(3000, 150 * hop_length)))
+    minimum = n_fft // 2 + 1 if center else n_fft
+    samples = minimum + data.draw(st.integers(0, min(3000, 150 * hop_length)))
     bins = n_fft // 2 + 1
     bank = torch.rand(n_mels, bins) + 0.1
     first = torch.randint(bins + 1, (n_mels, 2)).sort(1).values

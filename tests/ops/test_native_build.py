@@ -61,11 +61,11 @@ def run(code, *arguments, **environment):
 def test_a_build_is_announced_timed_and_cached(tiny, capsys):
     library = cpu.prepare()
     assert library.exists()
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert told[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
-    assert told[0].endswith(" (half a minute or so)")
-    assert told[1].startswith("byola_fast: compiled in ")
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) == 2
+    assert message[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
+    assert message[0].endswith(" (half a minute or so)")
+    assert message[1].startswith("byola_fast: compiled in ")
     assert cpu.prepare() == library
     assert capsys.readouterr().err == ""
 

@@ -44,9 +44,9 @@ def samples(device):
         yield "log_mixup_exp", (x(grad=True), x(grad=True), lam[0])
         yield "log_mixup_exp", (x().transpose(1, 2), x(shape=(3, 7, 5)), lam[0])
         yield "log_mixup_exp_backward", (x(), x(), x(), lam[0])
-        for mode in ("bilinear", "bicubic"):
-            yield "resize_crop", (x(grad=True), crop[0], [4, 6], canvas, mode)
-            yield "resize_crop_backward", (x(), crop[0], [5, 7], canvas, mode)
+        for interpolation in ("bilinear", "bicubic"):
+            yield "resize_crop", (x(grad=True), crop[0], [4, 6], canvas, interpolation)
+            yield "resize_crop_backward", (x(), crop[0], [5, 7], canvas, interpolation)
         for source in ((None, None, None), (None, bank, count), (x(shape=(9, 5, 7)), bank, count * 0)):
             tail = (*source, stats, lam, index, crop, fader, rng, 7)
             yield "augment_views", (x(grad=source[0] is None), *tail, [4, 6], canvas, "bilinear", "log")

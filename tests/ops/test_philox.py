@@ -109,8 +109,8 @@ def test_drawn_parameters_follow_from_the_words(device):
 
             u = words(philox.SLOT_CROP)
             h, w = (
-                min(max((base + slope * draw) >> 40, 1), most)
-                for (base, slope), draw, most in zip(ranges, u, canvas, strict=False)
+                min(max((base + slope * draw) >> 40, 1), maximum)
+                for (base, slope), draw, maximum in zip(ranges, u, canvas, strict=False)
             )
             box = [(u[2] * (canvas[0] - h + 1)) >> 24, (u[3] * (canvas[1] - w + 1)) >> 24, h, w]
             assert crop[view, b].tolist() == box

@@ -15,26 +15,26 @@ from hypothesis import strategies as st
 
 from byola_fast import ops
 
-MODES = ["bilinear", "bicubic"]
+INTERPOLATIONS = ["bilinear", "bicubic"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 96), (63, 97), (5, 7), (1, 1), (1, 9), (9, 1)])
-def test_equals_interpolate(shape, dtype, mode, device):
+def test_equals_interpolate(shape, dtype, interpolation, device):
     x = 3 * torch.randn(6, *shape, device=device).to(dtype)
     canvas = (shape[0], int(1.5 * shape[1]))
     crop = random_crops(6, canvas)
     before = x.clone()
-    y = ops.resize_crop(x, crop.to(device), mode=mode)
+    y = ops.resize_crop(x, crop.to(device), interpolation=interpolation)
     assert y.is_contiguous()
     assert y.dtype == dtype
-    assert_close(y, interpolate_each(x, crop, shape, canvas, mode))
+    assert_close(y, interpolate_each(x, crop, shape, canvas, interpolation))
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize(
     ("shape", "size", "canvas"),
     [
@@ -46,21 +46,21 @@ def test_equals_interpolate(shape, dtype, mode, device):
         ((1, 1), (4, 5), (3, 3)),
     ],
 )
-def test_other_sizes_and_canvases(shape, size, canvas, mode, device):
+def test_other_sizes_and_canvases(shape, size, canvas, interpolation, device):
     x = torch.randn(5, *shape, dtype=torch.float64, device=device)
     crop = random_crops(5, canvas)
-    y = ops.resize_crop(x, crop.to(device, torch.int64), size=size, mode=mode, canvas=canvas)
-    assert_close(y, interpolate_each(x, crop, size, canvas, mode))
+    y = ops.resize_crop(x, crop.to(device, torch.int64), size=size, interpolation=interpolation, canvas=canvas)
+    assert_close(y, interpolate_each(x, crop, size, canvas, interpolation))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_crops_of_one_row_one_column_and_only_margin(mode, device):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_crops_of_one_row_one_column_and_only_margin(interpolation, device):
     canvas = (20, 30)
     boxes = [(3, 0, 1, 30), (0, 7, 20, 1), (9, 9, 1, 1), (0, 0, 2, 30), (0, 0, 20, 3), (19, 29, 1, 1), (4, 4, 13, 22)]
     crop = torch.tensor(boxes)
     x = torch.randn(len(boxes), 12, 22, dtype=torch.float64, device=device)
-    y = ops.resize_crop(x, crop.to(device), mode=mode, canvas=canvas)
-    assert_close(y, interpolate_each(x, crop, (12, 22), canvas, mode))
+    y = ops.resize_crop(x, crop.to(device), interpolation=interpolation, canvas=canvas)
+    assert_close(y, interpolate_each(x, crop, (12, 22), canvas, interpolation))
     assert (y[3] == 0).all()
     assert (y[4] == 0).all()
 
@@ -68,8 +68,8 @@ def test_crops_of_one_row_one_column_and_only_margin(mode, device):
 def test_the_whole_input_comes_back_unchanged(device):
     x = torch.randn(2, 63, 97, device=device)
     crop = torch.tensor([[0, 24, 63, 97]] * 2, device=device)
-    for mode in MODES:
-        assert torch.equal(ops.resize_crop(x, crop, mode=mode), x)
+    for interpolation in INTERPOLATIONS:
+        assert torch.equal(ops.resize_crop(x, crop, interpolation=interpolation), x)
 
 
 @settings(max_examples=80, deadline=None)
@@ -79,15 +79,15 @@ def test_any_shape_stride_canvas_and_dtype(data):
     stride = data.draw(st.tuples(*[st.integers(1, 3)] * 3))
     swap = data.draw(st.booleans())
     dtype = data.draw(st.sampled_from(DTYPES))
-    mode = data.draw(st.sampled_from(MODES))
+    interpolation = data.draw(st.sampled_from(INTERPOLATIONS))
     base = torch.randn(*[n * s for n, s in zip(shape, stride, strict=True)]).to(dtype)
     x = base[:: stride[0], :: stride[1], :: stride[2]]
     x = x.transpose(1, 2) if swap else x
     canvas = tuple(n + data.draw(st.integers(0, 30)) for n in x.shape[1:])
     size = data.draw(st.tuples(st.integers(1, 45), st.integers(1, 45)))
     crop = random_crops(x.shape[0], canvas, torch.Generator().manual_seed(data.draw(st.integers(0, 999))))
-    y = ops.resize_crop(x, crop, size=size, mode=mode, canvas=canvas)
-    assert_close(y, interpolate_each(x, crop, size, canvas, mode))
+    y = ops.resize_crop(x, crop, size=size, interpolation=interpolation, canvas=canvas)
+    assert_close(y, interpolate_each(x, crop, size, canvas, interpolation))
 
 
 def test_nan_outside_the_box_does_not_bleed_in(device):
@@ -95,31 +95,31 @@ def test_nan_outside_the_box_does_not_bleed_in(device):
     x[0, :2] = math.nan
     x[0, :, :3] = math.inf
     crop = torch.tensor([[2, 3, 5, 8], [0, 0, 8, 12]], device=device)
-    for mode in MODES:
-        y = ops.resize_crop(x, crop, mode=mode, canvas=(8, 12))
+    for interpolation in INTERPOLATIONS:
+        y = ops.resize_crop(x, crop, interpolation=interpolation, canvas=(8, 12))
         assert y.isfinite().all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(mode, device):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_gradcheck(interpolation, device):
     x = torch.randn(4, 5, 7, dtype=torch.float64, device=device, requires_grad=True)
     crop = random_crops(4, (6, 10)).to(device)
-    assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, (4, 9), mode, (6, 10)), (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, (4, 9), interpolation, (6, 10)), (x,))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_each_dtype(dtype, mode, device):
+def test_gradients_of_each_dtype(dtype, interpolation, device):
     x = torch.randn(3, 63, 97, device=device).to(dtype).requires_grad_()
     crop = random_crops(3, (63, 145))
     grad = torch.randn(3, 63, 97, device=device).to(dtype)
-    (got,) = torch.autograd.grad(ops.resize_crop(x, crop.to(device), mode=mode), x, grad)
+    (got,) = torch.autograd.grad(ops.resize_crop(x, crop.to(device), interpolation=interpolation), x, grad)
     wide = x.detach().double().cpu().requires_grad_()
     views = []
     for sample, (i, j, h, w) in zip(F.pad(wide, (24, 24)), crop.tolist(), strict=True):
         views.append(
-            F.interpolate(sample[None, None, i : i + h, j : j + w], (63, 97), mode=mode, align_corners=True)[0]
+            F.interpolate(sample[None, None, i : i + h, j : j + w], (63, 97), mode=interpolation, align_corners=True)[0]
         )
     (expected,) = torch.autograd.grad(torch.cat(views), wide, grad.double().cpu())
     assert_close(got, expected, factor=8)  # a tap may gather dozens of outputs where the crop is small
@@ -129,3 +129,10 @@ def test_channel_axis_is_kept(device):
     x = torch.randn(2, 1, 8, 12, device=device)
     crop = torch.tensor([[0, 0, 8, 18], [1, 1, 3, 4]], device=device)
     assert torch.equal(ops.resize_crop(x, crop)[:, 0], ops.resize_crop(x[:, 0], crop))
+
+
+def test_the_old_name_of_interpolation_warns_and_holds():
+    x, crop = torch.randn(1, 5, 7), torch.tensor([[0, 0, 3, 4]])
+    with pytest.warns(FutureWarning, match="mode= is now called interpolation="):
+        y = ops.resize_crop(x, crop, mode="bicubic")
+    assert torch.equal(y, ops.resize_crop(x, crop, interpolation="bicubic"))

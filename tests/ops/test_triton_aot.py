@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import kernels
+from benchmarks.gpu import kernels
 from byola_fast.ops import _triton
 
 # kernel: registers of a thread and bytes of shared memory at most, programs of an SM at least; for all architectures

@@ -25,7 +25,7 @@ if not (torch.cuda.is_available() or _triton.interpreted()):
     reason = "kernels need a GPU or TRITON_INTERPRET=1; test_triton_interpreted.py runs this file under the interpreter"
     pytest.skip(reason, allow_module_level=True)
 
-MODES = ["bilinear", "bicubic"]
+INTERPOLATIONS = ["bilinear", "bicubic"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RNG = torch.tensor([11, 5], device=DEVICE)
 
@@ -56,50 +56,52 @@ def test_the_kernels_are_in_use():
 
 
 @pytest.mark.parametrize("most_column_blocks", [0, 8])
-@pytest.mark.parametrize("mode", MODES)
-def test_views_of_many_tiles(mode, most_column_blocks, small_tiles, monkeypatch):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_views_of_many_tiles(interpolation, most_column_blocks, small_tiles, monkeypatch):
     monkeypatch.setattr(augment_views, "MOST_COLUMN_BLOCKS", most_column_blocks)
     x = torch.randn(3, 11, 19, device=DEVICE)
     canvas = (15, 30)
     params = draw(3, (11, 19), virtual_crop_scale=(1.4, 1.6))
-    views, sums = run(x, params, mode=mode, canvas=canvas, size=(9, 21))
-    expected = oracle.views(x, params, mode=mode, canvas=canvas, size=(9, 21))
+    views, sums = run(x, params, interpolation=interpolation, canvas=canvas, size=(9, 21))
+    expected = oracle.views(x, params, interpolation=interpolation, canvas=canvas, size=(9, 21))
     assert_close(views, expected)
     assert_close(sums[..., 1], expected.sum((2, 3)), factor=1e7)  # added up in float32 along a thread
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_resize_of_many_tiles_and_its_gradient(mode, small_tiles):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_resize_of_many_tiles_and_its_gradient(interpolation, small_tiles):
     x = torch.randn(2, 11, 19, device=DEVICE, dtype=torch.float64, requires_grad=True)
     crop = torch.tensor([[0, 3, 11, 20], [2, 0, 5, 28]], device=DEVICE)
-    y = ops.resize_crop(x, crop, (9, 21), mode)
-    assert_close(y, oracle.resize_crop(x.detach(), crop, (9, 21), (11, 28), mode))
+    y = ops.resize_crop(x, crop, (9, 21), interpolation)
+    assert_close(y, oracle.resize_crop(x.detach(), crop, (9, 21), (11, 28), interpolation))
     grad = torch.randn_like(y)
     (of_kernel,) = torch.autograd.grad(y, x, grad)
     copy = x.detach().cpu().requires_grad_()
-    (expected,) = torch.autograd.grad(oracle_graph(copy, crop, (9, 21), (11, 28), mode), copy, grad.cpu())
+    (expected,) = torch.autograd.grad(oracle_graph(copy, crop, (9, 21), (11, 28), interpolation), copy, grad.cpu())
     assert_close(of_kernel, expected)
 
 
-def oracle_graph(x, crop, size, canvas, mode):
+def oracle_graph(x, crop, size, canvas, interpolation):
     """The oracle's resize with a gradient: canvases by padding."""
     top, left = ((c - n) // 2 for c, n in zip(canvas, x.shape[1:], strict=True))
     pad = (left, canvas[1] - x.shape[2] - left, top, canvas[0] - x.shape[1] - top)
     full = torch.nn.functional.pad(x, pad)
     boxes = [full[b, i : i + h, j : j + w][None, None] for b, (i, j, h, w) in enumerate(crop.tolist())]
-    resized = [torch.nn.functional.interpolate(box, size, mode=mode, align_corners=True)[0, 0] for box in boxes]
+    resized = [
+        torch.nn.functional.interpolate(box, size, mode=interpolation, align_corners=True)[0, 0] for box in boxes
+    ]
     return torch.stack(resized)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_positions_beyond_32_bits(mode, monkeypatch):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_positions_beyond_32_bits(interpolation, monkeypatch):
     """The wide variant is for sizes nobody can test with; it must give what the narrow one gives."""
     x = torch.randn(2, 7, 9, device=DEVICE)
     crop = torch.tensor([[0, 1, 7, 12], [1, 0, 5, 3]], device=DEVICE)
-    narrow = ops.resize_crop(x, crop, (8, 8), mode)
+    narrow = ops.resize_crop(x, crop, (8, 8), interpolation)
     for module in (resize_crop, augment_views):
         monkeypatch.setattr(module, "is_wide", lambda *products: True)
-    assert torch.equal(ops.resize_crop(x, crop, (8, 8), mode), narrow)
+    assert torch.equal(ops.resize_crop(x, crop, (8, 8), interpolation), narrow)
     assert shared.is_wide(2**31)
     assert not shared.is_wide(2**31 - 1, 5)
 
@@ -186,13 +188,13 @@ def test_parameters_out_of_range_read_nothing_out_of_bounds():
     assert_close(views, oracle.views(x, tame))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_crop_wholly_in_the_margin_is_the_fader_alone(mode):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_crop_wholly_in_the_margin_is_the_fader_alone(interpolation):
     x = torch.full((1, 4, 6), math.nan, device=DEVICE)
     crop = torch.tensor([[[0, 0, 3, 4]], [[9, 14, 3, 4]]], device=DEVICE, dtype=torch.int32)
     params = draw(1, (4, 6))
     params = AugmentParams(params.lam, params.bank_index, crop, params.fader, RNG)
-    views, _ = run(x, params, mode=mode, canvas=(12, 18))
+    views, _ = run(x, params, interpolation=interpolation, canvas=(12, 18))
     assert_close(views, oracle.views(torch.zeros(1, 4, 6), params, canvas=(12, 18), mixup="none"))
 
 

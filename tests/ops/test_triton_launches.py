@@ -69,7 +69,7 @@ def variants(launched):
 
 
 def make_views(
-    batch, shape, size, *, mode="bilinear", mixup="log", dtype=torch.float32, bank=None, offset=0, pool=None
+    batch, shape, size, *, interpolation="bilinear", mixup="log", dtype=torch.float32, bank=None, offset=0, pool=None
 ):
     from byola_fast.ops._triton import augment_views as module
 
@@ -80,11 +80,18 @@ def make_views(
     out = torch.empty(2, batch, *size, dtype=dtype)
     canvas = [shape[0], int(1.5 * shape[1])]
     module.augment_views_out(
-        torch.zeros(batch, *shape, dtype=dtype), *given, torch.zeros(2).long(), offset, canvas, mode, mixup, out
+        torch.zeros(batch, *shape, dtype=dtype),
+        *given,
+        torch.zeros(2).long(),
+        offset,
+        canvas,
+        interpolation,
+        mixup,
+        out,
     )
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("batch", "shape", "size", "settings"),
     [
@@ -93,8 +100,8 @@ def make_views(
         (2, (1, 97), (5, 1), {"mixup": "gaussian", "dtype": torch.float64, "bank": 5}),
     ],
 )
-def test_two_views(batch, shape, size, settings, mode, launched):
-    make_views(batch, shape, size, mode=mode, **settings)
+def test_two_views(batch, shape, size, settings, interpolation, launched):
+    make_views(batch, shape, size, interpolation=interpolation, **settings)
     assert [name for name, _kernel in launched] == ["augment_views_kernel"]
 
 
@@ -134,9 +141,11 @@ def test_all_others(shape, dtype, launched):
     crop, sums = torch.ones(shape[0], 4, dtype=torch.int64), normalize.sample_sums(x)
     log_mixup_exp.log_mixup_exp(x, x, lam)
     log_mixup_exp.log_mixup_exp_backward(x, x, x, lam)
-    for mode in ("bilinear", "bicubic"):
-        resize.resize_crop(x.transpose(1, 2), crop, [1, 1], [shape[2], shape[1]], mode)
-        resize.resize_crop_backward(torch.zeros(shape[0], 2, 1, dtype=dtype), crop, list(shape[1:]), canvas, mode)
+    for interpolation in ("bilinear", "bicubic"):
+        resize.resize_crop(x.transpose(1, 2), crop, [1, 1], [shape[2], shape[1]], interpolation)
+        resize.resize_crop_backward(
+            torch.zeros(shape[0], 2, 1, dtype=dtype), crop, list(shape[1:]), canvas, interpolation
+        )
     normalize.normalize(x, sums)
     stats = normalize.batch_stats(sums, dtype)
     state = [torch.zeros(()), torch.zeros(()), torch.tensor(0), torch.tensor(0)]

@@ -20,15 +20,15 @@ from benchmarks.tables import markdown_table, terminal_table
 ONE = m.Place("cpu", 1)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_pipelines_agree(mode: str) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pipelines_agree(interpolation: str) -> None:
     x = torch.randn(7, 13, 21)
     params = c.draw(x, step=3)
-    exact = torch.stack(c.views_exact(x, params, mode))
+    exact = torch.stack(c.views_exact(x, params, interpolation))
     found = {
-        "loop": c.views_loop(x, c.loop_params(params), mode),
-        "reference": c.views_reference(x, params, mode),
-        "byola_fast": byola_fast.augment(x, stats=(0.0, 1.0), seed=c.SEED, step=3, interpolation=mode),
+        "loop": c.views_loop(x, c.loop_params(params), interpolation),
+        "reference": c.views_reference(x, params, interpolation),
+        "byola_fast": byola_fast.augment(x, stats=(0.0, 1.0), seed=c.SEED, step=3, interpolation=interpolation),
     }
     for name, views in found.items():
         error = (torch.stack(list(views)).double() - exact).abs().max().item()

@@ -28,9 +28,9 @@ def test_a_dry_run_exercises_every_stage_and_says_what_it_left_out(tmp_path, cap
         assert "error" not in alone
     goals = [row["goal"] for found in whole["stages"].values() for row in found.get("rows", [])]
     assert len(goals) == 13  # on a GPU 14, with the trainer's
-    told = capsys.readouterr().out
-    assert "left out: capturing a CUDA graph" in told
-    assert "dry run: nothing was measured" in told
+    message = capsys.readouterr().out
+    assert "left out: capturing a CUDA graph" in message
+    assert "dry run: nothing was measured" in message
     with pytest.raises(ValueError, match="a dry run measures nothing"):
         gpu_check.table(whole)
 

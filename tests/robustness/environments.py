@@ -98,13 +98,13 @@ def run(python: Path, situation: Situation, folder: Path) -> tuple[str, float]:
     started = time.monotonic()
     done = subprocess.run([python, "-c", situation.code], env=environment, cwd=folder, capture_output=True, text=True)
     seconds = time.monotonic() - started
-    told = done.stderr
+    message = done.stderr
     if done.returncode:
-        return f"exit code {done.returncode}: {told[-300:]}", seconds
-    if situation.wanted not in told:
-        return f"expected {situation.wanted!r} on stderr, got {told[-300:]!r}", seconds
-    if situation.unwanted in told:
-        return f"did not expect {situation.unwanted!r}, got {told[-300:]!r}", seconds
+        return f"exit code {done.returncode}: {message[-300:]}", seconds
+    if situation.wanted not in message:
+        return f"expected {situation.wanted!r} on stderr, got {message[-300:]!r}", seconds
+    if situation.unwanted in message:
+        return f"did not expect {situation.unwanted!r}, got {message[-300:]!r}", seconds
     return "ok", seconds
 
 

@@ -124,9 +124,9 @@ def _group(stat: Path) -> int:
     return 0 if state == "Z" else int(group)
 
 
-def expect(condition: object, told: str) -> None:
+def expect(condition: object, message: str) -> None:
     if not condition:
-        raise AssertionError(told)
+        raise AssertionError(message)
 
 
 def write_audio(folder: Path, count: int = 40, seconds: float = 3.0) -> Path:
@@ -480,8 +480,8 @@ def main() -> int:
         except AssertionError as error:
             verdict, failed = f"FAILED: {error}", failed + 1
         shutil.rmtree(work, ignore_errors=True)
-        told = ", ".join(f"{count} {what}" for what, count in seen.items())
-        print(f"{name}: {told}: {verdict} ({time.monotonic() - started:.0f} s)", flush=True)
+        message = ", ".join(f"{count} {what}" for what, count in seen.items())
+        print(f"{name}: {message}: {verdict} ({time.monotonic() - started:.0f} s)", flush=True)
     return int(failed > 0)
 
 

@@ -52,8 +52,8 @@ def report(samples: list[dict[str, float]]) -> int:
         first, second = (statistics.median(one[name] for one in half) for half in halves)
         flat = second <= first * (1 + GROWTH)
         grew |= not flat
-        most, told = max(one[name] for one in warm), "flat" if flat else "GREW"
-        print(f"{name:<8} {first:.1f} -> {second:.1f}  {told}  (most {most:.1f})")
+        maximum, message = max(one[name] for one in warm), "flat" if flat else "GREW"
+        print(f"{name:<8} {first:.1f} -> {second:.1f}  {message}  (most {maximum:.1f})")
     return int(grew)
 
 

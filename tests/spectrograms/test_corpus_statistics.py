@@ -35,10 +35,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mean_and_std_are_those_of_the_segments(corpus: Path) -> None:
     source = SegmentFolder(list_audio_files(corpus), unit_sec=0.3, seed=4)
     to_lms = LogMel()
-    told: list[tuple[int, int]] = []
-    stats = take_stats(source, to_lms, segments=100, seed=5, workers=0, progress=lambda *now: told.append(now))
+    message: list[tuple[int, int]] = []
+    stats = take_stats(source, to_lms, segments=100, seed=5, workers=0, progress=lambda *now: message.append(now))
     assert stats.segments == 100
-    assert told == [(64, 100), (100, 100)]
+    assert message == [(64, 100), (100, 100)]
     lms = [to_lms(batch.wav) for batch in Batches(source, 64, seed=5, workers=0).run(2)]
     exact = np.concatenate([some.numpy().astype(np.float64) for some in lms])[:100]
     assert stats.mean == pytest.approx(exact.mean(), abs=1e-5)  # float32 sums

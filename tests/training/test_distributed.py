@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from byola_fast import BYOL, AudioNTT2020, Augment
 from byola_fast.networks.checkpoint import load_checkpoint
 from byola_fast.runtime.device import pick_device
-from byola_fast.runtime.distributed import RankError, World, explain_loss, join
+from byola_fast.runtime.distributed import RankError, World, join, name_lost_rank
 from byola_fast.training import pretrain as trainer
 from byola_fast.training.config import PretrainConfig
 from byola_fast.training.pretrain import pretrain
@@ -41,7 +41,7 @@ def views_of_steps(lms: Tensor, preset: str) -> list[tuple[Tensor, ...]]:
             *views, params = aug(part, sample_offset=world.rank * own, return_params=True)
             results.append((*views, params.lam.T, params.bank_index.T, params.crop.transpose(0, 1)))
         bank = (aug.bank.rows.clone(), aug.bank.cursor, aug.running_stats.stats())
-        assert world.most(world.rank) == [world.size - 1]
+        assert world.all_max(world.rank) == [world.size - 1]
         assert world.mean(float(world.rank)) == [(world.size - 1) / 2]
         return [*results, bank]
 
@@ -143,10 +143,10 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(recordings, tmp_path
     tmp_path.joinpath("ranks").mkdir()
     processes = ranks.start(2, tmp_path / "ranks", train, config | {"out": str(tmp_path / "run")}, 5)
     assert ranks.finish(processes, seconds=60) == [1, -signal.SIGKILL]
-    told = (tmp_path / "ranks" / "rank0.err").read_text()
-    assert "RankError: rank 0 lost another rank, which died or hangs" in told
-    assert "step 4 is safe in" in told
-    assert "--resume" in told
+    message = (tmp_path / "ranks" / "rank0.err").read_text()
+    assert "RankError: rank 0 lost another rank, which died or hangs" in message
+    assert "step 4 is safe in" in message
+    assert "--resume" in message
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
 
@@ -155,10 +155,10 @@ def fail_first() -> str:
         raise ValueError("no such thing")
 
     with join(torch.device("cpu")) as world:
-        assert world.from_first(lambda: world.rank) == 0
+        assert world.broadcast(lambda: world.rank) == 0
         assert world.gather(world.rank) == [0, 1]
         with pytest.raises(ValueError if world.first else RankError, match="no such thing"):
-            world.from_first(fail)
+            world.broadcast(fail)
     return "fine"
 
 
@@ -168,13 +168,13 @@ def test_an_error_of_rank_0_ends_all(tmp_path):
 
 def test_other_errors_pass_as_they_are():
     two = World(torch.device("cpu"), 1, 2)
-    with pytest.raises(RuntimeError, match="of another kind"), explain_loss(two, str):
+    with pytest.raises(RuntimeError, match="of another kind"), name_lost_rank(two, str):
         raise RuntimeError("of another kind")
-    with pytest.raises(RuntimeError, match=r"^connection") as alone, explain_loss(World(torch.device("cpu")), str):
+    with pytest.raises(RuntimeError, match=r"^connection") as alone, name_lost_rank(World(torch.device("cpu")), str):
         raise RuntimeError("connection")
     assert type(alone.value) is RuntimeError
-    told = "rank 1 lost another rank, which died or hangs: Connection closed by peer; all is safe"
-    with pytest.raises(RankError, match=told), explain_loss(two, lambda: "all is safe"):
+    message = "rank 1 lost another rank, which died or hangs: Connection closed by peer; all is safe"
+    with pytest.raises(RankError, match=message), name_lost_rank(two, lambda: "all is safe"):
         raise RuntimeError("[/gloo/pair.cc:534] Connection closed by peer. This may have many reasons")
 
 

@@ -254,18 +254,18 @@ def test_a_profile_times_every_stage(run, capsys):
 
 
 def test_representations_that_collapse_are_told(run, monkeypatch, caplog):
-    monkeypatch.setattr(watch, "collapse_std", lambda _: torch.tensor(0.01))
+    monkeypatch.setattr(watch, "spread", lambda _: torch.tensor(0.01))
     run(steps=8)
-    told = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
-    assert len(told) == 1
-    assert told[0].startswith("step 5: representations collapse: their spread is 0.010")
+    message = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
+    assert len(message) == 1
+    assert message[0].startswith("step 5: representations collapse: their spread is 0.010")
 
 
 def test_the_watch_tells_of_each_collapse_once():
     collapsed = CollapseWatch()
     spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
-    told = [collapsed({"step": step, "collapse": spread}) is not None for step, spread in enumerate(spreads)]
-    assert [step for step, said in enumerate(told) if said] == [9, 17]
+    message = [collapsed({"step": step, "collapse": spread}) is not None for step, spread in enumerate(spreads)]
+    assert [step for step, said in enumerate(message) if said] == [9, 17]
 
 
 def test_tensorboard_gets_the_log(run):

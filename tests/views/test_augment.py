@@ -40,7 +40,7 @@ def test_every_setting_without_normalisation(interpolation, mixup, device):
     chosen = {"mixup": mixup, "interpolation": interpolation, "mixup_ratio": 1.0, "fader_gain": 2.5, "size": (16, 24)}
     scales = {"freq_scale": (0.5, 0.9), "time_scale": (0.1, 0.3), "virtual_crop_scale": (1.25, 1.1)}
     view1, view2, params = augment(x, seed=2, stats=(0, 1), post_norm=False, return_params=True, **chosen, **scales)
-    expected = oracle.views(x, params, size=(16, 24), canvas=(20, 44), mode=interpolation, mixup=mixup)
+    expected = oracle.views(x, params, size=(16, 24), canvas=(20, 44), interpolation=interpolation, mixup=mixup)
     assert_close(torch.stack([view1, view2]), expected)
     h, w = params.crop[..., 2], params.crop[..., 3]
     assert h.min() >= 8

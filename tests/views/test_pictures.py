@@ -46,7 +46,7 @@ def test_the_steps_shown_lead_to_the_views_shown(interpolation):
             partner = int(view.partner_name.removeprefix("clip "))
             assert partner != number
             assert_close(view.partner, x[partner].double(), factor=10)
-            cut = ops.resize_crop(view.mix[None], torch.tensor([view.crop]), mode=interpolation)[0]
+            cut = ops.resize_crop(view.mix[None], torch.tensor([view.crop]), interpolation=interpolation)[0]
             results.append(cut + torch.linspace(*view.fader, 24))
             views.append(view.view)
     normalised = torch.stack(results).double()

@@ -118,8 +118,10 @@ def _build(folder: Path, language: str, arguments: dict[str, Any], environment: 
         "torchs.TORCH_LIB_PATH = shlex.quote(torchs.TORCH_LIB_PATH); torchs.load(**json.loads(sys.argv[1]))"
     )
     started = time.perf_counter()
-    told = f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (half a minute or so)"
-    print(told, file=sys.stderr, flush=True)
+    message = (
+        f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (half a minute or so)"
+    )
+    print(message, file=sys.stderr, flush=True)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     (folder / "build.log").write_text(done.stdout + done.stderr)

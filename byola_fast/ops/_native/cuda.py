@@ -36,8 +36,8 @@ def find_nvcc() -> Path | None:
 
 def cuda_home(nvcc: Path) -> Path:
     """Return the folder of the toolkit that an nvcc belongs to, wrapper scripts and links seen through."""
-    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    message = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", message, re.MULTILINE)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
 
 

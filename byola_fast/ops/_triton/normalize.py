@@ -170,9 +170,9 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
     rows = _rows(sums)
     if len(rows) > FEW_SUMS:
         rows = rows.sum(0, keepdim=True)
-    most = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    maximum = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
     with on_device(x):
-        normalize_kernel[(min(triton.cdiv(x.numel(), BLOCK), most),)](
+        normalize_kernel[(min(triton.cdiv(x.numel(), BLOCK), maximum),)](
             x, rows, y, x.numel(), len(rows), COMPUTE=compute_type(x.dtype), SUMS=_block_of(rows), BLOCK=BLOCK
         )
 
