@@ -34,11 +34,12 @@ def embed(device: str) -> Group:
         return Embedder(twin, stats=(-7.1, 4.2)).eval().requires_grad_(False).to(device, dtype)
 
     whole, half, exactly, plain = (made(d) for d in (torch.float32, torch.bfloat16, torch.float64, torch.float32))
-    layers = torch.nn.Sequential(*plain.encoder.features).to(memory_format=torch.contiguous_format)
+    network: Any = plain.encoder
+    layers = torch.nn.Sequential(*network.features).to(memory_format=torch.contiguous_format)
 
     def one_by_one(x: Tensor) -> Tensor:
         local = layers(plain.log_mels(x)).permute(0, 3, 2, 1).flatten(2)
-        return pool_frames(plain.encoder.fc(local))
+        return pool_frames(network.fc(local))
 
     @functools.lru_cache(maxsize=2)
     def exact(k: int) -> Tensor:

@@ -8,11 +8,15 @@ single steps; ``load_encoder`` gives what training made. Importing needs torch a
 """
 
 from byola_fast import ops
+from byola_fast.audio.reading import read_audio
 from byola_fast.doctor import doctor
-from byola_fast.embedding.embedder import Embedder, load_encoder
+from byola_fast.embedding.embedder import Embedder, FrameEmbeddings, load_encoder
+from byola_fast.embedding.export import export_encoder
 from byola_fast.networks.ema import EMA, CosineDecay
+from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022, make_encoder
 from byola_fast.objectives.byol import BYOL
+from byola_fast.objectives.learner import Learner
 from byola_fast.objectives.registry import make_learner
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.spectrograms.statistics import RunningStats
@@ -31,13 +35,19 @@ __all__ = [
     "AugmentParams",
     "CosineDecay",
     "Embedder",
+    "FrameEmbeddings",
+    "Learner",
     "LogMel",
     "MemoryBank",
     "RunningStats",
     "augment",
+    "describe_encoder",
     "doctor",
+    "export_encoder",
     "load_encoder",
     "make_encoder",
     "make_learner",
     "ops",
+    "read_audio",
+    "save_encoder",
 ]

@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import byola_fast
 from byola_fast.audio.pack import PackConfig, run_pack
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     _log_to_stderr()
+    argv = _renamed_flags(argv)
     try:
         parser = _make_parser(demo="--demo" in argv)
         if not argv:
@@ -87,6 +88,34 @@ def _with_underscores(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _renamed_flags(argv: Sequence[str]) -> list[str]:
+    """Put flags of version 0.1 under their new names, each with a warning; this ends with version 0.3."""
+    renamed: list[str] = []
+    command = next(iter(argv), "")
+    words = iter(argv)
+    for argument in words:
+        flag, equals, value = argument.partition("=")
+        old = {"pretrain": ("--precision",), "eval": ("--network", "--encoder")}.get(command, ())
+        if flag in old:
+            value = value if equals else next(words, "")
+            new_flag, new_value = _new_flag(flag, value)
+            if new_flag != flag:
+                message = "%s %s is now called %s %s; the old name ends with version 0.3"
+                logging.getLogger("byola_fast").warning(message, flag, value, new_flag, new_value)
+            renamed += [new_flag, new_value]
+        else:
+            renamed.append(argument)
+    return renamed
+
+
+def _new_flag(flag: str, value: str) -> tuple[str, str]:
+    if flag == "--precision":
+        return "--dtype", {"bf16": "bfloat16"}.get(value, value)
+    if flag == "--network":
+        return "--encoder", value
+    return ("--features" if value in ("trained", "random", "melstats") else flag), value
 
 
 def _published(argv: Sequence[str]) -> list[str]:
@@ -143,7 +172,7 @@ def _make_parser(demo: bool) -> Any:
     commands.add_subcommand("export", export, help="write wav to embedding as ONNX or torch.export")
 
     evaluation = ArgumentParser(description="Evaluate an encoder, or a baseline, with a linear probe.", **options)
-    evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; encoder random and melstats need none")
+    evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; features random and melstats need none")
     evaluation.add_argument("TASK", help="CSV file: file_name, label, and split or fold")
     _add_settings(evaluation, EvalConfig, skip={"weights", "task"})
     commands.add_subcommand("eval", evaluation, help="evaluate an encoder on a labelled task")
@@ -159,15 +188,22 @@ def _make_parser(demo: bool) -> Any:
 
 
 def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None:
-    """Add a flag for each setting, with the explanation that the dataclass gives it; ``--flag`` alone means yes."""
+    """Add a flag for each setting, with the explanation that the dataclass gives it; ``--flag`` alone means yes.
+
+    Settings that the dataclass inherits come last.
+    """
     from docstring_parser import parse
     from jsonargparse import ActionYesNo
 
-    switches = {field.name: field.default for field in fields(config) if field.type == "bool"}
-    explained = {param.arg_name: param.description for param in parse(config.__doc__ or "").params}
-    parser.add_class_arguments(config, skip={*switches, *skip}, as_group=False)
-    for name, default in switches.items():
-        parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=explained[name])
+    types = get_type_hints(config)
+    explained: dict[str, str | None] = {}
+    for base in reversed(config.__mro__):
+        explained |= {param.arg_name: param.description for param in parse(base.__doc__ or "").params}
+    inherited = {field.name for base in config.__mro__[1:] if is_dataclass(base) for field in fields(base)}
+    for field in sorted(fields(config), key=lambda field: field.name in inherited):
+        if field.name not in skip:
+            kind: Any = {"action": ActionYesNo} if types[field.name] is bool else {"type": types[field.name]}
+            parser.add_argument(f"--{field.name}", default=field.default, help=explained[field.name], **kind)
 
 
 def _run(command: str, settings: Any) -> int:
@@ -177,7 +213,7 @@ def _run(command: str, settings: Any) -> int:
         values.pop("config")
         result = pretrain(PretrainConfig(**values))
         if not _rank():
-            message = f"loss {result.loss:.3f}, spread {result.collapse:.2f} (1 is healthy, 0 collapsed)"
+            message = f"loss {result.loss:.3f}, spread {result.spread:.2f} (1 is healthy, 0 collapsed)"
             print(f"{result.steps} steps: {message}; results in {result.out}")
         if result.stopped_by:
             message = "stopped by a signal after step %d; all is saved, and the same command goes on from there"
@@ -189,7 +225,7 @@ def _run(command: str, settings: Any) -> int:
         print(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({message})")
         return 0
     if command == "stats":
-        stats = run_stats(StatsConfig(values.pop("AUDIO_DIR"), **values))
+        stats = run_stats(StatsConfig(audio_dir=values.pop("AUDIO_DIR"), **values))
         print(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)")
         return 0
     if command == "embed":

@@ -33,7 +33,7 @@ class HearModel(nn.Module):
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
         self.embedder = embedder
-        self.sample_rate, stride = embedder.sample_rate, embedder.encoder.frame_stride
+        self.sample_rate, stride = embedder.sample_rate, embedder.frame_stride
         self.scene_embedding_size = self.timestamp_embedding_size = embedder.feature_d
         fine = [count for count in range(1, stride + 1) if not stride % count]
         fits = [count for count in fine if embedder.frame_period_ms / count <= LONGEST_MS]
@@ -53,7 +53,7 @@ class HearModel(nn.Module):
         All grids see one log-mel spectrogram; after its end they see its last frame repeated, so that timestamps reach
         up to the end of the sound.
         """
-        encoder, stride = self.embedder.encoder, self.embedder.encoder.frame_stride
+        stride = self.embedder.frame_stride
         lms, shift = self.embedder.log_mels(wav), stride // self.offsets
         period_ms = self.embedder.frame_period_ms / self.offsets
         first_ms, length_ms = float(self.embedder.timestamps(1)), 1000 * wav.shape[1] / self.sample_rate
@@ -62,7 +62,7 @@ class HearModel(nn.Module):
         missing = rows * stride + (self.offsets - 1) * shift - lms.shape[3]
         if missing > 0:
             lms = F.pad(lms, (0, missing, 0, 0), mode="replicate")
-        grids = [encoder.forward_frames(lms[..., shift * k :])[:, :rows] for k in range(self.offsets)]
+        grids = [self.embedder.forward_frames(lms[..., shift * k :])[:, :rows] for k in range(self.offsets)]
         frames = torch.stack(grids, dim=2).flatten(1, 2)[:, :count]
         return frames.float(), first_ms + period_ms * torch.arange(count, device=frames.device)
 

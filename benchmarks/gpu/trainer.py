@@ -68,7 +68,7 @@ def trainer(context: Any) -> dict[str, Any]:
     store = write_store(folder / "store", 12 if context.dry else CLIPS)
     common = {"audio_dir": str(store), "device": context.device, "stats_segments": 8, "log_every": 1}
     common |= TINY if context.dry else SMALL
-    plain = common | {"precision": "float32", "compile": False}
+    plain = common | {"dtype": "float32", "compile": False}
     found: dict[str, Any] = {"losses": {}}
 
     def losses(name: str, steps: int, **settings: Any) -> list[float]:
@@ -108,7 +108,7 @@ def ranks(context: Any) -> dict[str, Any]:
     folder = context.out / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     store = write_store(folder / "store", 12 if context.dry else CLIPS)
-    common = {"audio_dir": str(store), "steps": 6, "log_every": 1, "stats_segments": 8, "precision": "float32"}
+    common = {"audio_dir": str(store), "steps": 6, "log_every": 1, "stats_segments": 8, "dtype": "float32"}
     common |= {"compile": False, "cuda_graph": False, "device": "cpu" if context.dry else "cuda:0"}
     common |= TINY if context.dry else SMALL
     runs = {"gloo": 2}

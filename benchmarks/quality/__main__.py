@@ -107,7 +107,7 @@ def run_baseline(name: str, csvs: dict[str, Path], results: Path) -> None:
         return
     clips = {task: len(read_task(file)[0].file_names) for task, file in csvs.items()}
     seeds = RANDOM_SEEDS if name == "random" else 1
-    scores = score(csvs, encoder=name, feature_d=COMMON["feature_d"], seeds=seeds)
+    scores = score(csvs, features=name, feature_d=COMMON["feature_d"], seeds=seeds)
     content = {"name": name, "seeds": seeds, "clips": clips, "scores": scores, "mean": mean(scores)}
     _write(path, content | {"versions": versions(), "machine": machine()})
     print(f"{name}: mean {content['mean']:.1f} %", flush=True)
@@ -180,7 +180,7 @@ def _point(step: int, lines: list[dict[str, Any]], batch_size: int) -> dict[str,
         "samples": step * batch_size,
         "seconds": round(seconds, 1),
         "loss": statistics.fmean(line["loss"] for line in last),
-        "spread": statistics.fmean(line["collapse"] for line in last),
+        "spread": statistics.fmean(line["spread"] for line in last),
     }
 
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, help="these alone")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for this process")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="bf16", choices=["float32", "bf16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.only or any(fnmatch(name, pattern) for pattern in options.only):
             run_baseline(name, csvs, options.results)
     config = {"audio_dir": str(prepare_corpus(options.corpus, options.work))}
-    config |= {"threads": options.threads, "device": options.device, "precision": options.precision}
+    config |= {"threads": options.threads, "device": options.device, "dtype": options.dtype}
     whole = True
     try:
         for study, seed in _chosen(options.only, options.seeds, gpu):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
-from byola_fast.training.config import PretrainConfig
+from byola_fast.training.config import PretrainConfig, renamed
 
 NO_RUNS = "**The study has not been run yet.**"
 
@@ -110,7 +110,7 @@ def _caption(runs: list[dict[str, Any]]) -> str:
     return (
         "Accuracy in %, ± standard deviation over seeds of training. Minutes: of one core, its fastest seed, on a "
         "machine that did other work too. "
-        f"AudioNTT2020, {settings['feature_d']}-d, {settings['precision']}, {cpu}, torch {torch}: "
+        f"AudioNTT2020, {settings['feature_d']}-d, {renamed(settings)['dtype']}, {cpu}, torch {torch}: "
         "`python -m benchmarks.quality CORPUS TASKS`."
     )
 

@@ -18,7 +18,7 @@ from byola_fast.embedding.embedder import Embedder, load_encoder
 from byola_fast.embedding.streaming import BATCH_SEC, embed_clips
 from byola_fast.embedding.tables import FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
-from byola_fast.runtime.device import keep_freed_memory, pick_device
+from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import join, name_lost_rank
 from byola_fast.runtime.files import file_sha256
 from byola_fast.runtime.progress import Progress
@@ -27,7 +27,6 @@ from byola_fast.spectrograms.corpus_statistics import read_stats
 logger = logging.getLogger("byola_fast")
 
 TIMEOUT_MIN = 7 * 24 * 60  # ranks may end far apart
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -43,7 +42,8 @@ class EmbedConfig:
             time, in place of one for each file.
         stats: JSON file of "byola-fast stats", for weights that hold no statistics; stands above those that they hold.
         dtype: that the encoder computes in: "float32", or "bfloat16", which is faster where hardware has it.
-        device: that computes, as torch names it; by default the GPU where there is one.
+        encoder: class of the network, as package.module:Class, for weights of a network of your own.
+        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
         batch_sec: sound in a batch, in seconds; files that are longer are embedded piece by piece.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """
@@ -54,7 +54,8 @@ class EmbedConfig:
     frames: bool = False
     stats: str | None = None
     dtype: str = "float32"
-    device: str | None = None
+    encoder: str | None = None
+    device: str = "auto"
     batch_sec: float = BATCH_SEC
     workers: int | None = None
 
@@ -103,7 +104,8 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         raise ValueError(f"out: expected a name ending in {', '.join(FORMATS)}, which chooses the format, got {out}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    embedder = open_encoder(config.weights, config.stats, config.device).to(DTYPES[config.dtype])
+    embedder = open_encoder(config.weights, config.stats, config.device, encoder=config.encoder)
+    embedder.to(DTYPES[config.dtype])
     if embedder.to_lms.window.device.type == "cpu":
         keep_freed_memory()
     files = _name_files(config.paths)
@@ -128,8 +130,10 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
             first = next(iter(files))
             raise ValueError(f"none of {len(files)} files can be read: {first}: {broken[first]}")
         ordered = [(name, clips[name]) for name in files if name in clips]
-        period = embedder.frame_period_ms
-        write_table(out, ordered, period_ms=period, first_ms=float(embedder.timestamps(1)) if config.frames else None)
+        times = {}
+        if config.frames:
+            times = {"period_ms": embedder.frame_period_ms, "first_ms": float(embedder.timestamps(1))}
+        write_table(out, ordered, **times)
         shutil.rmtree(store.folder)
     rows = sum(clip.rows for _name, clip in ordered)
     return EmbedResult(out, len(ordered), rows, embedder.feature_d, broken, len(done), speed)
@@ -138,13 +142,14 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
 def open_encoder(
     weights: str | Path,
     stats: str | None = None,
-    device: str | None = None,
+    device: str = "auto",
     *,
+    encoder: str | None = None,
     given: tuple[float, float] | None = None,
 ) -> Embedder:
     """Load an encoder onto the device that computes; statistics given, or of a JSON file, stand above its own."""
-    where = pick_device(device or "auto")
-    return load_encoder(weights, device=where, stats=given if stats is None else read_stats(stats)[:2])
+    where = pick_device(device)
+    return load_encoder(weights, encoder=encoder, device=where, stats=given if stats is None else read_stats(stats)[:2])
 
 
 def _name_files(paths: Sequence[str]) -> dict[str, Path]:

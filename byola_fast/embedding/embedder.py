@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import read_encoder
-from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022
+from byola_fast.networks.encoders import feature_width
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
@@ -36,7 +36,10 @@ class Embedder(nn.Module):
         wav (B, samples) -> LogMel -> (lms - mean) / std -> encoder -> (B, feature_d)
 
     Args:
-        encoder: the network; its weights take channels-last layout, twice as fast.
+        encoder: the network: ``(B, 1, F, T)`` to ``(B, feature_d)``, with an attribute ``feature_d``. If it has
+            ``n_mels``, the front end must agree. For frame-level embeddings it also has ``forward_frames``
+            (``(B, T', feature_d)``) and ``frame_stride`` (input frames for each output frame). Its weights take
+            channels-last layout, which is twice as fast.
         stats: (mean, std) of the log-mels that it was trained on.
         to_lms: the front end that it was trained with; ``LogMel()`` for the encoder's number of mels where None.
 
@@ -44,6 +47,7 @@ class Embedder(nn.Module):
         sample_rate: of the waveforms, in Hz.
         feature_d: width of the embeddings.
         stats: (mean, std).
+        has_frames: whether the encoder gives frame-level embeddings.
         hop: samples from one frame-level embedding to the next: 1280 for AudioNTT2020, 640 for AudioNTT2022.
         frame_period_ms: the same in ms: 80 and 40.
         min_samples: shorter waveforms are padded with zeros, at their end, to this length: one frame-level embedding.
@@ -56,7 +60,7 @@ class Embedder(nn.Module):
 
     Raises:
         TypeError: the waveform is no floating-point tensor. ValueError: another rank, or no samples; an encoder and a
-        front end that do not match; statistics that are not finite.
+        front end that do not match; statistics that are not finite; frames of an encoder that has none.
 
     Numerics:
         Half-precision waveforms are computed in float32 up to the encoder, which computes in the dtype of its weights
@@ -71,6 +75,7 @@ class Embedder(nn.Module):
     Source:
         BYOL-A, arXiv:2103.06695 and arXiv:2204.07402.
 
+    >>> from byola_fast import AudioNTT2020
     >>> embedder = Embedder(AudioNTT2020(d=32), stats=(-7.1, 4.2)).eval()
     >>> embedder(torch.zeros(2, 16000)).shape
     torch.Size([2, 32])
@@ -79,13 +84,22 @@ class Embedder(nn.Module):
     (torch.Size([2, 12, 32]), tensor([ 35., 115., 195.]))
     """
 
-    def __init__(
-        self, encoder: AudioNTT2020 | AudioNTT2022, *, stats: tuple[float, float], to_lms: LogMel | None = None
-    ) -> None:
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        @overload
+        def __call__(self, wav: Tensor, *, frames: Literal[False] = False) -> Tensor: ...
+        @overload
+        def __call__(self, wav: Tensor, *, frames: Literal[True]) -> FrameEmbeddings: ...
+        @overload
+        def __call__(self, wav: Tensor, *, frames: bool) -> Tensor | FrameEmbeddings: ...
+        def __call__(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings: ...
+
+    def __init__(self, encoder: nn.Module, *, stats: tuple[float, float], to_lms: LogMel | None = None) -> None:
         super().__init__()
-        to_lms = LogMel(n_mels=encoder.n_mels) if to_lms is None else to_lms
-        if to_lms.n_mels != encoder.n_mels:
-            raise ValueError(f"to_lms: expected {encoder.n_mels} mels, as the encoder, got {to_lms.n_mels}")
+        n_mels: Any = getattr(encoder, "n_mels", 64 if to_lms is None else to_lms.n_mels)
+        to_lms = LogMel(n_mels=n_mels) if to_lms is None else to_lms
+        if to_lms.n_mels != n_mels:
+            raise ValueError(f"to_lms: expected {n_mels} mels, as the encoder, got {to_lms.n_mels}")
         if not to_lms.center:
             raise ValueError("to_lms: expected center=True, which says where in time a frame lies, got False")
         mean, std = (float(value) for value in stats) if check.is_pair(stats) else (math.nan, math.nan)
@@ -93,10 +107,37 @@ class Embedder(nn.Module):
             raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
         self.to_lms, self.stats = to_lms, (mean, std)
         self.encoder = encoder.to(memory_format=torch.channels_last)  # twice as fast
-        self.sample_rate, self.feature_d = to_lms.sample_rate, encoder.feature_d
-        self.hop = to_lms.hop_length * encoder.frame_stride
-        self.frame_period_ms = 1000 * self.hop / self.sample_rate
-        self.min_samples = max((encoder.frame_stride - 1) * to_lms.hop_length, to_lms.n_fft // 2 + 1)
+        self.sample_rate, self.feature_d = to_lms.sample_rate, feature_width(encoder)
+        self.has_frames = hasattr(encoder, "forward_frames") and hasattr(encoder, "frame_stride")
+        shortest = (self.frame_stride - 1) * to_lms.hop_length if self.has_frames else 0
+        self.min_samples = max(shortest, to_lms.n_fft // 2 + 1)
+
+    @property
+    def frame_stride(self) -> int:
+        """Input frames for each frame-level embedding."""
+        stride: Any = self._frame_encoder().frame_stride
+        return int(stride)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame-level embedding to the next."""
+        return self.to_lms.hop_length * self.frame_stride
+
+    @property
+    def frame_period_ms(self) -> float:
+        """The same in ms."""
+        return 1000 * self.hop / self.sample_rate
+
+    def forward_frames(self, lms: Tensor) -> Tensor:
+        """Return the frame-level embeddings ``(B, T', feature_d)`` of what ``log_mels`` gives."""
+        frames: Tensor = self._frame_encoder().forward_frames(lms)
+        return frames
+
+    def _frame_encoder(self) -> Any:
+        if not self.has_frames:
+            name = type(self.encoder).__name__
+            raise ValueError(f"frames: {name} has no forward_frames and frame_stride, so no frame-level embeddings")
+        return self.encoder
 
     def log_mels(self, wav: Tensor) -> Tensor:
         """Return what the encoder takes: normalised log-mels ``(B, 1, F, T)`` of ``(B, samples)``, in its dtype."""
@@ -108,16 +149,16 @@ class Embedder(nn.Module):
 
     def timestamps(self, count: int) -> Tensor:
         """Return the middles of the first ``count`` frame-level embeddings, in ms, on the device of the module."""
-        stride, hop_ms = self.encoder.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
+        stride, hop_ms = self.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
         return (torch.arange(count, device=self.to_lms.window.device) * stride + (stride - 1) / 2) * hop_ms
 
-    def forward(self, wav: Tensor, *, frames: bool = False) -> Any:
+    def forward(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings:
         """Return the embedding of each waveform, or with ``frames`` its ``FrameEmbeddings``; see the class."""
         check.require_float("wav", wav)
         if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
         lms = self.log_mels(wav if wav.ndim == 2 else wav[None])
-        answer: Tensor = self.encoder.forward_frames(lms) if frames else self.encoder(lms)
+        answer: Tensor = self.forward_frames(lms) if frames else self.encoder(lms)
         answer = answer if wav.ndim == 2 else answer[0]
         return FrameEmbeddings(answer, self.timestamps(answer.shape[-2])) if frames else answer
 
@@ -128,6 +169,7 @@ class Embedder(nn.Module):
 def load_encoder(
     path: str | Path,
     *,
+    encoder: nn.Module | type[nn.Module] | str | None = None,
     device: str | torch.device | None = None,
     stats: tuple[float, float] | None = None,
     to_lms: LogMel | None = None,
@@ -138,6 +180,8 @@ def load_encoder(
         path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
             online encoder is taken), or a state dict of published layout (``features.N.*``, ``fc.N.*``; bare, wrapped
             or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes.
+        encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
+            A file never causes an import, whatever class it names.
         device: where it goes; the CPU where None.
         stats: (mean, std) of the log-mels of the training data, for files that hold none, as those of published layout;
             stands above those in the file.
@@ -152,10 +196,10 @@ def load_encoder(
         range; or it holds no statistics and none were given. Nothing in a file is executed.
 
     >>> import tempfile
-    >>> from byola_fast.networks.encoder_file import save_encoder
-    >>> from byola_fast.networks.encoder_file import describe_encoder
+    >>> import byola_fast
+    >>> from byola_fast import describe_encoder, save_encoder
     >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
-    >>> encoder = AudioNTT2020(d=32)
+    >>> encoder = byola_fast.AudioNTT2020(d=32)
     >>> save_encoder(path, encoder, config=describe_encoder(encoder, LogMel()), stats=(-7.1, 4.2))
 
     >>> embedder = load_encoder(path)
@@ -163,7 +207,7 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
-    encoder, config, saved_stats = read_encoder(path)
+    network, config, saved_stats = read_encoder(path, encoder)
     if stats is None:
         stats = saved_stats
     if stats is None:
@@ -172,7 +216,9 @@ def load_encoder(
             "with the weights or taken of that data"
         )
     if to_lms is None:
-        settings = {name: config[name] for name in FRONT_END if name in config} | {"n_mels": encoder.n_mels}
+        settings = {name: config[name] for name in FRONT_END if name in config}
+        if hasattr(network, "n_mels"):
+            settings["n_mels"] = network.n_mels
         if "f_max" not in settings and isinstance(rate := settings.get("sample_rate"), int):
             settings["f_max"] = min(7800.0, rate / 2)
         try:
@@ -181,5 +227,5 @@ def load_encoder(
             raise CheckpointError(f"{path}: config: {error}") from error
         if not to_lms.center:
             raise CheckpointError(f"{path}: config: expected center True, as embeddings have times, got False")
-    embedder = Embedder(encoder.requires_grad_(False), stats=stats, to_lms=to_lms)
+    embedder = Embedder(network.requires_grad_(False), stats=stats, to_lms=to_lms)
     return embedder.eval().to(torch.device("cpu" if device is None else device))

@@ -35,12 +35,14 @@ class ExportConfig:
         out: file to write; its suffix is the format: .onnx (ONNX Runtime and others) or .pt2 (torch.export).
         frames: give an embedding for each moment, (B, T', d), in place of one for each clip, (B, d).
         stats: JSON file of "byola-fast stats", for weights that hold no statistics.
+        encoder: class of the network, as package.module:Class, for weights of a network of your own.
     """
 
     weights: str
     out: str = "encoder.onnx"
     frames: bool = False
     stats: str | None = None
+    encoder: str | None = None
 
 
 def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False) -> Path:
@@ -83,7 +85,9 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
         raise ImportError('ONNX needs onnxscript: pip install "byola_fast[export]"')
     shortest = shortest_export(embedder)
     about: dict[str, Any] = {"sample_rate": embedder.sample_rate, "feature_d": embedder.feature_d}
-    about |= {"frame_period_ms": embedder.frame_period_ms, "min_samples": shortest}
+    if embedder.has_frames:
+        about["frame_period_ms"] = embedder.frame_period_ms
+    about["min_samples"] = shortest
     network = _Face(embedder, frames).eval()
     example = torch.zeros(2, max(embedder.sample_rate, shortest + 1))
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)},)
@@ -102,13 +106,15 @@ def shortest_export(embedder: Embedder) -> int:
     >>> shortest_export(Embedder(AudioNTT2020(d=32), stats=(-7.1, 4.2)))
     2400
     """
-    frames = FEWEST_FRAMES * embedder.encoder.frame_stride
+    if not embedder.has_frames:
+        return embedder.min_samples
+    frames = FEWEST_FRAMES * embedder.frame_stride
     return max((frames - 1) * embedder.to_lms.hop_length, embedder.min_samples)
 
 
 def run_export(config: ExportConfig) -> Path:
     """Export an encoder from a file of weights, and compare with onnxruntime where that is installed."""
-    embedder = open_encoder(config.weights, config.stats, "cpu")
+    embedder = open_encoder(config.weights, config.stats, "cpu", encoder=config.encoder)
     path = export_encoder(embedder, config.out, frames=config.frames)
     if path.suffix == ".onnx" and find_spec("onnxruntime") is not None:
         logger.info("%s: within %.1g of this encoder in onnxruntime", path, _difference(embedder, path, config.frames))

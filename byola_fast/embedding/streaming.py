@@ -125,7 +125,7 @@ def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: flo
     >>> sum(len(frames) for frames in embed_blocks(embedder, torch.randn(5, 16000), block_sec=1.5))
     62
     """
-    to_lms, stride, hop = embedder.to_lms, embedder.encoder.frame_stride, embedder.hop
+    to_lms, stride, hop = embedder.to_lms, embedder.frame_stride, embedder.hop
     # A convolution reaches stride - 1 frames further than what it is pooled to, a spectrum half its window.
     margin = math.ceil((stride - 1 + math.ceil(to_lms.n_fft / 2 / to_lms.hop_length)) / stride)
     size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings at a time
@@ -165,7 +165,8 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
 
     An encoder without ``running_pool`` takes the whole clip at once.
     """
-    if not frames and not hasattr(embedder.encoder, "running_pool"):
+    encoder: Any = embedder.encoder
+    if not frames and not hasattr(encoder, "running_pool"):
         try:
             wav = read_audio(path, embedder.sample_rate)
         except AudioError as error:
@@ -173,7 +174,7 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
         else:
             yield from _embed_batch(embedder, [(number, wav, len(wav))], frames)
         return
-    pool: Any = None if frames else embedder.encoder.running_pool()
+    pool: Any = None if frames else encoder.running_pool()
     reported, read = 0, 0
 
     def counted() -> Iterator[Tensor]:

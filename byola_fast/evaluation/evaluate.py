@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from byola_fast.audio.segments import SegmentFolder
-from byola_fast.embedding.embed_files import DTYPES, open_encoder
+from byola_fast.embedding.embed_files import open_encoder
 from byola_fast.embedding.embedder import Embedder
 from byola_fast.embedding.streaming import embed_clips
 from byola_fast.evaluation.config import EvalConfig
@@ -29,7 +29,7 @@ from byola_fast.evaluation.report import (
 )
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 from byola_fast.networks.encoders import make_encoder
-from byola_fast.runtime.device import keep_freed_memory, pick_device
+from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
 from byola_fast.runtime.files import fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
@@ -77,12 +77,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
     check_results(out / "results.csv")
     out.mkdir(parents=True, exist_ok=True)
 
-    drawn = config.encoder == "random" or bool(task.folds) or "valid" not in task.parts
+    drawn = config.features == "random" or bool(task.folds) or "valid" not in task.parts
     seeds = range(config.seeds if drawn else 1)
     found: list[list[Scores]] = []
     features, stats = None, None
     for seed in seeds:
-        if features is None or config.encoder == "random":
+        if features is None or config.features == "random":
             embedder = _make_embedder(config, task, audio, seed, stats)
             stats = embedder.stats  # the same for all seeds
             features = _embed(embedder, config, task, audio)
@@ -100,17 +100,17 @@ def run_eval(config: EvalConfig) -> EvalResult:
 
 
 def _check(config: EvalConfig) -> None:
-    if config.encoder not in ("trained", "random", "melstats"):
-        raise ValueError(f"encoder: expected trained, random or melstats, got {config.encoder!r}")
-    if config.encoder == "trained" and config.weights is None:
-        raise ValueError("weights: expected a file of weights; encoder random and melstats need none")
+    if config.features not in ("trained", "random", "melstats"):
+        raise ValueError(f"features: expected trained, random or melstats, got {config.features!r}")
+    if config.features == "trained" and config.weights is None:
+        raise ValueError("weights: expected a file of weights; features random and melstats need none")
     if config.stats == "weights" and config.weights is None:
         raise ValueError("stats: expected weights that hold statistics, got none")
     if config.seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {config.seeds}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    pick_device(config.device or "auto")  # refuses what is not here
+    pick_device(config.device)  # refuses what is not here
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(f'evaluation needs {" and ".join(missing)}: pip install "byola_fast[eval]"')
@@ -143,29 +143,31 @@ def _make_embedder(
     config: EvalConfig, task: Task, audio: Path, seed: int, stats: tuple[float, float] | None
 ) -> Embedder:
     """Return what turns clips into features, with its statistics; they are taken where they are not given."""
-    source = config.stats or ("weights" if config.encoder == "trained" else "task")
+    source = config.stats or ("weights" if config.features == "trained" else "task")
     path = None if source in ("weights", "task") else source
     if config.weights is not None:
         given = (0.0, 1.0) if source == "task" else None  # until they are taken, below
-        embedder = open_encoder(config.weights, path, "cpu", given=given)
+        embedder = open_encoder(config.weights, path, "cpu", encoder=config.encoder, given=given)
     else:
-        encoder = make_encoder(config.network, feature_d=config.feature_d)
+        encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
         embedder = Embedder(encoder, stats=(0.0, 1.0) if path is None else read_stats(path)[:2])
-    if config.encoder == "random":
+    if config.features == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in embedder.encoder.modules():
                 reset: Any = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
-    elif config.encoder == "melstats":
+                elif any(True for _ in module.parameters(recurse=False)):
+                    raise ValueError(f"features: random weights need reset_parameters of {type(module).__name__}")
+    elif config.features == "melstats":
         stand_in: Any = MelStats(embedder.to_lms.n_mels)
         embedder = Embedder(stand_in, stats=embedder.stats, to_lms=embedder.to_lms)
     embedder.eval().requires_grad_(False)
     if source == "task":
         stats = _task_stats(config, task, audio, embedder) if stats is None else stats
         embedder = Embedder(embedder.encoder, stats=stats, to_lms=embedder.to_lms).eval()
-    return embedder.to(pick_device(config.device or "auto"), DTYPES[config.dtype])
+    return embedder.to(pick_device(config.device), DTYPES[config.dtype])
 
 
 def _task_stats(config: EvalConfig, task: Task, audio: Path, embedder: Embedder) -> tuple[float, float]:

@@ -18,11 +18,13 @@ from byola_fast.runtime.figures import new_figure, save_figure, short_name
 from byola_fast.runtime.files import file_sha256
 
 COLUMNS = [
-    *("date", "task", "encoder", "weights", "weights_sha256", "network", "feature_d"),
+    *("date", "task", "features", "weights", "weights_sha256", "encoder", "feature_d"),
     *("metric", "score_percent", "std_over_seeds", "std_over_folds", "macro_percent", "macro_std_over_seeds"),
     *("seeds", "folds", "train", "valid", "test", "classes", "left_out"),
     *("C", "stats_mean", "stats_std", "pad_sec", "dtype", "clips_per_sec"),
 ]
+
+OLD_COLUMNS = [{"features": "encoder", "encoder": "network"}.get(name, name) for name in COLUMNS]  # of version 0.1
 
 
 def check_results(path: Path) -> None:
@@ -37,7 +39,7 @@ def check_results(path: Path) -> None:
                 columns = next(csv.reader(file), COLUMNS)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a CSV file in UTF-8: {error}; move it away or give another out") from error
-        if columns != COLUMNS:
+        if columns not in (COLUMNS, OLD_COLUMNS):
             raise ValueError(f"{path}: has other columns than this version writes; move it away or give another out")
 
 
@@ -48,7 +50,7 @@ def append_result(path: Path, line: Mapping[str, Any]) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         if not file.tell():
             writer.writeheader()
-        writer.writerow(line)
+        writer.writerow(line)  # by position, also under the old names
         file.write(text.getvalue())
 
 
@@ -142,14 +144,14 @@ def _report(
     by_fold = [fmean(values) for values in zip(*by_round, strict=True)]
     metric = "mAP" if multi else "accuracy"
     strengths = sorted({one.strength for runs in found for one in runs})
-    counts, encoder = task.counts(), config.encoder
+    counts = task.counts()
     line = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "task": task.name,
-        "encoder": encoder,
+        "features": config.features,
         "weights": config.weights or "",
         "weights_sha256": file_sha256(Path(config.weights)) if config.weights else "",
-        "network": type(embedder.encoder).__name__,
+        "encoder": type(embedder.encoder).__name__,
         "feature_d": embedder.feature_d,
         "metric": metric,
         "score_percent": percent(fmean(by_seed)),
@@ -171,8 +173,8 @@ def _report(
     }
     picture = None
     if not multi:
-        picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else encoder}-confusion.png"
-        title = f"{task.name}, {encoder}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
+        picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else config.features}-confusion.png"
+        title = f"{task.name}, {config.features}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
         draw_confusion(picture, _confusion(task, found), task.classes, title)
     append_result(out / "results.csv", line)
     report = "\n".join(_tell(config, task, found, line, left_out, picture))
@@ -192,8 +194,8 @@ def _tell(
     yield f"task        {task.name}: {len(task.file_names)} clips, {len(task.classes)} classes; {counts}"
     for words in left_out:
         yield f"left out    {words}"
-    what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.encoder]
-    width = f"{line['network']}, {line['feature_d']}-d"
+    what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.features]
+    width = f"{line['encoder']}, {line['feature_d']}-d"
     yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
     for words in _protocol(task, line):
         yield f"protocol    {words}"

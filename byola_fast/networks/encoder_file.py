@@ -18,8 +18,9 @@ from byola_fast.networks.checkpoint import (
     save_checkpoint,
     write_checked,
 )
-from byola_fast.networks.encoders import CHANNELS, ENCODERS, AudioNTT2020, AudioNTT2022
+from byola_fast.networks.encoders import ENCODERS, AudioNTT, make_encoder
 from byola_fast.runtime.files import some_of
+from byola_fast.runtime.plugins import class_name
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 
@@ -35,7 +36,7 @@ class EncoderFile(NamedTuple):
         stats: (mean, std) of the pre-normalisation; None where the file has none.
     """
 
-    encoder: AudioNTT2020 | AudioNTT2022
+    encoder: nn.Module
     config: dict[str, Any]
     stats: tuple[float, float] | None
 
@@ -43,20 +44,25 @@ class EncoderFile(NamedTuple):
 def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[str, Any]:
     """Return the configuration that ``save_encoder`` stores beside weights: the network and the front end.
 
+    >>> from byola_fast import AudioNTT2020
     >>> described = describe_encoder(AudioNTT2020(d=32), LogMel(), unit_sec=0.95)
     >>> described["encoder"], described["feature_d"], described["hop_length"], described["unit_sec"]
     ('AudioNTT2020', 32, 160, 0.95)
     """
     front_end = {name: getattr(to_lms, name) for name in FRONT_END}
-    return {"encoder": type(encoder).__name__, "feature_d": getattr(encoder, "feature_d", None)} | front_end | more
+    feature_d = getattr(encoder, "feature_d", None)
+    return {"encoder": class_name(encoder, ENCODERS), "feature_d": feature_d} | front_end | more
 
 
-def read_encoder(path: str | Path) -> EncoderFile:
+def read_encoder(path: str | Path, encoder: nn.Module | type[nn.Module] | str | None = None) -> EncoderFile:
     """Read an encoder from a file of ``save_encoder``, a training checkpoint, or a state dict of published layout.
 
     The network is recognised by the names and shapes of its weights, whatever wrappers and prefixes they have (see
     ``load_encoder_weights``): two or three convolutions tell ``AudioNTT2022`` from ``AudioNTT2020``, the linear layers
     the number of mels and the widths.
+
+    With ``encoder``, weights are loaded into it, or into what that class (or its name, see ``make_encoder``) makes. A
+    file never causes an import: the class named in it serves the error message alone.
 
     Raises:
         CheckpointError: as ``load_checkpoint``; or no encoder is recognised, or configuration or statistics in the file
@@ -65,36 +71,45 @@ def read_encoder(path: str | Path) -> EncoderFile:
     content = load_checkpoint(path)
     tensors = named_tensors(content)
     config = _plain_dict(content.get("config"))
-    name, widths = _recognise(tensors, path)
-    stride = ENCODERS[name].frame_stride
-    n_mels = config.get("n_mels", widths["n_mels"])
-    if not isinstance(n_mels, int) or n_mels // stride != widths["n_mels"] // stride:
-        raise CheckpointError(f"{path}: config: n_mels {n_mels!r} contradicts weights for {widths['n_mels']} mels")
-    encoder = ENCODERS[name](**widths | {"n_mels": n_mels})
+    if encoder is None:
+        encoder = _recognise(tensors, config, path)
+    elif not isinstance(encoder, nn.Module):
+        widths = {name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int}
+        try:
+            encoder = make_encoder(encoder, **widths)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
     fit_weights(encoder, tensors, path)
     return EncoderFile(encoder.eval(), config, _read_stats(content, path))
 
 
-def _recognise(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[str, dict[str, int]]:
-    """Return the name of an encoder and its arguments, from the shapes of its weights."""
+def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: str | Path) -> AudioNTT:
+    """Return the encoder, with fresh weights, that the shapes of weights tell."""
+    named = config.get("encoder")
+    if isinstance(named, str) and ":" in named:
+        raise CheckpointError(
+            f"{path}: holds weights of the class {named}; give that class as encoder= (--encoder {named}): no code is "
+            "imported because a file names it"
+        )
     prefixes = [name.removesuffix(FIRST) for name in tensors if name == FIRST or name.endswith("." + FIRST)]
     prefix = min(prefixes, key=lambda each: ("target" in each, len(each)), default=None)
     if prefix is None:
         raise CheckpointError(f"{path}: no weights of an encoder (features.N.*, fc.N.*) among {len(tensors)} tensors")
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in tensors.items() if name.startswith(prefix)}
-    convolutions = [shapes.get(f"features.{4 * block}.weight") for block in range(4)]
-    depth = convolutions.index(None) if None in convolutions else 4
-    first, last = shapes.get("fc.0.weight", ()), shapes.get("fc.3.weight", ())
-    name = {2: "AudioNTT2022", 3: "AudioNTT2020"}.get(depth)
-    if name is None or len(first) != 2 or len(last) != 2 or first[1] % CHANNELS or not first[1]:
-        raise CheckpointError(
-            f"{path}: not the layers of AudioNTT2020 (3 convolutions) or AudioNTT2022 (2): found {depth} "
-            f"convolutions, fc.0.weight {first or 'missing'}, fc.3.weight {last or 'missing'}"
-        )
-    n_mels = first[1] // CHANNELS * ENCODERS[name].frame_stride
-    if name == "AudioNTT2020":
-        return name, {"n_mels": n_mels, "d": last[0]}
-    return name, {"n_mels": n_mels, "d": first[1] + last[0], "hidden_d": first[0]}
+    for kind in ENCODERS.values():
+        widths = kind.recognise(shapes)
+        if widths is not None:
+            n_mels = config.get("n_mels", widths["n_mels"])
+            if not isinstance(n_mels, int) or n_mels // kind.frame_stride != widths["n_mels"] // kind.frame_stride:
+                message = f"n_mels {n_mels!r} contradicts weights for {widths['n_mels']} mels"
+                raise CheckpointError(f"{path}: config: {message}")
+            return kind(**widths | {"n_mels": n_mels})
+    convolutions = sum(name.startswith("features.") and len(shape) == 4 for name, shape in shapes.items())
+    first, last = shapes.get("fc.0.weight", "missing"), shapes.get("fc.3.weight", "missing")
+    raise CheckpointError(
+        f"{path}: not the layers of {' or '.join(ENCODERS)}: found {convolutions} convolutions, fc.0.weight {first}, "
+        f"fc.3.weight {last}"
+    )
 
 
 def _read_stats(content: Mapping[str, Any], path: str | Path) -> tuple[float, float] | None:

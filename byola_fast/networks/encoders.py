@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byola_fast.ops import _checks as check
+from byola_fast.runtime.plugins import find_class
 
 CHANNELS = 64
 DROPOUT = 0.3
@@ -25,6 +28,7 @@ class AudioNTT(nn.Module):
 
     frame_stride: int
     feature_d: int
+    pretrain_d: int  # the width that training takes by default
 
     def __init__(self, n_mels: int) -> None:
         super().__init__()
@@ -67,6 +71,25 @@ class AudioNTT(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_mels={self.n_mels}, d={self.feature_d}"
+
+    @classmethod
+    def has_width(cls, d: int, n_mels: int) -> bool:
+        """Return whether the embedding can be d wide."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
+        """Return the arguments of the constructor that the shapes of a state dict follow from; None for another net."""
+        blocks = sum(f"features.{4 * block}.weight" in shapes for block in range(4))
+        first, last = shapes.get("fc.0.weight", ()), shapes.get("fc.3.weight", ())
+        if cls.frame_stride != 2**blocks or len(first) != 2 or len(last) != 2 or first[1] % CHANNELS or not first[1]:
+            return None
+        return {"n_mels": first[1] // CHANNELS * cls.frame_stride} | cls._widths(first, last)
+
+    @classmethod
+    def _widths(cls, first: tuple[int, ...], last: tuple[int, ...]) -> dict[str, int]:
+        """Return the widths that the shapes of the first and the last linear layer follow from."""
+        raise NotImplementedError
 
 
 def _conv_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -132,7 +155,7 @@ class AudioNTT2020(AudioNTT):
     (torch.Size([2, 512]), torch.Size([2, 12, 512]))
     """
 
-    frame_stride = 8
+    frame_stride, pretrain_d = 8, 2048
 
     def __init__(self, n_mels: int = 64, d: int = 512) -> None:
         super().__init__(n_mels)
@@ -144,6 +167,14 @@ class AudioNTT2020(AudioNTT):
     def forward_frames(self, x: Tensor) -> Tensor:
         frames: Tensor = self.fc(self._local(x))
         return frames
+
+    @classmethod
+    def has_width(cls, d: int, n_mels: int) -> bool:
+        return d >= 1
+
+    @classmethod
+    def _widths(cls, first: tuple[int, ...], last: tuple[int, ...]) -> dict[str, int]:
+        return {"d": last[0]}
 
 
 class AudioNTT2022(AudioNTT):
@@ -188,7 +219,7 @@ class AudioNTT2022(AudioNTT):
     (torch.Size([2, 3072]), torch.Size([2, 24, 3072]))
     """
 
-    frame_stride = 4
+    frame_stride, pretrain_d = 4, 3072
 
     def __init__(self, n_mels: int = 64, d: int = 3072, hidden_d: int = 2048) -> None:
         super().__init__(n_mels)
@@ -215,30 +246,90 @@ class AudioNTT2022(AudioNTT):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hidden_d={self.hidden_d}"
 
+    @classmethod
+    def has_width(cls, d: int, n_mels: int) -> bool:
+        return d > CHANNELS * (n_mels // cls.frame_stride)
 
-ENCODERS: dict[str, type[AudioNTT2020] | type[AudioNTT2022]] = {
-    "AudioNTT2020": AudioNTT2020,
-    "AudioNTT2022": AudioNTT2022,
-}
+    @classmethod
+    def _widths(cls, first: tuple[int, ...], last: tuple[int, ...]) -> dict[str, int]:
+        return {"d": first[1] + last[0], "hidden_d": first[0]}
 
 
-def make_encoder(name: str, *, n_mels: int = 64, feature_d: int | None = None) -> AudioNTT2020 | AudioNTT2022:
-    """Return an encoder by name, with fresh weights.
+ENCODERS: dict[str, type[AudioNTT]] = {each.__name__: each for each in (AudioNTT2020, AudioNTT2022)}
+
+
+def make_encoder(
+    name: str | type[nn.Module], *, n_mels: int | None = None, feature_d: int | None = None, **settings: Any
+) -> nn.Module:
+    """Return an encoder with fresh weights, by name or class.
 
     Args:
-        name: "AudioNTT2020" (BYOL-A's first version) or "AudioNTT2022" (its second).
-        n_mels: mel bins F of the log-mel spectrograms.
-        feature_d: width of the embedding; the encoder's own where None, 512 and 3072.
+        name: "AudioNTT2020" (BYOL-A's first version), "AudioNTT2022" (its second), ``"package.module:Class"`` for a
+            class of your own, or the class itself: any ``nn.Module`` from ``(B, 1, F, T)`` to ``(B, feature_d)`` with
+            an attribute ``feature_d``. For frame-level embeddings it also has ``forward_frames`` (``(B, T', d)``) and
+            ``frame_stride`` (input frames for each output frame).
+        n_mels: mel bins F of the log-mel spectrograms; 64 if None.
+        feature_d: width of the embedding; the encoder's own default if None, 512 and 3072. A class of your own is given
+            ``n_mels`` and ``feature_d`` if its constructor takes them.
+        **settings: passed to the constructor.
 
     Raises:
-        ValueError: an unknown name, or a width that the encoder cannot have.
+        ValueError: an unknown name, or a width that the encoder cannot have. TypeError: a class that makes no
+            ``nn.Module`` with a ``feature_d``.
 
     >>> make_encoder("AudioNTT2022").feature_d
     3072
     """
-    check.require_one_of("encoder", name, tuple(ENCODERS))
-    widths = {} if feature_d is None else {"d": feature_d}
-    return ENCODERS[name](n_mels, **widths)
+    build = find_class("encoder", name, ENCODERS)
+    parameters = inspect.signature(build).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    width = "d" if issubclass(build, AudioNTT) else "feature_d"
+    for argument, value in (("n_mels", n_mels), (width, feature_d)):
+        if value is not None and (argument in parameters or takes_any):
+            settings[argument] = value
+    encoder = build(**settings)
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder: expected a class of nn.Module, got {build.__name__}")
+    if feature_d is not None and feature_width(encoder) != feature_d:
+        raise ValueError(f"feature_d: expected the {encoder.feature_d} of {build.__name__}, got {feature_d}")
+    feature_width(encoder)
+    if n_mels is not None and getattr(encoder, "n_mels", n_mels) != n_mels:
+        raise ValueError(f"n_mels: expected the {encoder.n_mels} of {build.__name__}, got {n_mels}")
+    return encoder
+
+
+def feature_width(encoder: nn.Module) -> int:
+    """Return the width of an encoder's embedding.
+
+    Raises:
+        TypeError: the encoder has no ``feature_d``.
+    """
+    feature_d = getattr(encoder, "feature_d", None)
+    if not isinstance(feature_d, int):
+        raise TypeError(f"encoder: expected an attribute feature_d, the width of its output, got {feature_d!r}")
+    return feature_d
+
+
+def require_embeddings(encoder: nn.Module, shape: tuple[int, int]) -> None:
+    """Refuse an encoder that does not map two inputs of a shape to ``(2, feature_d)``; tried once, in eval mode.
+
+    Raises:
+        ValueError: the encoder fails, or gives another shape or dtype.
+    """
+    weight = next(encoder.parameters(), torch.empty(0))
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            answer = encoder.eval()(torch.zeros(2, 1, *shape, dtype=weight.dtype, device=weight.device))
+    except Exception as error:  # whatever a user's own network raises
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"encoder: fails on an input (2, 1, {shape[0]}, {shape[1]}): {lines[0]}") from error
+    finally:
+        encoder.train(training)
+    wanted = (2, feature_width(encoder))
+    if not isinstance(answer, Tensor) or tuple(answer.shape) != wanted or not answer.is_floating_point():
+        given = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"encoder: expected embeddings of shape {wanted} for {(2, 1, *shape)}, got {given}")
 
 
 def pool_frames(frames: Tensor) -> Tensor:

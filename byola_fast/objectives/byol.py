@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.ema import EMA
-from byola_fast.objectives.learner import MLP, Learner, Output, detached, feature_width
+from byola_fast.networks.encoders import feature_width
+from byola_fast.objectives.learner import MLP, Learner, Output, detached
 from byola_fast.objectives.losses import byol_loss
 
 
@@ -56,6 +57,8 @@ class BYOL(Learner):
     >>> projection.shape
     torch.Size([4, 16])
     """
+
+    loss_name = "BYOL loss, both directions (0 to 8)"
 
     def __init__(
         self,

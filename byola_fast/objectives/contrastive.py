@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.ema import EMA
-from byola_fast.objectives.learner import MLP, Learner, Output, detached, feature_width
+from byola_fast.networks.encoders import feature_width
+from byola_fast.objectives.learner import MLP, Learner, Output, detached
 from byola_fast.objectives.losses import bilinear_loss, directions, info_nce_loss, nt_xent_loss
 from byola_fast.runtime.distributed import gather_rows
 
@@ -43,6 +44,8 @@ class SimCLR(Learner):
     >>> loss, projection = simclr(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
     >>> loss.backward()
     """
+
+    loss_name = "NT-Xent"
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class MoCo(Learner):
     tensor([4, 4])
     """
 
+    loss_name = "InfoNCE"
     queue: Tensor
     cursor: Tensor
 
@@ -199,6 +203,8 @@ class COLA(Learner):
     >>> loss, projection = cola(torch.randn(4, 1, 64, 96), torch.randn(4, 1, 64, 96))
     >>> loss.backward()
     """
+
+    loss_name, segments = "COLA loss", 2
 
     def __init__(
         self, encoder: nn.Module, proj_size: int = 512, *, joint_batch: bool = False, gather: bool = True

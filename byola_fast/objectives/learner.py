@@ -54,7 +54,13 @@ class Learner(nn.Module):
 
     Attributes:
         online: encoder and projector.
+        loss_name: what the loss is, for the picture of a run.
+        segments: segments of each clip that a step takes: 1, of which both views are made, or 2, of which each view is
+            made of its own.
     """
+
+    loss_name = "loss"
+    segments = 1
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, joint_batch: bool = False) -> None:
         super().__init__()
@@ -90,18 +96,6 @@ class Learner(nn.Module):
         joint: Tensor = network(torch.cat([x1, x2]))
         y1, y2 = joint.chunk(2)
         return y1, y2
-
-
-def feature_width(encoder: nn.Module) -> int:
-    """Return the width of an encoder's embedding.
-
-    Raises:
-        TypeError: the encoder has no ``feature_d``.
-    """
-    feature_d = getattr(encoder, "feature_d", None)
-    if not isinstance(feature_d, int):
-        raise TypeError(f"encoder: expected an attribute feature_d, the width of its output, got {feature_d!r}")
-    return feature_d
 
 
 def detached(projection: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -9,23 +10,41 @@ from torch import nn
 from byola_fast.objectives.byol import BYOL
 from byola_fast.objectives.contrastive import COLA, MoCo, SimCLR
 from byola_fast.objectives.learner import Learner
-from byola_fast.ops import _checks as check
+from byola_fast.runtime.plugins import find_class
 
 LEARNERS: dict[str, type[Learner]] = {"byol": BYOL, "simclr": SimCLR, "moco": MoCo, "cola": COLA}
 
-# Settings that each takes. Widths and the average are the trainer's common settings, passed over where there is no use
-# for them; the others are meant for one objective, and refused elsewhere.
-COMMON = ("proj_size", "proj_dim", "ema_decay", "ema_buffers")
-TAKEN = {
-    "byol": (*COMMON, "joint_batch"),
-    "simclr": ("proj_size", "proj_dim", "temperature", "joint_batch", "gather"),
-    "moco": (*COMMON, "temperature", "queue_size", "gather"),
-    "cola": ("proj_size", "joint_batch", "gather"),
-}
+# settings of every run, which a learner without a use for them passes over
+COMMON = ("proj_size", "proj_dim", "ema_decay", "ema_buffers", "gather")
+
+
+def find_learner(objective: str | type[Learner]) -> type[Learner]:
+    """Return the class of an objective: by its name, ``"package.module:Class"``, or the class itself.
+
+    Raises:
+        ValueError: an unknown name. TypeError: no subclass of ``Learner``.
+
+    >>> find_learner("cola").segments
+    2
+    """
+    found = find_class("objective", objective, LEARNERS)
+    if not issubclass(found, Learner):
+        raise TypeError(f"objective: expected a subclass of byola_fast.Learner, got {found.__name__}")
+    return found
+
+
+def default_of(learner: type[Learner], setting: str) -> Any:
+    """Return a learner's own default of a setting; None if it has none.
+
+    >>> default_of(MoCo, "ema_decay"), default_of(SimCLR, "ema_decay")
+    (0.999, None)
+    """
+    parameter = inspect.signature(learner).parameters.get(setting)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def make_learner(
-    objective: str,
+    objective: str | type[Learner],
     encoder: nn.Module,
     *,
     proj_size: int | None = None,
@@ -48,7 +67,8 @@ def make_learner(
         cola       bilinear similarity of two segments    512
 
     Args:
-        objective: "byol", "simclr", "moco" or "cola".
+        objective: "byol", "simclr", "moco" or "cola"; or your own subclass of ``Learner``, as the class or its name
+            ``"package.module:Class"``. It is given the encoder and those of these settings that its constructor names.
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
         proj_size: width of the projection.
         proj_dim: hidden width of projector and predictor.
@@ -56,18 +76,19 @@ def make_learner(
         ema_buffers: "none", "copy" or "ema"; see ``EMA``.
         temperature: of the softmax, above 0; simclr and moco only.
         queue_size: past keys; moco only.
-        joint_batch: both views as one batch through each network; not moco, whose views have a network each.
-        gather: under torch.distributed, negatives (moco: keys) from all ranks; on where None.
+        joint_batch: pass both views as one batch through each network; not moco, whose views have a network each.
+        gather: under torch.distributed, negatives (moco: keys) from all ranks; on by default.
 
     Raises:
-        ValueError: an unknown objective; a setting that it has no use for (``proj_dim`` and the average's are passed
-        over instead, as every run has them); a value out of range. TypeError: no ``feature_d``.
+        ValueError: an unknown objective; a setting that it does not have (the common ones, such as ``proj_dim``, are
+        passed over instead, as every run has them); a value out of range. TypeError: no ``feature_d``, or a class that
+        is no ``Learner``.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> type(make_learner("simclr", AudioNTT2020(d=32), proj_size=16, proj_dim=64)).__name__
     'SimCLR'
     """
-    check.require_one_of("objective", objective, tuple(LEARNERS))
+    learner = find_learner(objective)
     settings: dict[str, Any] = {
         "proj_size": proj_size,
         "proj_dim": proj_dim,
@@ -79,10 +100,12 @@ def make_learner(
         "gather": gather,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    taken = TAKEN[objective]
-    if useless := [name for name in given if name not in taken and name not in COMMON and name != "gather"]:
+    taken = inspect.signature(learner).parameters
+    if useless := [name for name in given if name not in taken and name not in COMMON]:
         raise ValueError(f"{useless[0]}: objective {objective!r} has no use for it, got {given[useless[0]]!r}")
     for name in ("proj_size", "proj_dim"):
         if given.get(name, 1) < 1:
             raise ValueError(f"{name}: expected at least 1, got {given[name]}")
-    return LEARNERS[objective](encoder, **{name: value for name, value in given.items() if name in taken})
+    build: Any = learner
+    made: Learner = build(encoder, **{name: value for name, value in given.items() if name in taken})
+    return made

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that networks compute in, by name
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 

@@ -16,16 +16,16 @@ from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.runtime.files import write_whole
 from byola_fast.runtime.progress import Progress
-from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
+from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
 from byola_fast.spectrograms.statistics import compute_stats
 
 FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
 BATCH = 64
 
 
-@dataclass
-class StatsConfig:
-    """Settings of the statistics of a corpus.
+@dataclass(kw_only=True)
+class StatsConfig(FrontEnd):
+    """Settings of the statistics of a corpus; those of the front end as in pretrain.
 
     Attributes:
         audio_dir: folder of audio files, one file, or folder of a packed store.
@@ -33,15 +33,6 @@ class StatsConfig:
         segments: random segments that mean and std are taken of, at most one of each clip (or 1000 in all, of fewer
             clips); more is steadier and takes longer.
         unit_sec: length of a segment, in seconds.
-        sample_rate: rate that audio is resampled to, in Hz; of a packed store, the one that it was packed at.
-        n_fft: length of the Fourier transform, in samples; this and what follows as in pretrain.
-        win_length: length of its window, in samples, at most n_fft.
-        hop_length: step between frames, in samples.
-        n_mels: mel bins of the log-mel spectrogram.
-        f_min: lower edge of the lowest mel bin, in Hz.
-        f_max: upper edge of the highest mel bin, in Hz; half the sample rate where that is less.
-        mel_scale: "slaney" or "htk".
-        norm: area of the mel triangles: "slaney", or null for a peak of 1.
         seed: of the segments; the same seed gives the same numbers.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """
@@ -50,15 +41,6 @@ class StatsConfig:
     out: str | None = None
     segments: int = 10000
     unit_sec: float = 0.95
-    sample_rate: int = 16000
-    n_fft: int = 1024
-    win_length: int = 1024
-    hop_length: int = 160
-    n_mels: int = 64
-    f_min: float = 60.0
-    f_max: float = 7800.0
-    mel_scale: str = "slaney"
-    norm: str | None = "slaney"
     seed: int = 0
     workers: int | None = None
 
@@ -79,8 +61,7 @@ def run_stats(config: StatsConfig) -> Stats:
             of range, or ``out`` cannot be written.
     """
     source = open_source(config.audio_dir, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
-    settings = {name: getattr(config, name) for name in FRONT_END if name != "center"}
-    to_lms = LogMel(**settings | {"f_max": min(config.f_max, config.sample_rate / 2)})
+    to_lms = LogMel(**config.front_end())
     if config.out is not None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with Progress("segments") as progress:

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 
-FRONT_END = (
-    "sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm", "center",
-)  # fmt: skip
+
+@dataclass(kw_only=True)
+class FrontEnd:
+    """Settings of the front end, which commands that compute log-mels take.
+
+    Attributes:
+        sample_rate: rate that audio is resampled to, in Hz; a packed store has the rate it was packed at.
+        n_fft: length of the Fourier transform, in samples.
+        win_length: length of its window, in samples, at most n_fft.
+        hop_length: step between frames, in samples.
+        n_mels: mel bins of the log-mel spectrogram; a multiple of 8 suits AudioNTT2020.
+        f_min: lower edge of the lowest mel bin, in Hz.
+        f_max: upper edge of the highest mel bin, in Hz; half the sample rate if that is less.
+        mel_scale: "slaney" (librosa's default, used by published weights) or "htk".
+        norm: area of the mel triangles: "slaney", or null for a peak of 1 (torchaudio's default, with "htk").
+    """
+
+    sample_rate: int = 16000
+    n_fft: int = 1024
+    win_length: int = 1024
+    hop_length: int = 160
+    n_mels: int = 64
+    f_min: float = 60.0
+    f_max: float = 7800.0
+    mel_scale: str = "slaney"
+    norm: str | None = "slaney"
+
+    def front_end(self) -> dict[str, Any]:
+        """Return the arguments of ``LogMel``, with f_max at most half the sample rate."""
+        settings = {field.name: getattr(self, field.name) for field in fields(FrontEnd)}
+        return settings | {"f_max": min(self.f_max, self.sample_rate / 2)}
+
+
+FRONT_END = (*(field.name for field in fields(FrontEnd)), "center")  # attributes of LogMel that define it
 
 
 class LogMel(torch.nn.Module):
@@ -67,15 +100,15 @@ class LogMel(torch.nn.Module):
     def __init__(
         self,
         *,
-        sample_rate: int = 16000,
-        n_fft: int = 1024,
-        win_length: int = 1024,
-        hop_length: int = 160,
-        n_mels: int = 64,
-        f_min: float = 60.0,
-        f_max: float = 7800.0,
-        mel_scale: str = "slaney",
-        norm: str | None = "slaney",
+        sample_rate: int = FrontEnd.sample_rate,
+        n_fft: int = FrontEnd.n_fft,
+        win_length: int = FrontEnd.win_length,
+        hop_length: int = FrontEnd.hop_length,
+        n_mels: int = FrontEnd.n_mels,
+        f_min: float = FrontEnd.f_min,
+        f_max: float = FrontEnd.f_max,
+        mel_scale: str = FrontEnd.mel_scale,
+        norm: str | None = FrontEnd.norm,
         center: bool = True,
     ) -> None:
         super().__init__()

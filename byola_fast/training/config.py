@@ -8,24 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from byola_fast.networks.ema import CosineDecay
-from byola_fast.networks.encoders import CHANNELS, ENCODERS
-from byola_fast.objectives.registry import LEARNERS
+from byola_fast.networks.encoders import ENCODERS
+from byola_fast.objectives.registry import default_of, find_learner
 from byola_fast.ops import _checks as check
-from byola_fast.views.params import PRESETS
+from byola_fast.runtime.device import DTYPES
+from byola_fast.runtime.plugins import find_class
+from byola_fast.spectrograms.log_mel import FrontEnd
+from byola_fast.views.params import PRESETS, ViewSettings
 
-PRECISIONS = ("float32", "bf16")
 SCHEDULES = ("constant", "cosine")
 
-# Of the papers: the learning rate, the encoder that each version introduced, and the width of its embedding.
-PRESET_LR = {"byola-v1": 3e-4, "byola-v2": 1e-4}
-PRESET_ENCODER = {"byola-v1": "AudioNTT2020", "byola-v2": "AudioNTT2022"}
-ENCODER_WIDTH = {"AudioNTT2020": 2048, "AudioNTT2022": 3072}
-OBJECTIVE_DECAY = {"byol": 0.99, "moco": 0.999}
 
-
-@dataclass
-class PretrainConfig:
-    """Settings of a pre-training run.
+@dataclass(kw_only=True)
+class PretrainConfig(FrontEnd, ViewSettings):
+    """Settings of a pre-training run; more of them in ``FrontEnd`` and ``ViewSettings``.
 
     Attributes:
         audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, or
@@ -36,11 +32,11 @@ class PretrainConfig:
         resume: continue the run in OUT; an error where there is none. Without it, a run found there is continued too.
         restart: start anew, replacing the run that OUT may hold.
         objective: what is learnt from the views: "byol" (the method), or for comparison "simclr", "moco" or "cola"
-            (two segments of each clip).
+            (two segments of each clip); or your own learner, as package.module:Class.
         preset: "byola-v1" (mixup up to 0.4, lr 3e-4, AudioNTT2020) or "byola-v2" (mixup up to 0.2, a random linear
             fader, lr 1e-4, AudioNTT2022).
-        encoder: network that is trained: "AudioNTT2020" or "AudioNTT2022"; by default the preset's, but AudioNTT2020
-            for a feature_d of up to 1024, which AudioNTT2022 cannot have.
+        encoder: network that is trained: "AudioNTT2020", "AudioNTT2022", or your own, as package.module:Class; by
+            default the preset's, but AudioNTT2020 for a feature_d of up to 1024, which AudioNTT2022 cannot have.
         feature_d: width of the embedding; more is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default) in
             the papers. AudioNTT2022: 3072.
         proj_size: width of the projection that the loss compares; by default the objective's, 256 (cola: 512).
@@ -57,30 +53,14 @@ class PretrainConfig:
             default the objective's: byol 0.99, moco 0.999.
         ema_schedule: "constant" (published), or "cosine": ema_decay rises to 1 at the end of the run.
         unit_sec: length of a segment, in seconds; shorter clips are padded with silence.
-        sample_rate: rate that audio is resampled to, in Hz.
-        n_fft: length of the Fourier transform, in samples.
-        win_length: length of its window, in samples, at most n_fft.
-        hop_length: step between frames, in samples.
-        n_mels: mel bins of the log-mel spectrogram, a multiple of 8.
-        f_min: lower edge of the lowest mel bin, in Hz.
-        f_max: upper edge of the highest mel bin, in Hz; half the sample rate where that is less.
-        mel_scale: "slaney" (librosa's default, of published weights) or "htk".
-        norm: area of the mel triangles: "slaney", or null for a peak of 1 (torchaudio's default, with "htk").
         stats_segments: random segments that mean and std of the log-mels are taken of beforehand; 0 for running
             statistics (first version of the paper).
         stats: JSON file of mean and std that ``byola-fast stats`` wrote, in place of stats_segments.
-        mixup: "log" (log-mixup-exp), or the paper's ablations "linear", "gaussian" and "none".
-        mixup_ratio: upper bound of the share that is mixed in, in [0, 1]; by default the preset's.
         n_memory: past inputs kept to be mixed in, in samples; 24 KB each. 0 mixes in others of the same batch.
-        interpolation: of the resized crops: "bilinear", or "bicubic" as published weights were trained with.
-        freq_scale: least and greatest height of a crop, times the mel bins.
-        time_scale: least and greatest width of a crop, times the frames.
-        virtual_crop_scale: height and width of the canvas that crops are taken from, times mel bins and frames.
-        fader_gain: bound of the random linear fader's ends, in nats; by default the preset's, 0 or 1.
         post_norm: normalise both views jointly to mean 0 and std 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one, each process its own.
-        precision: "float32", or "bf16": networks under bfloat16 autocast; by default bf16 on a GPU.
+        dtype: "float32", or "bfloat16": networks under bfloat16 autocast; by default bfloat16 on a GPU.
         compile: fuse the networks' operations by torch.compile, which takes a minute at first; by default on a GPU.
         cuda_graph: replay the whole step as one CUDA graph; by default on a GPU that trains alone.
         channels_last: keep images as (B, F, T, channels), which convolutions are faster with.
@@ -126,29 +106,13 @@ class PretrainConfig:
     ema_decay: float | None = None
     ema_schedule: str = "constant"
     unit_sec: float = 0.95
-    sample_rate: int = 16000
-    n_fft: int = 1024
-    win_length: int = 1024
-    hop_length: int = 160
-    n_mels: int = 64
-    f_min: float = 60.0
-    f_max: float = 7800.0
-    mel_scale: str = "slaney"
-    norm: str | None = "slaney"
     stats_segments: int = 10000
     stats: str | None = None
-    mixup: str = "log"
-    mixup_ratio: float | None = None
     n_memory: int = 2048
-    interpolation: str = "bilinear"
-    freq_scale: tuple[float, float] = (0.6, 1.5)
-    time_scale: tuple[float, float] = (0.6, 1.5)
-    virtual_crop_scale: tuple[float, float] = (1.0, 1.5)
-    fader_gain: float | None = None
     post_norm: bool = True
     seed: int = 0
     device: str = "auto"
-    precision: str | None = None
+    dtype: str | None = None
     compile: bool | None = None
     cuda_graph: bool | None = None
     channels_last: bool = True
@@ -175,8 +139,11 @@ class PretrainConfig:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
         if self.resume and self.restart:
             raise ValueError("restart: expected no more than one of resume and restart, got both")
-        choices: dict[str, Iterable[str]] = dict(objective=LEARNERS, preset=PRESETS, encoder=ENCODERS)
-        choices.update(precision=PRECISIONS, lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
+        find_learner(self.objective)
+        if self.encoder is not None:
+            find_class("encoder", self.encoder, ENCODERS)
+        choices: dict[str, Iterable[str]] = dict(preset=PRESETS, dtype=DTYPES)
+        choices.update(lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
         for name, known in choices.items():
             if getattr(self, name) is not None:
                 check.require_one_of(name, getattr(self, name), tuple(known))
@@ -197,34 +164,26 @@ class PretrainConfig:
     def resolved(self, device_type: str) -> PretrainConfig:
         """Return the settings with every default that depends on others, or on the device, filled in."""
         on_gpu = device_type == "cuda"
-        encoder = self.encoder or PRESET_ENCODER[self.preset]
-        if self.encoder is None and self.feature_d is not None and self.feature_d <= self.n_mels // 4 * CHANNELS:
-            encoder = "AudioNTT2020"
         preset = PRESETS[self.preset]
+        encoder, feature_d = self.encoder or preset.encoder, self.feature_d
+        if self.encoder is None and feature_d is not None and not ENCODERS[encoder].has_width(feature_d, self.n_mels):
+            encoder = next((name for name, kind in ENCODERS.items() if kind.has_width(feature_d, self.n_mels)), encoder)
+        if feature_d is None and encoder in ENCODERS:
+            feature_d = ENCODERS[encoder].pretrain_d
+        ema_decay = default_of(find_learner(self.objective), "ema_decay")
         filled: dict[str, Any] = {
             "encoder": encoder,
-            "feature_d": self.feature_d or ENCODER_WIDTH[encoder],
-            "lr": self.lr or PRESET_LR[self.preset],
-            "ema_decay": OBJECTIVE_DECAY.get(self.objective) if self.ema_decay is None else self.ema_decay,
-            "mixup_ratio": preset["mixup_ratio"] if self.mixup_ratio is None else self.mixup_ratio,
-            "fader_gain": preset["fader_gain"] if self.fader_gain is None else self.fader_gain,
+            "feature_d": feature_d,
+            "lr": self.lr or preset.lr,
+            "ema_decay": ema_decay if self.ema_decay is None else self.ema_decay,
+            "mixup_ratio": preset.mixup_ratio if self.mixup_ratio is None else self.mixup_ratio,
+            "fader_gain": preset.fader_gain if self.fader_gain is None else self.fader_gain,
             "f_max": min(self.f_max, self.sample_rate / 2),
-            "precision": self.precision or ("bf16" if on_gpu else "float32"),
+            "dtype": self.dtype or ("bfloat16" if on_gpu else "float32"),
             "compile": on_gpu if self.compile is None else self.compile,
             "log_every": self.log_every or (20 if on_gpu else 1),
         }
         return replace(self, **filled)
-
-    def augmentation(self) -> dict[str, Any]:
-        """Return what ``augment`` takes as settings of these."""
-        names = ("mixup", "mixup_ratio", "interpolation", "fader_gain")
-        scales = ("freq_scale", "time_scale", "virtual_crop_scale")
-        return {name: getattr(self, name) for name in names} | {name: tuple(getattr(self, name)) for name in scales}
-
-    def front_end(self) -> dict[str, Any]:
-        """Return what ``LogMel`` takes of these."""
-        names = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "f_min", "f_max", "mel_scale", "norm")
-        return {name: getattr(self, name) for name in names}
 
     def learner(self, steps: int) -> dict[str, Any]:
         """Return what ``make_learner`` takes of these, for a run of so many steps."""
@@ -246,12 +205,26 @@ MAY_CHANGE = {
 }
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under today's names: ``precision: bf16`` is ``dtype: bfloat16``, in runs of version 0.1.
+
+    >>> renamed({"precision": "bf16", "lr": 0.1})
+    {'lr': 0.1, 'dtype': 'bfloat16'}
+    """
+    values = dict(values)
+    if "precision" in values:
+        precision = values.pop("precision")
+        values.setdefault("dtype", "bfloat16" if precision == "bf16" else precision)
+    return values
+
+
 def differing_settings(before: Mapping[str, Any], now: PretrainConfig) -> list[str]:
     """Name the settings, of those that a run must keep, in which two configurations differ.
 
     >>> differing_settings({"lr": 0.1, "steps": 3, "seed": 0}, PretrainConfig(lr=0.2, steps=9))
     ['lr: 0.1 there, 0.2 now']
     """
+    before = renamed(before)
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(now).items()}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in before.items()}
     names = [name for name in listed if name in found and name not in MAY_CHANGE and found[name] != listed[name]]

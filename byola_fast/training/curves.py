@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from byola_fast.runtime.figures import new_figure, save_figure
-from byola_fast.views.pictures import COLLAPSE_COLOUR, LOSS_COLOUR, REFUSED_COLOUR
+from byola_fast.views.pictures import LOSS_COLOUR, REFUSED_COLOUR, SPREAD_COLOUR
 
 
 def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str = "loss") -> None:
-    """Draw loss and collapse over the steps of a training log.
+    """Draw loss and spread over the steps of a training log.
 
     Args:
         path: picture to write; its suffix is the format.
-        log: lines of ``log.jsonl``: step, loss and collapse each, and refused (samples kept out of the bank so far).
+        log: lines of ``log.jsonl``: step, loss and spread each, and refused (samples kept out of the bank so far).
         loss: what the loss is.
 
     Raises:
@@ -27,7 +27,7 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str 
     steps = [line["step"] for line in log]
     figure = new_figure(width=8.0, height=6.0)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, key, colour in ((top, "loss", LOSS_COLOUR), (bottom, "collapse", COLLAPSE_COLOUR)):
+    for axes, key, colour in ((top, "loss", LOSS_COLOUR), (bottom, "spread", SPREAD_COLOUR)):
         values = [float(line[key]) for line in log]
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1, marker="." if len(log) < 3 else None)
         axes.plot(steps, _smooth(values), color=colour, linewidth=2)

@@ -18,8 +18,9 @@ from byola_fast.audio.demo_corpus import write_demo_corpus
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.networks.encoder_file import describe_encoder
-from byola_fast.networks.encoders import AudioNTT, make_encoder
-from byola_fast.objectives.registry import make_learner
+from byola_fast.networks.encoders import AudioNTT, make_encoder, require_embeddings
+from byola_fast.objectives.learner import Learner
+from byola_fast.objectives.registry import find_learner, make_learner
 from byola_fast.runtime.device import keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.progress import Progress
@@ -41,8 +42,6 @@ logger = logging.getLogger("byola_fast")
 
 PICTURED_FROM = 16  # segments of the last batch that views.png takes its samples and partners from
 
-LOSSES = {"byol": "BYOL loss, both directions (0 to 8)", "simclr": "NT-Xent", "moco": "InfoNCE", "cola": "COLA loss"}
-
 Source = SegmentFolder | SegmentStore | DeviceStore
 Pair = tuple[float, float]  # mean and std
 
@@ -54,14 +53,14 @@ class PretrainResult(NamedTuple):
         out: folder of the results.
         steps: done so far, in all parts of the run.
         loss: last logged.
-        collapse: last logged spread of the projections, 1 is healthy.
+        spread: last logged spread of the projections, 1 is healthy.
         stopped_by: number of the signal that stopped it early; 0 where it came to its end.
     """
 
     out: Path
     steps: int
     loss: float
-    collapse: float
+    spread: float
     stopped_by: int
 
 
@@ -112,7 +111,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     # Data: one random segment of every clip in each epoch (cola: two), and this process's part of each global batch.
     source = _open_source(config, world, run)
-    segments = 2 if config.objective == "cola" else 1
+    segments = find_learner(config.objective).segments
     batches = Batches(
         source,
         config.batch_size,
@@ -134,7 +133,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     # Networks, and with them the last settings that may be wrong; only then statistics, which take a while.
     encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
     shape = _check_shape(config, encoder, to_lms, source)
-    learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
+    learner: Learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
     network = _prepare(learner, config, world)
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
     stats, broken = (saved["stats"], {}) if saved else world.broadcast(lambda: _take_stats(source, to_lms, config))
@@ -148,7 +147,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         seed=config.seed,
         stats=stats,
         post_norm=config.post_norm,
-        **config.augmentation(),
+        **config.view_settings(),
     ).to(device)
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
@@ -172,7 +171,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             view1, view2 = aug(lms, sample_offset=world.rank * len(lms))
             if segments == 2:  # one view of each
                 view1, view2 = view1[0::2], view2[1::2]
-        with times("forward"), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with times("forward"), torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             loss, projection = network(view1, view2)
         with times("backward"):
             optimizer.zero_grad(set_to_none=True)
@@ -221,18 +220,24 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             print(times.report(run.path / "profile.json", own, config=asdict(config)), file=sys.stderr)
         if batch is not None:
             _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
-    last = run.lines[-1] if run.lines else {"loss": math.nan, "collapse": math.nan}
-    return PretrainResult(run.path, step, last["loss"], last["collapse"], watch.stopped_by)
+    last = run.lines[-1] if run.lines else {"loss": math.nan, "spread": math.nan}
+    return PretrainResult(run.path, step, last["loss"], last["spread"], watch.stopped_by)
 
 
-def _check_shape(config: PretrainConfig, encoder: AudioNTT, to_lms: LogMel, source: Source) -> tuple[int, int]:
-    """Return (mels, frames) of the segments, or refuse settings that do not go with them."""
-    minimum = max(to_lms.n_fft // 2 + 1, (encoder.frame_stride - 1) * to_lms.hop_length)
+def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, source: Source) -> tuple[int, int]:
+    """Return (mels, frames) of the segments, or refuse settings that do not go with them.
+
+    A user's own encoder is tried on one input: an output of another shape costs no hours.
+    """
+    stride: Any = getattr(encoder, "frame_stride", 1)
+    minimum = max(to_lms.n_fft // 2 + 1, (stride - 1) * to_lms.hop_length)
     if source.num_samples < minimum:
         needed = f"{minimum} samples, {minimum / config.sample_rate:.3g} s"
         raise ValueError(f"unit_sec: expected at least {needed}, which {config.encoder} takes, got {config.unit_sec}")
     shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
-    resolve_settings(config.preset, config.augmentation()).check_ranges(*shape)
+    if not isinstance(encoder, AudioNTT):
+        require_embeddings(encoder, shape)
+    resolve_settings(config.preset, config.view_settings()).check_ranges(*shape)
     return shape
 
 
@@ -241,7 +246,8 @@ def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: 
         return f"nothing to do: {step} steps are done, of {total}; more --epochs or --steps lengthen the run"
     if step:
         return f"going on at step {step} of {total}"
-    what = f"{config.encoder}, {config.feature_d}-d, on {device}"
+    width = "" if config.feature_d is None else f", {config.feature_d}-d"
+    what = f"{config.encoder}{width}, on {device}"
     return f"training {what}: {total} steps of {config.batch_size} segments, from {clips} clips"
 
 
@@ -312,11 +318,11 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
     if not run.lines:
         return
     try:
-        draw_training(run.path / "training.png", run.lines, LOSSES[config.objective])
+        draw_training(run.path / "training.png", run.lines, find_learner(config.objective).loss_name)
         if lms is not None and config.mixup == "log":  # others leave steps that are not drawn
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
-            given |= config.augmentation()
+            given |= config.view_settings()
             panels = explain_views(lms[:PICTURED_FROM].cpu(), names, samples=3, **given)
             draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
     except (ImportError, OSError) as error:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from byola_fast.training.config import PretrainConfig
+from byola_fast.training.config import PretrainConfig, renamed
 
 # Names in published config.yaml files, and ours. "shape" (mels, frames) stands for n_mels and unit_sec.
 PUBLISHED_NAMES = {
@@ -36,7 +36,7 @@ def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
     >>> from_published({"bs": 128, "shape": [64, 96], "lr": 0.0003})
     {'batch_size': 128, 'lr': 0.0003, 'n_mels': 64, 'unit_sec': 0.95}
     """
-    ours = {field.name for field in fields(PretrainConfig)}
+    ours, values = {field.name for field in fields(PretrainConfig)}, renamed(values)
     settings: dict[str, Any] = {}
     shape = None
     for key, value in values.items():

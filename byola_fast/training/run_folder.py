@@ -98,6 +98,8 @@ class RunFolder:
             for text in path.read_bytes().splitlines():
                 try:
                     line = json.loads(text)
+                    if "collapse" in line:  # the name of the spread in logs of version 0.1
+                        line["spread"] = line.pop("collapse")
                     if line["step"] <= step:
                         kept.append(line)
                 except (ValueError, TypeError, KeyError, RecursionError):

@@ -97,7 +97,7 @@ class Watch:
         if not math.isfinite(values[0]):
             message = f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.message()}"
             raise ValueError(message)
-        line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "collapse": values[1]}
+        line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "spread": values[1]}
         if self.saving:
             line["effective_rank"] = values[2]
         line["samples_per_s"] = round((step - self.last) * self.config.batch_size / (now - self._logged), 1)
@@ -105,7 +105,7 @@ class Watch:
         self.last, self._logged = step, now
         if self._progress is not None:
             self.run.log(line)
-            message = f"loss {line['loss']:.3f}  spread {line['collapse']:.2f}  {line['samples_per_s']:.0f} samples/s"
+            message = f"loss {line['loss']:.3f}  spread {line['spread']:.2f}  {line['samples_per_s']:.0f} samples/s"
             self._progress.show(step, message)
             if warning := self._collapse(line):
                 logger.warning("%s", warning)
@@ -123,13 +123,13 @@ class CollapseWatch:
 
     def __call__(self, line: Mapping[str, Any]) -> str | None:
         """Return a warning at the line that makes it certain, once until the spread recovers."""
-        self.low = self.low + 1 if line["collapse"] < COLLAPSED else 0
+        self.low = self.low + 1 if line["spread"] < COLLAPSED else 0
         if not self.low:
             self.warned = False
         if self.low < COLLAPSED_LINES or self.warned:
             return None
         self.warned = True
-        message = f"step {line['step']}: representations collapse: their spread is {line['collapse']:.3f}"
+        message = f"step {line['step']}: representations collapse: their spread is {line['spread']:.3f}"
         return f"{message} (1 is healthy, 0 is one vector for all sounds); try a lower lr or a larger batch_size"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,28 +13,79 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import canvas_size, size_range, weights_in_range
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is drawn and how it is applied; a preset names some of it.
+class Preset(NamedTuple):
+    """What a version of the paper publishes.
 
     Attributes:
-        mixup_ratio: upper bound of the weight of what is mixed in (the paper's alpha), in [0, 1].
-        mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none" (the paper's ablations).
-        freq_scale: (min, max) height of a crop, times F.
-        time_scale: (min, max) width of a crop, times T.
-        virtual_crop_scale: (mels, frames) of the virtual canvas, times (F, T), at least 1.
-        interpolation: "bilinear" or "bicubic".
-        fader_gain: bound of the random linear fader's head and tail; 0 for none.
-        size: (mels, frames) of the views; the input's where None.
+        mixup_ratio, fader_gain: as in ``ViewSettings``.
+        lr: learning rate of its training.
+        encoder: the network that it introduces.
     """
 
-    mixup_ratio: float = 0.4
+    mixup_ratio: float
+    fader_gain: float
+    lr: float
+    encoder: str
+
+
+PRESETS = {
+    "byola-v1": Preset(mixup_ratio=0.4, fader_gain=0.0, lr=3e-4, encoder="AudioNTT2020"),
+    "byola-v2": Preset(mixup_ratio=0.2, fader_gain=1.0, lr=1e-4, encoder="AudioNTT2022"),
+}
+
+
+@dataclass(kw_only=True)
+class ViewSettings:
+    """What is drawn and how it is applied, for views of the size of their input.
+
+    Attributes:
+        mixup: "log" (log-mixup-exp), or the paper's ablations "linear", "gaussian" and "none".
+        mixup_ratio: upper bound of the share that is mixed in (the paper's alpha), in [0, 1]; by default the preset's.
+        interpolation: of the resized crops: "bilinear", or "bicubic" as published weights were trained with.
+        freq_scale: minimum and maximum height of a crop, times the mel bins.
+        time_scale: minimum and maximum width of a crop, times the frames.
+        virtual_crop_scale: height and width of the canvas that crops are taken from, times mel bins and frames, at
+            least 1.
+        fader_gain: bound of the random linear fader's ends, in nats; by default the preset's, 0 (none) or 1.
+    """
+
     mixup: str = "log"
+    mixup_ratio: float | None = None
+    interpolation: str = "bilinear"
     freq_scale: tuple[float, float] = (0.6, 1.5)
     time_scale: tuple[float, float] = (0.6, 1.5)
     virtual_crop_scale: tuple[float, float] = (1.0, 1.5)
-    interpolation: str = "bilinear"
-    fader_gain: float = 0.0
+    fader_gain: float | None = None
+
+    def view_settings(self) -> dict[str, Any]:
+        """Return the settings of the views alone, by name."""
+        settings = {field.name: getattr(self, field.name) for field in fields(ViewSettings)}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+class SettingsByName(TypedDict, total=False):
+    """The keywords that ``augment`` and ``Augment`` take: those of ``Settings``."""
+
+    mixup: str
+    mixup_ratio: float | None
+    interpolation: str
+    freq_scale: tuple[float, float]
+    time_scale: tuple[float, float]
+    virtual_crop_scale: tuple[float, float]
+    fader_gain: float | None
+    size: tuple[int, int] | None
+
+
+@dataclass(kw_only=True)
+class Settings(ViewSettings):
+    """View settings with a preset's values filled in, and the size of the views.
+
+    Attributes:
+        size: (mels, frames) of the views; the input's if None.
+    """
+
+    mixup_ratio: float
+    fader_gain: float
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -53,15 +104,11 @@ class Settings:
         canvas_size(mels, frames, self.virtual_crop_scale)
 
 
-SETTING_NAMES = tuple(f.name for f in fields(Settings))
-PRESETS: dict[str, dict[str, Any]] = {
-    "byola-v1": {"mixup_ratio": 0.4, "fader_gain": 0.0},
-    "byola-v2": {"mixup_ratio": 0.2, "fader_gain": 1.0},
-}
+SETTING_NAMES = tuple(field.name for field in fields(Settings))
 
 
 def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
-    """Return a preset with some settings changed.
+    """Return a preset with some settings changed; None stands for the preset's value.
 
     Raises:
         ValueError: an unknown preset or value. TypeError: an unknown setting.
@@ -70,7 +117,9 @@ def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
     for name in changes:
         if name not in SETTING_NAMES:
             raise TypeError(f"unknown setting {name!r}; known settings are {', '.join(SETTING_NAMES)}")
-    return Settings(**(PRESETS[preset] | dict(changes)))
+    known = PRESETS[preset]
+    defaults = {"mixup_ratio": known.mixup_ratio, "fader_gain": known.fader_gain}
+    return Settings(**defaults | {name: value for name, value in changes.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 VIEW_COLOURS = ("#ff4d5e", "#35c4ff")
-LOSS_COLOUR, COLLAPSE_COLOUR, REFUSED_COLOUR = "#1f5fa8", "#1b8a5a", "#b0b0b0"
+LOSS_COLOUR, SPREAD_COLOUR, REFUSED_COLOUR = "#1f5fa8", "#1b8a5a", "#b0b0b0"
 COLOUR_MAP = "magma"
 
 

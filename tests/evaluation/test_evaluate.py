@@ -65,7 +65,7 @@ def test_split_with_weights(split_task, tmp_path, weights):
     for words in ("30 clips, 3 classes; train 18, valid 6, test 6", "C chosen on valid", "one run", "macro", "clips/s"):
         assert words in result.report
     (line,) = lines_of(tmp_path)
-    assert (line["task"], line["metric"], line["network"], line["feature_d"]) == (
+    assert (line["task"], line["metric"], line["encoder"], line["feature_d"]) == (
         "tones",
         "accuracy",
         "AudioNTT2020",
@@ -77,38 +77,38 @@ def test_split_with_weights(split_task, tmp_path, weights):
 
 @pytest.mark.slow
 def test_folds_seeds_and_baselines(fold_task, tmp_path, weights, monkeypatch):
-    melstats = evaluate(fold_task, tmp_path, encoder="melstats", seeds=2)
+    melstats = evaluate(fold_task, tmp_path, features="melstats", seeds=2)
     assert melstats.score > 0.9
-    random = evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+    random = evaluate(fold_task, tmp_path, features="random", seeds=2, weights=weights)
     assert random.line["feature_d"] == 32  # the network of the weights
-    again = evaluate(fold_task, tmp_path, encoder="random", feature_d=16, seeds=1)
+    again = evaluate(fold_task, tmp_path, features="random", feature_d=16, seeds=1)
     assert (again.line["feature_d"], again.line["folds"], again.line["train"]) == (16, 4, "")
     assert "one fold left out at a time; C chosen on another fold" in melstats.report
     assert "; folds speaker0: 6, speaker1: 6, speaker2: 6, speaker3: 6\n" in random.report
     assert "std over 2 seeds" in random.report
     assert "over 4 folds" in random.report
     assert len(random.by_seed) == 2
-    assert [line["encoder"] for line in lines_of(tmp_path)] == ["melstats", "random", "random"]
+    assert [line["features"] for line in lines_of(tmp_path)] == ["melstats", "random", "random"]
     means = {line["stats_mean"] for line in lines_of(tmp_path)}
     assert len(means) == 2  # of 16 and of 64 mels: the statistics are the task's, not the weights'
     assert "-7.1000" not in means
 
     monkeypatch.setattr(module, "embed_clips", lambda *_args, **_words: pytest.fail("embedded again"))
-    kept = evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+    kept = evaluate(fold_task, tmp_path, features="random", seeds=2, weights=weights)
     assert kept.by_seed == random.by_seed
     with pytest.raises(pytest.fail.Exception):
-        evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights, pad_sec=2.0)
+        evaluate(fold_task, tmp_path, features="random", seeds=2, weights=weights, pad_sec=2.0)
     for path in (tmp_path / "out" / "embeddings").glob("*.npz"):
         os.truncate(path, 300)
     with pytest.raises(pytest.fail.Exception):  # damaged ones are made anew
-        evaluate(fold_task, tmp_path, encoder="random", seeds=2, weights=weights)
+        evaluate(fold_task, tmp_path, features="random", seeds=2, weights=weights)
 
 
 def test_multi_label(tmp_path):
     names = ["low", "mid", "high", "low,mid", "low, high", "mid,high"] * 6
     part = lambda n: ("train", "train", "test")[n // 6 % 3]  # noqa: E731
     task = make_task(tmp_path / "task", names, part, "file_name,label,split")
-    result = evaluate(task, tmp_path, encoder="melstats", seeds=2)
+    result = evaluate(task, tmp_path, features="melstats", seeds=2)
     assert result.score > 0.9
     assert (result.line["metric"], result.picture) == ("mAP", None)
     assert "binary logistic regressions" in result.report
@@ -126,7 +126,7 @@ def test_what_is_left_out(split_task, tmp_path, caplog):
     (tmp_path / "audio" / "8.wav").write_bytes(b"")
     lines[1 + 10] = "10.wav,,train"
     task = write_task(tmp_path / "csv", lines[0], lines[1:])
-    settings = {"encoder": "melstats", "audio": str(tmp_path / "audio")}
+    settings = {"features": "melstats", "audio": str(tmp_path / "audio")}
     with pytest.raises(TaskError, match="1 lines without label: 12; --keep_going"):
         evaluate(task, tmp_path, **settings)
     task = write_task(tmp_path / "csv", lines[0], [*lines[1:11], *lines[12:]])
@@ -154,7 +154,7 @@ def test_what_is_left_out(split_task, tmp_path, caplog):
 
 def test_a_wrong_folder_names_a_few_files(split_task, tmp_path, caplog):
     with pytest.raises(TaskError, match=r"30 of 30 files missing in "):
-        evaluate(split_task, tmp_path, encoder="melstats", audio=str(tmp_path))
+        evaluate(split_task, tmp_path, features="melstats", audio=str(tmp_path))
     assert [record.getMessage().split()[0] for record in caplog.records] == ["missing:"] * (NAMED + 1)
     assert caplog.records[-1].getMessage() == f"missing: {30 - NAMED} more"
 
@@ -162,7 +162,7 @@ def test_a_wrong_folder_names_a_few_files(split_task, tmp_path, caplog):
 def test_class_that_the_training_part_lacks(split_task, tmp_path):
     lines = [line for line in split_task.read_text().splitlines() if not ('"high"' in line and "train" in line)]
     task = write_task(tmp_path / "csv", lines[0], lines[1:])
-    settings = {"encoder": "melstats", "audio": str(split_task.parent / "audio")}
+    settings = {"features": "melstats", "audio": str(split_task.parent / "audio")}
     with pytest.raises(TaskError, match="1 of 3 classes absent from split train: high; --keep_going counts"):
         evaluate(task, tmp_path, **settings)
     result = evaluate(task, tmp_path, keep_going=True, **settings)
@@ -179,7 +179,7 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
         write_tone(tmp_path / "task" / "audio" / f"{number}.wav", label, generator, samples)
         lines.append(f"{number}.wav,{label},{number // 4}")
     task = write_task(tmp_path / "task", "file_name,label,fold", lines)
-    assert 0 <= evaluate(task, tmp_path, encoder="random", feature_d=8, seeds=1, pad_sec=0.0).score <= 1
+    assert 0 <= evaluate(task, tmp_path, features="random", feature_d=8, seeds=1, pad_sec=0.0).score <= 1
 
 
 @pytest.mark.parametrize(
@@ -206,23 +206,23 @@ def test_refused_tasks(tmp_path, text, words):
 def test_refused_settings(split_task, fold_task, tmp_path):
     for words, settings in {
         "weights: expected a file": {},
-        "encoder: expected trained, random or melstats, got 'x'": {"encoder": "x"},
-        "seeds: expected at least 1": {"encoder": "random", "seeds": 0},
-        "stats: expected weights that hold": {"encoder": "random", "stats": "weights"},
-        "no such folder": {"encoder": "random", "audio": str(tmp_path / "none")},
-        "dtype: expected": {"encoder": "random", "dtype": "int8"},
-        "device: expected auto": {"encoder": "random", "device": "gpu"},
-        "device: expected one": {"encoder": "melstats", "device": "cuda:99"},
+        "features: expected trained, random or melstats, got 'x'": {"features": "x"},
+        "seeds: expected at least 1": {"features": "random", "seeds": 0},
+        "stats: expected weights that hold": {"features": "random", "stats": "weights"},
+        "no such folder": {"features": "random", "audio": str(tmp_path / "none")},
+        "dtype: expected": {"features": "random", "dtype": "int8"},
+        "device: expected auto": {"features": "random", "device": "gpu"},
+        "device: expected one": {"features": "melstats", "device": "cuda:99"},
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             evaluate(split_task, tmp_path, **settings)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.csv").write_text("mine\n1\n")
     with pytest.raises(ValueError, match="has other columns"):
-        evaluate(split_task, tmp_path, encoder="melstats")
+        evaluate(split_task, tmp_path, features="melstats")
     assert (tmp_path / "out" / "results.csv").read_text() == "mine\n1\n"
     with pytest.raises(FileNotFoundError):
-        evaluate(tmp_path / "none.csv", tmp_path, encoder="melstats")
+        evaluate(tmp_path / "none.csv", tmp_path, features="melstats")
 
 
 def tasks(parts: list[str], labels: list[tuple[str, ...]]) -> Task:

@@ -54,7 +54,11 @@ def test_published_settings_where_none_are_given():
 @pytest.mark.parametrize(
     ("objective", "settings", "words"),
     [
-        ("barlow", {}, "objective: expected one of 'byol', 'simclr', 'moco', 'cola', got 'barlow'"),
+        (
+            "barlow",
+            {},
+            "objective: expected one of 'byol', 'simclr', 'moco', 'cola', or 'package.module:Class', got 'barlow'",
+        ),
         ("byol", {"temperature": 0.1}, "temperature: objective 'byol' has no use for it, got 0.1"),
         ("simclr", {"queue_size": 9}, "queue_size: objective 'simclr' has no use"),
         ("moco", {"joint_batch": True}, "joint_batch: objective 'moco' has no use"),

@@ -231,9 +231,7 @@ def read_list(path: Path) -> str:
 
 
 def log_seeds() -> list[bytes]:
-    lines = [
-        {"step": k, "epoch": 0, "loss": 2.5, "collapse": 0.5, "lr": 3e-4, "samples_per_sec": 9.0} for k in range(5)
-    ]
+    lines = [{"step": k, "epoch": 0, "loss": 2.5, "spread": 0.5, "lr": 3e-4, "samples_per_sec": 9.0} for k in range(5)]
     return ["".join(json.dumps(line) + "\n" for line in lines).encode()]
 
 

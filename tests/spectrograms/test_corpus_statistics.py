@@ -57,9 +57,9 @@ def test_a_store_gives_the_statistics_of_its_folder(corpus: Path) -> None:
 
 def test_the_command_writes_what_the_trainer_reads(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "stats.json"
-    stats = run_stats(StatsConfig(str(corpus), str(out), segments=50, unit_sec=0.3, workers=0))
+    stats = run_stats(StatsConfig(audio_dir=str(corpus), out=str(out), segments=50, unit_sec=0.3, workers=0))
     assert read_stats(out) == read_stats(out, LogMel()) == stats
-    assert stats == run_stats(StatsConfig(str(corpus), segments=50, unit_sec=0.3, workers=0))
+    assert stats == run_stats(StatsConfig(audio_dir=str(corpus), segments=50, unit_sec=0.3, workers=0))
     content = json.loads(out.read_text())
     assert content["unit_sec"] == 0.3
     with pytest.raises(ValueError, match=r"stats\.json: taken with f_max 7800\.0, and is wanted with 7000\.0"):
@@ -68,7 +68,11 @@ def test_the_command_writes_what_the_trainer_reads(corpus: Path, tmp_path: Path)
 
 def test_the_front_end_may_be_another(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "stats.json"
-    run_stats(StatsConfig(str(corpus), str(out), segments=9, unit_sec=0.3, n_mels=40, mel_scale="htk", workers=0))
+    run_stats(
+        StatsConfig(
+            audio_dir=str(corpus), out=str(out), segments=9, unit_sec=0.3, n_mels=40, mel_scale="htk", workers=0
+        )
+    )
     read_stats(out, LogMel(n_mels=40, mel_scale="htk"))
     with pytest.raises(ValueError, match="and is wanted with 64; take it anew with byola-fast stats --n_mels"):
         read_stats(out, LogMel())
@@ -96,4 +100,4 @@ def test_bad_input_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written"):
         write_stats(tmp_path, Stats(0.0, 1.0, 5), LogMel(), 0.95)
     with pytest.raises(AudioError, match="empty file"):
-        run_stats(StatsConfig(str(corpus / "broken.wav"), workers=0))
+        run_stats(StatsConfig(audio_dir=str(corpus / "broken.wav"), workers=0))

@@ -55,13 +55,13 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     log = read_log(result.out)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert [line["epoch"] for line in log] == [0, 0, 0, 1, 1]  # twelve files, others in place of the broken three
-    names = {"step", "epoch", "loss", "collapse", "samples_per_s", "refused", "lr"}
+    names = {"step", "epoch", "loss", "spread", "samples_per_s", "refused", "lr"}
     assert all(set(line) == names for line in log[:-1])
     assert set(log[-1]) == {*names, "effective_rank"}
     assert 1 < log[-1]["effective_rank"] <= 4
-    assert all(0 < line["loss"] < 8 and 0.2 < line["collapse"] < 1.2 and line["refused"] == 0 for line in log)
+    assert all(0 < line["loss"] < 8 and 0.2 < line["spread"] < 1.2 and line["refused"] == 0 for line in log)
     assert log[-1]["lr"] == {"byola-v1": 3e-4, "byola-v2": 1e-4}[preset]
-    assert (result.loss, result.collapse) == (log[-1]["loss"], log[-1]["collapse"])
+    assert (result.loss, result.spread) == (log[-1]["loss"], log[-1]["spread"])
     skipped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert sorted(next(name for name in BROKEN if name in line) for line in skipped) == sorted(BROKEN)
 
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"preset": "byola-v3"}, "preset: expected one of 'byola-v1', 'byola-v2'"),
         ({"objective": "dino"}, "objective: expected one of 'byol', 'simclr', 'moco', 'cola'"),
         ({"encoder": "ViT"}, "encoder: expected one of"),
-        ({"precision": "fp8"}, "precision: expected one of"),
+        ({"dtype": "fp8"}, "dtype: expected one of"),
         ({"resume": True, "restart": True}, "restart: expected no more than one of"),
         ({"queue_size": 9}, "queue_size: objective 'byol' has no use for it"),
         ({"save_minutes": 0.0}, "save_minutes: expected minutes above 0"),
@@ -224,7 +224,9 @@ def test_a_packed_store_trains_as_its_folder_does(run, recordings, tmp_path):
 
 
 def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
-    stats = run_stats(StatsConfig(str(recordings), str(tmp_path / "stats.json"), 8, unit_sec=0.25, workers=0))
+    stats = run_stats(
+        StatsConfig(audio_dir=str(recordings), out=str(tmp_path / "stats.json"), segments=8, unit_sec=0.25, workers=0)
+    )
     out = run(stats=str(tmp_path / "stats.json"), steps=1).out
     assert load_checkpoint(out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
     assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
@@ -233,7 +235,7 @@ def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
 
 
 def test_bfloat16_learns_and_keeps_weights_in_float32(run):
-    result = run(steps=25, lr=3e-3, precision="bf16")
+    result = run(steps=25, lr=3e-3, dtype="bfloat16")
     log = read_log(result.out)
     assert sum(line["loss"] for line in log[-5:]) < 0.7 * sum(line["loss"] for line in log[:5])
     state = load_checkpoint(result.out / "checkpoint.pt")
@@ -264,7 +266,7 @@ def test_representations_that_collapse_are_told(run, monkeypatch, caplog):
 def test_the_watch_tells_of_each_collapse_once():
     collapsed = CollapseWatch()
     spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
-    message = [collapsed({"step": step, "collapse": spread}) is not None for step, spread in enumerate(spreads)]
+    message = [collapsed({"step": step, "spread": spread}) is not None for step, spread in enumerate(spreads)]
     assert [step for step, said in enumerate(message) if said] == [9, 17]
 
 

@@ -87,7 +87,7 @@ def test_titles_tell_the_parameters(tmp_path):
 
 
 def test_training_is_drawn(tmp_path):
-    log = [{"step": n, "loss": 4 / n, "collapse": 0.9, "refused": 3} for n in range(1, 50)]
+    log = [{"step": n, "loss": 4 / n, "spread": 0.9, "refused": 3} for n in range(1, 50)]
     draw_training(tmp_path / "training.png", log)
     looks_drawn(tmp_path / "training.png", 880, 660)
     draw_training(tmp_path / "training.svg", log[:1])
@@ -104,7 +104,7 @@ def test_nothing_to_draw_is_refused(tmp_path):
 def test_a_missing_matplotlib_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "byola_fast\[eval\]"'):
-        draw_training(tmp_path / "a.png", [{"step": 1, "loss": 1.0, "collapse": 1.0}])
+        draw_training(tmp_path / "a.png", [{"step": 1, "loss": 1.0, "spread": 1.0}])
 
 
 def write(path, seconds: float, rate: int = 16000) -> None:
