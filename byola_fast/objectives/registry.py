@@ -33,7 +33,7 @@ def find_learner(objective: str | type[Learner]) -> type[Learner]:
     return found
 
 
-def default_of(learner: type[Learner], setting: str) -> Any:
+def default_of(learner: type[Learner], setting: str) -> object:
     """Return a learner's own default of a setting; None if it has none.
 
     >>> default_of(MoCo, "ema_decay"), default_of(SimCLR, "ema_decay")
