@@ -31,12 +31,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import stages, trainer
+from benchmarks.gpu.missing import missing_packages, unloadable_tests
 from benchmarks.measure import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # of the names of tests
-PACKAGES_OF_TESTS = ("hypothesis", "soundfile", "jsonargparse", "sklearn")  # files that need a missing one are left out
-SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # files of tests
+ALL_TESTS = ["-p", "no:cacheprovider", "-m", "slow or not slow"]  # pyproject.toml leaves the slow ones out
+SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # tests/ops/test_NAME.py
 LIMIT_S = 180.0  # of a stage
 LIMITS_S = {"views": 240.0, "training": 300.0, "tests": 420.0, "sanitizers": 590.0}
 WORKERS = 8  # processes of tests, where pytest-xdist is here: most of their time goes to compiling kernels
@@ -101,15 +102,17 @@ def environment(context: Context) -> dict[str, Any]:
 
 def tests(context: Context) -> dict[str, Any]:
     """All tests that run on CUDA: those that take a device, opcheck among them, and those of the Triton kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", *ALL_TESTS, "tests"]
     if context.skip("running the tests on CUDA: all only collected"):
         command += ["--collect-only"]
     else:
         command += ["-k", ON_CUDA, "--durations=20"]
         command += ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    missing = [name for name in PACKAGES_OF_TESTS if importlib.util.find_spec(name) is None]
-    command += [f"--ignore={path.relative_to(ROOT)}" for path in files_that_import(missing)]
-    return {**_logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20), "missing_packages": missing}
+    missing = missing_packages()
+    left_out = [str(path.relative_to(ROOT)) for path in unloadable_tests(missing)]
+    command += [f"--ignore={path}" for path in left_out]
+    found = _logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20)
+    return found | {"missing_packages": missing, "files_left_out": left_out}
 
 
 def _logged(command: list[str], log: Path, limit_s: float, **environment: str) -> dict[str, Any]:
@@ -134,19 +137,6 @@ def _wait(process: subprocess.Popen[Any], limit_s: float) -> int | None:
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-
-
-def files_that_import(names: Sequence[str]) -> list[Path]:
-    """Return the files of tests that import any of these, or import one that does."""
-    found: dict[str, Path] = {}
-    while True:
-        wanted = "|".join([*names, *found])
-        imports = re.compile(rf"^(?:import|from) (?:{wanted})\b", re.M)
-        files = sorted((ROOT / "tests").glob("*.py")) if wanted else []
-        more = {path.stem: path for path in files if path.stem not in found and imports.search(path.read_text())}
-        if not more:
-            return list(found.values())
-        found |= more
 
 
 def compilation(context: Context) -> dict[str, Any]:
@@ -185,11 +175,11 @@ def sanitizers(context: Context) -> dict[str, Any]:
     if program is None or context.skip("compute-sanitizer over the tests of the kernels"):
         return {"found": program is not None}
     results: dict[str, Any] = {"found": True, "returncode": 0}
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in SANITIZED]
+    files = [f"tests/ops/test_{name}.py" for name in SANITIZED]
     which = f"{ON_CUDA} and not graph and not gradcheck"
     for check, limit_s in (("memcheck", 360.0), ("racecheck", 200.0)):
         command = [program, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
-        command += ["-p", "no:cacheprovider", "-k", which, *files]
+        command += [*ALL_TESTS, "-k", which, *files]
         # One allocation a tensor: within a cached block, memcheck sees no end. Graphs cannot be captured then.
         results[check] = _logged(command, context.out / f"{check}.log", limit_s, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         results["returncode"] = results["returncode"] or results[check]["returncode"]

@@ -24,7 +24,7 @@ check() {  # NAME LIBRARY FLAGS: build the kernels with these flags and run the 
     echo "$name:"
     BYOLA_FAST_CACHE="$cache" BYOLA_FAST_STRICT=1 CXX=g++ BYOLA_FAST_CXXFLAGS="-O1 -g $flags" \
         LD_PRELOAD="$(g++ -print-file-name="$library") $(g++ -print-file-name=libstdc++.so)" \
-        "${prefix[@]}" python -m pytest -q -x "${tests[@]}" "$@" || { rm -rf "$cache"; return 1; }
+        "${prefix[@]}" python -m pytest -q -x -m "slow or not slow" "${tests[@]}" "$@" || { rm -rf "$cache"; return 1; }
     rm -rf "$cache"
 }
 
