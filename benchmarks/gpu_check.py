@@ -3,8 +3,8 @@
 Stages are independent. On a GPU each runs in its own process with a time limit, because an illegal access or a hanging
 kernel breaks everything after it in the same process. Each stage writes OUT/STAGE.json when it ends, and partial
 results while it runs; a failed stage writes its error there and stops no other. After each stage OUT/gpu.json, the
-source of README's table, is joined again from all stage files in OUT, earlier commands included. So stages can be run
-one at a time; ``--only`` without a name only joins.
+source of the table in docs, is joined again from all stage files in OUT, earlier commands included. So stages can be
+run one at a time; ``--only`` without a name only joins.
 
 Without a GPU this is a dry run: every stage runs in miniature on the CPU and lists what it skipped; its file is marked
 as dry, and no table is made from it.

@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def missing_packages() -> list[str]:
-    """Return the packages that test files, helpers and benchmarks import on loading and that are not installed."""
+    """Return the packages that tests, benchmarks and examples import on loading and that are not installed."""
     packages = {name.partition(".")[0] for path in _sources() for name in _imports(path)}
     ours = {path.stem for folder in (ROOT, ROOT / "tests") for path in folder.iterdir()}
     return sorted(name for name in packages - ours if importlib.util.find_spec(name) is None)
 
 
 def unloadable_tests(packages: Iterable[str]) -> list[Path]:
-    """Return the files in tests/ that import any of these packages, directly or through helpers and benchmarks.
+    """Return the files in tests/ that import any of these packages, directly or through other files here.
 
     Helpers are among them: pytest looks for doctests in every file.
     """
@@ -33,7 +33,7 @@ def unloadable_tests(packages: Iterable[str]) -> list[Path]:
 
 
 def _sources() -> list[Path]:
-    return sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    return sorted(path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
 def _module(path: Path) -> str:
