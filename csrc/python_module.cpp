@@ -1,4 +1,4 @@
-// The Python module of the CPU kernels: build_info() for doctor(), exp and log for tests. Only pybind11, no torch header.
+// The Python module of the CPU kernels: build_info() for doctor(), exp and log for tests. No torch header.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
