@@ -139,5 +139,6 @@ def _register_once(name: str) -> None:
     _register(name, backward, lambda ctx, inputs, output: None)
 
 
-for _name in ("log_mel_backward", "log_mixup_exp_backward", "resize_crop_backward", "augment_views_backward"):
-    _register_once(_name)
+for _name in _schemas.OPS:
+    if _name.endswith("_backward"):
+        _register_once(_name)

@@ -9,6 +9,8 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops._schemas import log_mel_in_chunks
 from byola_fast.ops.reference import log_mel_reference, num_frames_reference
 
+__all__ = ["log_mel", "mel_bands", "num_frames"]
+
 LARGEST_FACTOR = 64  # of n_fft; torch's transform has algorithms for larger primes, the kernels have not
 
 

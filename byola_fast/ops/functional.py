@@ -14,6 +14,18 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import check_decay
 from byola_fast.ops.reference import SIZE_SHIFT
 
+__all__ = [
+    "augment_views",
+    "bank_push_",
+    "canvas_size",
+    "draw_params",
+    "ema_update_",
+    "log_mixup_exp",
+    "normalize",
+    "resize_crop",
+    "sample_sums",
+]
+
 VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
 MAX_ROWS = 2**24  # partners are chosen with 24-bit draws
 MAX_SIDE = 2**31 - 1  # of a canvas or an output: kernels count along an axis in int32

@@ -10,24 +10,10 @@ from types import ModuleType
 
 import torch
 
-from byola_fast.ops import _dispatch
+from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend
 from byola_fast.ops._native import build
 
-CPU_OPS = (
-    "log_mel",
-    "log_mixup_exp",
-    "log_mixup_exp_backward",
-    "resize_crop",
-    "resize_crop_backward",
-    "draw_params",
-    "augment_views_out",
-    "sample_sums",
-    "normalize",
-    "normalize_",
-    "bank_push_",
-    "ema_update_",
-)
 NAME = "byola_fast_cpu"
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # never -ffast-math: it breaks NaN
 SIMD_FLAGS = {
@@ -84,4 +70,4 @@ def module() -> ModuleType | None:
 
 def install() -> None:
     """Put the stubs of this backend in place; nothing is compiled or loaded yet."""
-    _dispatch.add_backend(Backend("cpp", "CPU", CPU_OPS, prepare, register))
+    _dispatch.add_backend(Backend("cpp", "CPU", _schemas.CPU_OPS, prepare, register))

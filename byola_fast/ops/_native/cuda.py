@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from byola_fast.ops import _dispatch
+from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend, BackendError
 from byola_fast.ops._native import build
 
-CUDA_OPS = ("ema_update_",)
 NAME = "byola_fast_cuda"
 FLAGS = ["-O3"]  # and no -ffast-math's like: the roundings are part of the contract
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where no GPU is here to ask
@@ -94,7 +93,7 @@ def register(library: Path) -> None:
 def install() -> None:
     """Put the stubs of this backend in place, before those of Triton; nothing is compiled or loaded yet."""
     if os.environ.get(VARIABLE, "") != "0":
-        _dispatch.add_backend(Backend("cuda", "CUDA", CUDA_OPS, prepare, register))
+        _dispatch.add_backend(Backend("cuda", "CUDA", _schemas.CUDA_OPS, prepare, register))
 
 
 def build_environment() -> dict[str, str]:

@@ -20,23 +20,6 @@ from byola_fast.ops._dispatch import Backend, BackendError
 
 OLDEST_CAPABILITY = (7, 5)
 
-LAUNCHERS = {  # op: the file it lives in
-    "log_mel": "log_mel",
-    "log_mixup_exp": "log_mixup_exp",
-    "log_mixup_exp_backward": "log_mixup_exp",
-    "resize_crop": "resize_crop",
-    "resize_crop_backward": "resize_crop",
-    "draw_params": "draw_params",
-    "augment_views_out": "augment_views",
-    "sample_sums": "normalize",
-    "batch_stats": "normalize",
-    "running_stats_": "normalize",
-    "normalize": "normalize",
-    "normalize_": "normalize",
-    "bank_push_": "bank_push",
-    "ema_update_": "ema_update",
-}
-
 _registered: list[torch.library.Library] = []
 
 
@@ -56,8 +39,10 @@ def prepare() -> dict[str, Callable[..., Any]]:
     if not interpreted() and (found := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
         wanted = ".".join(map(str, OLDEST_CAPABILITY))
         raise BackendError(f"Triton needs a GPU of compute capability {wanted} or later, found {found[0]}.{found[1]}")
-    files = {name: importlib.import_module(f"byola_fast.ops._triton.{name}") for name in set(LAUNCHERS.values())}
-    return {op: getattr(files[name], op) for op, name in LAUNCHERS.items()}
+    files = {
+        name: importlib.import_module(f"byola_fast.ops._triton.{name}") for name in set(_schemas.LAUNCHERS.values())
+    }
+    return {op: getattr(files[name], op) for op, name in _schemas.LAUNCHERS.items()}
 
 
 def _register(key: str) -> Callable[[dict[str, Callable[..., Any]]], None]:
@@ -73,4 +58,4 @@ def _register(key: str) -> Callable[[dict[str, Callable[..., Any]]], None]:
 def install() -> None:
     """Put the stubs of this backend in place."""
     for key in ("CUDA", *(["CPU"] if interpreted() else [])):
-        _dispatch.add_backend(Backend("triton", key, tuple(LAUNCHERS), prepare, _register(key)))
+        _dispatch.add_backend(Backend("triton", key, tuple(_schemas.LAUNCHERS), prepare, _register(key)))
