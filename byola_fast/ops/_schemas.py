@@ -1,4 +1,4 @@
-"""The one table of the ops: schema, backends and composition of each. Below it, the reference and the fake of each.
+"""The table of ops: each op's schema, backends and composition. Below it, each op's reference and fake.
 
 Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (partners come from it while the bank is
 empty; None for the batch itself). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T). No argument may be
@@ -20,7 +20,7 @@ CPU_CHUNK_FRAMES = 384  # per thread: the spectra of a chunk (3 MB) stay in cach
 
 
 class Op(NamedTuple):
-    """One op: its schema, the backends with a kernel for it, and the ops it is composed of if it has no kernel."""
+    """One op: its schema, the backends that have a kernel, and its parts if it is composed of other ops."""
 
     schema: str
     cpu: bool = False  # a C++ kernel in csrc
@@ -110,14 +110,14 @@ def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tenso
     reference.ema_update__reference(target, online, decay)
 
 
-_not_the_bare_reference: dict[str, Callable[..., Any]] = {
+_composites: dict[str, Callable[..., Any]] = {  # in place of the plain reference
     "log_mel": log_mel_in_chunks,
     "augment_views": augment_views_allocate,
     "augment_views_backward": augment_views_backward_composite,
     "ema_update_": ema_update__checked,
 }
 for _name in OPS:
-    _function = _not_the_bare_reference.get(_name) or getattr(reference, f"{_name}_reference")
+    _function = _composites.get(_name) or getattr(reference, f"{_name}_reference")
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
 

@@ -1,8 +1,8 @@
-"""The Triton backend: which op runs which launcher, and when the kernels are imported.
+"""The Triton backend: import of the kernels on the first call, and registration of the launchers.
 
-It serves CUDA tensors; under ``TRITON_INTERPRET=1``, where Triton runs kernels in Python, it serves CPU tensors, ahead
-of every other backend, so that the tests of the ops test the kernels on any machine. Nothing is imported before the
-first call of an op, and nothing is compiled before a kernel's first launch; Triton keeps what it compiled on disk.
+It serves CUDA tensors. Under ``TRITON_INTERPRET=1`` Triton runs kernels in Python, and this backend also serves CPU
+tensors, preferred to all others, so that the tests of the ops run the kernels on any machine. Triton is imported at the
+first call of an op; a kernel is compiled at its first launch and cached on disk.
 """
 
 from __future__ import annotations
@@ -56,6 +56,6 @@ def _register(key: str) -> Callable[[dict[str, Callable[..., Any]]], None]:
 
 
 def install() -> None:
-    """Put the stubs of this backend in place."""
+    """Register the stubs of this backend; import nothing yet."""
     for key in ("CUDA", *(["CPU"] if interpreted() else [])):
         _dispatch.add_backend(Backend("triton", key, tuple(_schemas.LAUNCHERS), prepare, _register(key)))
