@@ -82,9 +82,8 @@ def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
 
 def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
     """Refuse bad lists before anything is written, as every backend does, and run the reference."""
-    _ema_checks.check_lists(target, online)
-    _ema_checks.check_memory(target, online)
-    _ema_checks.check_decay(decay, target)
+    _ema_checks.require_valid_lists(target, online)
+    _ema_checks.require_decay(decay, target)
     reference.ema_update__reference(target, online, decay)
 
 
@@ -97,6 +96,8 @@ _implementations["log_mel"] = log_mel_in_chunks
 _implementations["augment_views"] = augment_views_allocate
 _implementations["augment_views_backward"] = augment_views_backward_composite
 _implementations["ema_update_"] = ema_update__checked
+library.define("ema_check_lists(Tensor[] target, Tensor[] online) -> ()")  # no op of its own: C++ calls it
+_implementations["ema_check_lists"] = _ema_checks.require_valid_lists
 for _name, _function in _implementations.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -214,4 +215,4 @@ def _(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
 
 @_fake("ema_update_")
 def _(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
-    _ema_checks.check_lists(target, online)
+    _ema_checks.require_matching_lists(target, online)

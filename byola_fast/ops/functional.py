@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import check_decay
+from byola_fast.ops._ema_checks import require_decay
 from byola_fast.ops.reference import SIZE_SHIFT
 
 VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
@@ -498,8 +498,8 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
         None; in place on data. A backward pass that had saved a target hears of it.
 
     Backends:
-        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Each checks the lists itself, in
-        C++ where there are a thousand of them.
+        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. The lists are checked at the
+        first call; later calls check again only if an address, dtype, device, shape or stride has changed.
 
     Source:
         BYOL, arXiv:2006.07733, eq. (1).
@@ -530,5 +530,5 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:
         decay = torch.tensor(decay, dtype=torch.float64)
-    check_decay(decay, target)
+    require_decay(decay, target)
     return decay
