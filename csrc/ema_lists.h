@@ -1,7 +1,6 @@
 // Checks the two lists of ema_update_ before anything is written, and pairs their tensors as stretches of memory.
-// Addresses, shapes and dtypes are read at every call, so a storage that was replaced, resized or freed is noticed. For
-// a thousand tensors, Python would take many times as long as the update, and handles of the stable interface as long:
-// hence ATen.
+// Addresses, shapes and dtypes are read at every call, so a storage that was replaced, resized or freed is noticed.
+// ATen and not the stable interface, whose handles of a thousand tensors take as long as their update.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -72,7 +71,7 @@ class EmaLists {
   // Checks everything that can be checked without reading a device; throws before anything is written.
   EmaLists(at::TensorList target, at::TensorList online);
 
-  // Elements in the same order, at least one; valid as long as this object.
+  // Stretches with the same order of elements, at least one; valid as long as this object.
   std::vector<ema::Pair> pairs;
 
   // Copies the results back to targets with gaps, and tells autograd that all targets changed.
@@ -83,7 +82,7 @@ class EmaLists {
   void copy_apart(ema::Pair& pair, const at::Tensor& target, const at::Tensor& online);
 
   at::TensorList target_, online_;
-  std::vector<size_t> numbers_;  // of the pairs, in the lists
+  std::vector<size_t> numbers_;                          // of the pairs, in the lists
   std::vector<at::Tensor> copies_;                       // of online tensors
   std::vector<std::pair<at::Tensor, at::Tensor>> gaps_;  // targets with gaps and their copies
 };

@@ -83,7 +83,7 @@ def require_separate_memory(target: Sequence[Tensor], online: Sequence[Tensor]) 
 
 
 def have_clash(ranges: Tensor, targets: int) -> bool:
-    """Return whether a target shares memory with another tensor; ``ranges`` as in ``_first_clash``, int64."""
+    """Return whether a target shares memory with another tensor; for C++. ``ranges`` as in ``_first_clash``."""
     return _first_clash(ranges.numpy(), targets) is not None
 
 
@@ -145,6 +145,8 @@ def _first_clash(ranges: Ranges, targets: int) -> tuple[int, int] | None:
     """
     order = ranges[:, 0].argsort(kind="stable")
     begin, end = ranges[order].T
+    if (end[:-1] <= begin[1:]).all():  # the usual case: no overlap at all
+        return None
     is_target = order < targets
     target_end = np.maximum.accumulate(np.where(is_target, end, 0))  # the furthest so far
     any_end = np.maximum.accumulate(end)
