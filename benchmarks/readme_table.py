@@ -3,7 +3,7 @@
 ``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
 ``benchmarks/results/FILE.json``, for example ``cpu/two_views``. ``gpu/goals`` is the table of ``gpu_check``, or, while
 there is no ``gpu.json``, the sentence that says so; ``quality/summary``, ``quality/study`` and ``quality/ablations``
-are of the study.
+are of the study. ``benchmarks/results/speed.svg``, the chart, is drawn from ``cpu.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import gpu_check
+from benchmarks.chart import speed_chart
 from benchmarks.measure import read_results
 from benchmarks.quality import tables as quality_tables
 from benchmarks.tables import markdown_table
@@ -76,6 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
             outdated = 1
         else:
             page.write_text(new, encoding="utf-8")
+    chart = options.results / "speed.svg"
+    if not any(chart.name in page.read_text(encoding="utf-8") for page in options.readme):
+        return outdated
+    drawn = speed_chart(read_results(options.results / "cpu.json"))
+    if not options.check:
+        chart.write_text(drawn, encoding="utf-8")
+    elif not chart.exists() or chart.read_text(encoding="utf-8") != drawn:
+        print(f"{chart.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
+        outdated = 1
     return outdated
 
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ema_lists.h"
 #include "storage.h"
 
@@ -44,7 +46,7 @@ Move move_of(ema::Kind kind) {
 void ema_update__cpu(at::TensorList target, at::TensorList online, const at::Tensor& decay) {
   const double keep = decay_value(decay);
   EmaLists lists(target, online);
-  const auto& pairs = lists.pairs();
+  const auto& pairs = lists.pairs;
 
   std::vector<int64_t> ends;  // elements of the pairs up to each one
   ends.reserve(pairs.size());

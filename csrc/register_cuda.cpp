@@ -17,13 +17,13 @@ ema::Decay decay_of(const at::Tensor& decay, const at::Device& device) {
   if (decay.is_cpu()) return {decay_value(decay)};
   TORCH_CHECK_VALUE(decay.device() == device, "decay: expected on the CPU or the device of target[0] (", device,
                     "), got ", decay.device());
-  TORCH_CHECK_VALUE(decay.numel() == 1, "decay: expected a 0-d tensor, got shape ", decay.sizes());
+  TORCH_CHECK_VALUE(decay.numel() == 1, "decay: expected a 0-d tensor, got shape ", shape_text(decay.sizes()));
   switch (decay.scalar_type()) {
     case at::kFloat: return {0, decay.const_data_ptr(), ema::Float::kFloat};
     case at::kDouble: return {0, decay.const_data_ptr(), ema::Float::kDouble};
     case at::kHalf: return {0, decay.const_data_ptr(), ema::Float::kHalf};
     case at::kBFloat16: return {0, decay.const_data_ptr(), ema::Float::kBFloat16};
-    default: TORCH_CHECK_TYPE(false, "decay: expected a floating-point tensor, got ", decay.scalar_type());
+    default: TORCH_CHECK_TYPE(false, "decay: expected a floating-point tensor, got ", name_of(decay.scalar_type()));
   }
 }
 
@@ -35,7 +35,7 @@ void ema_update__cuda(at::TensorList target, at::TensorList online, const at::Te
   const ema::Decay weight = decay_of(decay, device);
   EmaLists lists(target, online);
   TORCH_CHECK_VALUE(device.is_cuda(), "target[0]: expected on a CUDA device, got ", device);
-  C10_CUDA_CHECK(ema::launch_ema_update(lists.pairs().data(), lists.pairs().size(), weight,
+  C10_CUDA_CHECK(ema::launch_ema_update(lists.pairs.data(), lists.pairs.size(), weight,
                                         c10::cuda::getCurrentCUDAStream(device.index())));
   lists.finish();
 }

@@ -1,9 +1,17 @@
-"""Checks of the arguments of ``ema_update_``, for every backend. C++ and Triton call them once for the same lists."""
+"""Checks of the arguments of ``ema_update_``.
+
+The search for shared memory is here alone; C++ and Triton ask for it once for the same addresses, shapes and strides.
+C++ does the other checks itself, at every call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import math
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,7 +19,8 @@ from byola_fast.ops import _checks as check
 
 HALF = (torch.float16, torch.bfloat16)
 
-Range = tuple[int, int, int]  # begin and end in bytes; number of the tensor: the targets, then the online tensors
+Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, bytes per element, shape, strides
+Ranges = npt.NDArray[np.int64]
 
 
 def require_valid_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
@@ -57,77 +66,94 @@ def require_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
 
 def require_separate_memory(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
     """Refuse targets that share memory with another tensor of the lists, and tensors whose storage was freed."""
-
-    def name_of(owner: int) -> str:
-        return f"target[{owner}]" if owner < len(target) else f"online[{owner - len(target)}]"
-
     tensors = [*target, *online]
-    filled = [(owner, x) for owner, x in enumerate(tensors) if x.numel()]
-    extents = [_extent(owner, x) for owner, x in filled]
-    for begin, _end, owner in extents:
-        if not begin:
-            raise ValueError(f"{name_of(owner)}: expected values, but its storage was freed")
-    clash = _find_clash(extents, len(target))
-    if clash is not None or not all(x.is_contiguous() or _is_nested(x) for x in target):
-        # exactly, element by element: a clash of extents may lie in gaps between elements
-        clash = _find_clash([piece for owner, x in filled for piece in _elements(owner, x)], len(target))
+    layouts = tuple((x.data_ptr(), x.element_size(), x.shape, x.stride()) for x in tensors)
+    names = [f"target[{k}]" for k in range(len(target))] + [f"online[{k}]" for k in range(len(online))]
+    for name, (address, _size, shape, _strides) in zip(names, layouts, strict=True):
+        if not address and 0 not in shape:
+            raise ValueError(f"{name}: expected values, but its storage was freed")
+    clash = _find_clash(layouts, len(target))
     if clash is None:
         return
-    owner, other = clash
+    owner, other = (names[k] for k in clash)
     if owner == other:
-        raise ValueError(
-            f"{name_of(owner)}: expected elements with memory of their own, got strides {tensors[owner].stride()}"
-        )
-    raise ValueError(f"{name_of(owner)}: expected memory of its own, got that of {name_of(other)}")
+        strides = tensors[clash[0]].stride()
+        raise ValueError(f"{owner}: expected elements with memory of their own, got strides {strides}")
+    raise ValueError(f"{owner}: expected memory of its own, got that of {other}")
 
 
-def is_dense(x: Tensor) -> bool:
-    """Return whether the elements of a tensor fill one stretch of memory without gaps, in any order."""
-    return x.is_contiguous() or (_reach(x) == x.numel() and _is_nested(x))
+def have_clash(ranges: Tensor, targets: int) -> bool:
+    """Return whether a target shares memory with another tensor; for C++. ``ranges`` as in ``_first_clash``."""
+    return _first_clash(ranges.numpy(), targets) is not None
 
 
-def _reach(x: Tensor) -> int:
-    """Return the number of elements from the first to the last in memory, gaps included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether elements fill one stretch of memory without gaps, in any order."""
+    return _reach(shape, strides) == math.prod(shape) and _is_nested(shape, strides)
 
 
-def _is_nested(x: Tensor) -> bool:
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last in memory, gaps included; at least one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Return whether each axis steps beyond the reach of the faster axes; then no two elements share memory."""
     reach = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride < reach:
             return False
         reach += (size - 1) * stride
     return True
 
 
-def _extent(owner: int, x: Tensor) -> Range:
-    begin = x.data_ptr()
-    return begin, begin + (x.numel() if x.is_contiguous() else _reach(x)) * x.element_size(), owner
+@functools.lru_cache(maxsize=16)
+def _find_clash(layouts: tuple[Layout, ...], targets: int) -> tuple[int, int] | None:
+    """Return the numbers of two tensors that share memory, the target first. Online tensors may share."""
+    extents = [
+        (address, address + (0 if 0 in shape else _reach(shape, strides) * size))
+        for address, size, shape, strides in layouts
+    ]
+    clash = _first_clash(np.array(extents, dtype=np.int64).reshape(-1, 2), targets)
+    if clash is None and all(_is_nested(shape, strides) for _address, _size, shape, strides in layouts[:targets]):
+        return None
+    pieces = [_pieces(*layout) for layout in layouts]  # exactly: a clash of extents may lie in gaps between elements
+    counts = [len(piece) for piece in pieces]
+    clash = _first_clash(np.concatenate(pieces), sum(counts[:targets]))
+    owners = np.repeat(np.arange(len(layouts)), counts)
+    return None if clash is None else (int(owners[clash[0]]), int(owners[clash[1]]))
 
 
-def _elements(owner: int, x: Tensor) -> list[Range]:
+def _pieces(address: int, size: int, shape: Sequence[int], strides: Sequence[int]) -> Ranges:
     """Return a range for each element, or one for all elements if they leave no gaps."""
-    if is_dense(x):
-        return [_extent(owner, x)]
-    offsets = torch.zeros(1, dtype=torch.int64)
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        offsets = (offsets[:, None] + torch.arange(size) * stride).flatten()
-    begin, size = x.data_ptr(), x.element_size()
-    return [(begin + k * size, begin + (k + 1) * size, owner) for k in offsets.tolist()]
+    offsets, length = np.zeros(1, dtype=np.int64), size
+    if 0 not in shape and is_dense(shape, strides):
+        length *= math.prod(shape)
+    else:
+        for count, stride in zip(shape, strides, strict=True):
+            offsets = (offsets[:, None] + np.arange(count) * stride).ravel()
+    begin = address + offsets * size
+    return np.stack([begin, begin + length], axis=1)
 
 
-def _find_clash(ranges: Iterable[Range], targets: int) -> tuple[int, int] | None:
-    """Return the owners of the first two ranges that overlap, the target first; online tensors may overlap."""
-    target_end = online_end = 0  # the furthest so far
-    last_target = last_online = 0  # their owners
-    for begin, end, owner in sorted(ranges):
-        if begin < target_end:
-            return last_target, owner
-        if owner < targets:
-            if begin < online_end:
-                return owner, last_online
-            target_end, last_target = end, owner
-        elif online_end < end:
-            online_end, last_online = end, owner
-    return None
+def _first_clash(ranges: Ranges, targets: int) -> tuple[int, int] | None:
+    """Return the first two ranges that overlap, unless both are online tensors'; the target's first.
+
+    Args:
+        ranges: begin and end in bytes, those of the targets before those of the online tensors ``(N, 2)``.
+        targets: number of ranges of targets.
+    """
+    order = ranges[:, 0].argsort(kind="stable")
+    begin, end = ranges[order].T
+    if (end[:-1] <= begin[1:]).all():  # the usual case: no overlap at all
+        return None
+    is_target = order < targets
+    target_end = np.maximum.accumulate(np.where(is_target, end, 0))  # the furthest so far
+    any_end = np.maximum.accumulate(end)
+    overlaps = begin[1:] < np.where(is_target[1:], any_end[:-1], target_end[:-1])
+    if not overlaps.any():
+        return None
+    last = int(overlaps.argmax()) + 1
+    first = int(((end[:last] > begin[last]) & (is_target[:last] | is_target[last])).argmax())
+    clash = int(order[first]), int(order[last])
+    return clash if is_target[first] else clash[::-1]

@@ -96,8 +96,11 @@ _implementations["log_mel"] = log_mel_in_chunks
 _implementations["augment_views"] = augment_views_allocate
 _implementations["augment_views_backward"] = augment_views_backward_composite
 _implementations["ema_update_"] = ema_update__checked
-library.define("ema_check_lists(Tensor[] target, Tensor[] online) -> ()")  # no op of its own: C++ calls it
-_implementations["ema_check_lists"] = _ema_checks.require_valid_lists
+# not public: the C++ of ema_update_ calls them for lists that are new to it
+library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
+library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
+_implementations["_ema_have_clash"] = _ema_checks.have_clash
+_implementations["_ema_require_separate_memory"] = _ema_checks.require_separate_memory
 for _name, _function in _implementations.items():
     library.impl(_name, _function, "CompositeExplicitAutograd")
 

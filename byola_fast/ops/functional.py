@@ -498,8 +498,8 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
         None; in place on data. A backward pass that had saved a target hears of it.
 
     Backends:
-        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. The lists are checked at the
-        first call; later calls check again only if an address, dtype, device, shape or stride has changed.
+        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Shared memory is searched for
+        at the first call, and again only if an address, dtype, shape or stride has changed.
 
     Source:
         BYOL, arXiv:2006.07733, eq. (1).

@@ -201,16 +201,15 @@ def test_the_backend_is_compiled():
 
 
 @pytest.fixture
-def checks(monkeypatch):
-    """Return the lengths of the lists that were checked."""
-    lengths, check = [], _ema_checks.require_separate_memory
-    monkeypatch.setattr(_ema_checks, "require_separate_memory", lambda t, o: (lengths.append(len(t)), check(t, o)))
-    return lengths
+def searches(monkeypatch):
+    """Return the numbers of ranges in the searches for shared memory; a search of disjoint tensors takes one."""
+    numbers, search = [], _ema_checks._first_clash
+    monkeypatch.setattr(_ema_checks, "_first_clash", lambda ranges, n: (numbers.append(n), search(ranges, n))[1])
+    return numbers
 
 
-def test_the_same_lists_are_checked_once(checks):
-    if _dispatch.backend_in_use("CPU", "ema_update_")[0] == "reference":
-        pytest.skip("the reference checks the lists at every call")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_lists_are_searched_once(searches, way):
     wide = torch.arange(18.0).view(3, 6)
     lists = [
         ([z(number), wide.clone()[:, ::2], wide.clone().t()], [z(number), wide[:, 1::2], wide.t().contiguous()])
@@ -218,17 +217,31 @@ def test_the_same_lists_are_checked_once(checks):
     ]
     for _ in range(3):
         for target, online in lists:
-            ops.ema_update_(target, [*online], 0.5)
-    assert len(checks) == 8
+            way(target, [*online], 0.5)
+    assert len(searches) == 8
     for target, online in lists:
         assert torch.equal(target[1], online[1] - 0.125)
         assert torch.equal(target[2], online[2])
-    more = [([z(3)], [torch.ones(3)]) for _ in range(40)]
+
+
+def test_a_loop_over_a_thousand_pairs_is_searched_once(searches):
+    if _dispatch.backend_in_use("CPU", "ema_update_")[0] == "reference":
+        pytest.skip("the reference remembers 16 lists")
+    target, online = z(1000).split(1), torch.ones(1000).split(1)
     for _ in range(2):
-        for target, online in more:
-            ops.ema_update_(target, online, 0.5)
-    assert all(target[0].tolist() == [0.75] * 3 for target, _online in more)
-    assert len(checks) == 8 + 2 * 40  # only the last plans are kept
+        for t, o in zip(target, online, strict=True):
+            ops.ema_update_([t], [o], 0.5)
+    assert all(t.item() == 0.75 for t in target)
+    assert len(searches) == 1000
+
+
+def test_more_tensors_than_are_remembered(searches):
+    line, other = z(70_000), torch.ones(70_000)
+    for _ in range(2):
+        for pieces in (line.split(1), line.split(2)):
+            ops.ema_update_(pieces, other.split(pieces[0].numel()), 0.5)
+    assert (line == 1 - 0.5**4).all()
+    assert 2 <= len(searches) <= 4
 
 
 def shared(target, online):

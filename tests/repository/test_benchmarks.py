@@ -15,6 +15,7 @@ from benchmarks import contenders as c
 from benchmarks import measure as m
 from benchmarks import readme_table
 from benchmarks.bench_ema import MODELS
+from benchmarks.chart import speed_chart
 from benchmarks.tables import markdown_table, terminal_table
 
 ONE = m.Place("cpu", 1)
@@ -235,3 +236,13 @@ def test_readme_markers_must_pair_and_exist(tmp_path: Path, text: str) -> None:
     m.write_results(tmp_path / "cpu.json", m.Results("pytest", "2026-01-31", list(measured().records.values())))
     with pytest.raises(ValueError, match=r"without its partner|no record"):
         readme_table.regenerate(text, tmp_path)
+
+
+def test_the_chart_holds_the_multiples_of_the_records() -> None:
+    results = m.read_results(readme_table.ROOT / "benchmarks" / "results" / "cpu.json")
+    svg = speed_chart(results)
+    for record in results.records:
+        if record.op == "two_views" and record.threads == 1 and record.contender == "byola_fast":
+            assert f'class="ours">{record.ratios["loop"]:.1f} x</text>' in svg
+    with pytest.raises(ValueError, match="no record of two_views"):
+        speed_chart(m.Results("pytest", "2026-01-31", list(measured().records.values())))

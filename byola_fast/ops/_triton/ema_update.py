@@ -148,7 +148,8 @@ def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _
     rows: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Any], list[int]]] = {}
     work = _Work([], [], [])
     for number, (t, o) in enumerate(zip(target, online, strict=True)):
-        alike = (t.is_contiguous() and o.is_contiguous()) or (t.stride() == o.stride() and check.is_dense(t))
+        contiguous = t.is_contiguous() and o.is_contiguous()
+        alike = contiguous or (t.stride() == o.stride() and check.is_dense(t.shape, t.stride()))
         if not alike:
             work.apart.append(number)
         elif t.numel():
