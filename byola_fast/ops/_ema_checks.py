@@ -6,12 +6,12 @@ C++ does the other checks itself, at every call.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from byola_fast.ops import _checks as check
 HALF = (torch.float16, torch.bfloat16)
 
 Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, bytes per element, shape, strides
-Ranges = npt.NDArray[np.int64]
 
 
 def require_valid_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
@@ -84,7 +83,7 @@ def require_separate_memory(target: Sequence[Tensor], online: Sequence[Tensor]) 
 
 def have_clash(ranges: Tensor, targets: int) -> bool:
     """Return whether a target shares memory with another tensor; for C++. ``ranges`` as in ``_first_clash``."""
-    return _first_clash(ranges.numpy(), targets) is not None
+    return _first_clash(ranges, targets) is not None
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -114,46 +113,46 @@ def _find_clash(layouts: tuple[Layout, ...], targets: int) -> tuple[int, int] | 
         (address, address + (0 if 0 in shape else _reach(shape, strides) * size))
         for address, size, shape, strides in layouts
     ]
-    clash = _first_clash(np.array(extents, dtype=np.int64).reshape(-1, 2), targets)
+    clash = _first_clash(torch.tensor(extents, dtype=torch.int64, device="cpu").view(-1, 2), targets)
     if clash is None and all(_is_nested(shape, strides) for _address, _size, shape, strides in layouts[:targets]):
         return None
     pieces = [_pieces(*layout) for layout in layouts]  # exactly: a clash of extents may lie in gaps between elements
     counts = [len(piece) for piece in pieces]
-    clash = _first_clash(np.concatenate(pieces), sum(counts[:targets]))
-    owners = np.repeat(np.arange(len(layouts)), counts)
-    return None if clash is None else (int(owners[clash[0]]), int(owners[clash[1]]))
+    clash = _first_clash(torch.cat(pieces), sum(counts[:targets]))
+    ends = list(itertools.accumulate(counts))
+    return None if clash is None else (bisect.bisect(ends, clash[0]), bisect.bisect(ends, clash[1]))
 
 
-def _pieces(address: int, size: int, shape: Sequence[int], strides: Sequence[int]) -> Ranges:
+def _pieces(address: int, size: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """Return a range for each element, or one for all elements if they leave no gaps."""
-    offsets, length = np.zeros(1, dtype=np.int64), size
+    offsets, length = torch.zeros(1, dtype=torch.int64, device="cpu"), size
     if 0 not in shape and is_dense(shape, strides):
         length *= math.prod(shape)
     else:
         for count, stride in zip(shape, strides, strict=True):
-            offsets = (offsets[:, None] + np.arange(count) * stride).ravel()
+            offsets = (offsets[:, None] + torch.arange(count, device="cpu") * stride).flatten()
     begin = address + offsets * size
-    return np.stack([begin, begin + length], axis=1)
+    return torch.stack([begin, begin + length], dim=1)
 
 
-def _first_clash(ranges: Ranges, targets: int) -> tuple[int, int] | None:
+def _first_clash(ranges: Tensor, targets: int) -> tuple[int, int] | None:
     """Return the first two ranges that overlap, unless both are online tensors'; the target's first.
 
     Args:
-        ranges: begin and end in bytes, those of the targets before those of the online tensors ``(N, 2)``.
+        ranges: begin and end in bytes, those of the targets before those of the online tensors ``(N, 2)`` int64.
         targets: number of ranges of targets.
     """
-    order = ranges[:, 0].argsort(kind="stable")
-    begin, end = ranges[order].T
+    begin, order = ranges[:, 0].sort(stable=True)
+    end = ranges[order, 1]
     if (end[:-1] <= begin[1:]).all():  # the usual case: no overlap at all
         return None
     is_target = order < targets
-    target_end = np.maximum.accumulate(np.where(is_target, end, 0))  # the furthest so far
-    any_end = np.maximum.accumulate(end)
-    overlaps = begin[1:] < np.where(is_target[1:], any_end[:-1], target_end[:-1])
-    if not overlaps.any():
+    target_end = torch.where(is_target, end, 0).cummax(0).values  # the furthest so far
+    any_end = end.cummax(0).values
+    overlaps = (begin[1:] < torch.where(is_target[1:], any_end[:-1], target_end[:-1])).nonzero()
+    if not len(overlaps):
         return None
-    last = int(overlaps.argmax()) + 1
-    first = int(((end[:last] > begin[last]) & (is_target[:last] | is_target[last])).argmax())
+    last = int(overlaps[0]) + 1
+    first = int(((end[:last] > begin[last]) & (is_target[:last] | is_target[last])).nonzero()[0])
     clash = int(order[first]), int(order[last])
     return clash if is_target[first] else clash[::-1]
