@@ -225,7 +225,7 @@ def read_list(path: Path) -> str:
     parts.broken()
     if not clips:
         return "empty"
-    out = path.parent / f"table{tables.FORMATS[zlib.crc32(path.read_bytes()) % 3]}"
+    out = path.parent / f"table{tables.TABLE_FORMATS[zlib.crc32(path.read_bytes()) % 3]}"
     tables.write_table(out, list(clips.items()), first_ms=0.0, period_ms=80.0)
     return f"written to {out.suffix}"
 
