@@ -1,4 +1,4 @@
-"""The chart of README: how many times as fast as what people run today, drawn from committed results as SVG."""
+"""README's chart of speed against common pipelines, drawn as SVG from committed results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS = [  # title, op, start of the variant, baseline, contenders
 
 
 def speed_chart(results: Results) -> str:
-    """Return the SVG of one CPU thread's speeds, each group relative to its first bar.
+    """Return the SVG of speeds on one CPU thread, each group relative to its first bar.
 
     Raises:
         ValueError: a record is missing.
