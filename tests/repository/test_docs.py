@@ -14,7 +14,7 @@ from byola_fast import cli
 from byola_fast.evaluation import recipes
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["--feature-d=16", "--proj-size=8", "--proj-dim=32", "--steps=2", "--n-memory=8", "--workers=0", "--threads=1"]
 MORE = {"pretrain": [*SMALL, "--stats-segments=8"], "eval": ["--keep-going"]}
 OTHERS = (
@@ -23,6 +23,7 @@ OTHERS = (
     "torchrun",
     "python -m benchmarks",
     "hear-validator",
+    "pre-commit",
 )  # run by CI, or tests of their own
 
 
