@@ -35,9 +35,7 @@ std::string shape_text(at::IntArrayRef sizes) {
   return text + (sizes.size() == 1 ? ",)" : ")");
 }
 
-std::string name_of(at::ScalarType dtype) {
-  return "torch." + std::string(c10::getDtypeNames(dtype).first);
-}
+std::string name_of(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
 ema::Kind kind_of(at::ScalarType target, at::ScalarType online, size_t number) {
   if (target == at::kFloat) {
