@@ -123,7 +123,7 @@ def test_unusable_files_say_what_is_wrong(tmp_path):
 def test_the_folder_of_a_run_names_its_weights(tmp_path):
     for name in ("checkpoint.pt", "encoder.pth"):
         (tmp_path / name).touch()
-        with pytest.raises(CheckpointError, match=re.escape(f"Is a directory; give a file, as {tmp_path / name}")):
+        with pytest.raises(CheckpointError, match=re.escape(f"Is a directory; give a file, such as {tmp_path / name}")):
             load_checkpoint(tmp_path)
 
 

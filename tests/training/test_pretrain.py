@@ -230,7 +230,7 @@ def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
     out = run(stats=str(tmp_path / "stats.json"), steps=1).out
     assert load_checkpoint(out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
     assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
-    with pytest.raises(ValueError, match="taken with f_min 60"):
+    with pytest.raises(ValueError, match="computed with f_min 60"):
         run("third", stats=str(tmp_path / "stats.json"), f_min=50.0)
 
 
