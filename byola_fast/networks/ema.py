@@ -219,7 +219,7 @@ class EMA(nn.Module):
                 plan.copied_online.append(o)
         return plan
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         """Return what the target makes of the arguments."""
         return self.target(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
 

@@ -270,29 +270,27 @@ def make_encoder(
             ``frame_stride`` (input frames for each output frame).
         n_mels: mel bins F of the log-mel spectrograms; 64 if None.
         feature_d: width of the embedding; the encoder's own default if None, 512 and 3072. A class of your own is given
-            ``n_mels`` and ``feature_d`` if its constructor takes them.
+            ``n_mels`` and ``feature_d`` if its constructor names them.
         **settings: passed to the constructor.
 
     Raises:
-        ValueError: an unknown name, or a width that the encoder cannot have. TypeError: a class that makes no
-            ``nn.Module`` with a ``feature_d``.
+        ValueError: an unknown name, a width that the encoder cannot have, or a class that makes no ``nn.Module`` with
+            an integer ``feature_d``.
 
     >>> make_encoder("AudioNTT2022").feature_d
     3072
     """
     build = find_class("encoder", name, ENCODERS)
     parameters = inspect.signature(build).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     width = "d" if issubclass(build, AudioNTT) else "feature_d"
     for argument, value in (("n_mels", n_mels), (width, feature_d)):
-        if value is not None and (argument in parameters or takes_any):
+        if value is not None and argument in parameters:
             settings[argument] = value
     encoder = build(**settings)
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder: expected a class of nn.Module, got {build.__name__}")
-    if feature_d is not None and feature_width(encoder) != feature_d:
+    if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "feature_d", None), int):
+        raise ValueError(f"encoder: expected a class of nn.Module with an integer feature_d, got {build.__name__}")
+    if feature_d is not None and encoder.feature_d != feature_d:
         raise ValueError(f"feature_d: expected the {encoder.feature_d} of {build.__name__}, got {feature_d}")
-    feature_width(encoder)
     if n_mels is not None and getattr(encoder, "n_mels", n_mels) != n_mels:
         raise ValueError(f"n_mels: expected the {encoder.n_mels} of {build.__name__}, got {n_mels}")
     return encoder

@@ -22,18 +22,18 @@ def find_learner(objective: str | type[Learner]) -> type[Learner]:
     """Return the class of an objective: by its name, ``"package.module:Class"``, or the class itself.
 
     Raises:
-        ValueError: an unknown name. TypeError: no subclass of ``Learner``.
+        ValueError: an unknown name, or no subclass of ``Learner``.
 
     >>> find_learner("cola").segments
     2
     """
     found = find_class("objective", objective, LEARNERS)
     if not issubclass(found, Learner):
-        raise TypeError(f"objective: expected a subclass of byola_fast.Learner, got {found.__name__}")
+        raise ValueError(f"objective: expected a subclass of byola_fast.Learner, got {found.__name__}")
     return found
 
 
-def default_of(learner: type[Learner], setting: str) -> Any:
+def default_of(learner: type[Learner], setting: str) -> object:
     """Return a learner's own default of a setting; None if it has none.
 
     >>> default_of(MoCo, "ema_decay"), default_of(SimCLR, "ema_decay")
@@ -81,8 +81,8 @@ def make_learner(
 
     Raises:
         ValueError: an unknown objective; a setting that it does not have (the common ones, such as ``proj_dim``, are
-        passed over instead, as every run has them); a value out of range. TypeError: no ``feature_d``, or a class that
-        is no ``Learner``.
+        passed over instead, as every run has them); a value out of range; a class that is no ``Learner``. TypeError: no
+        ``feature_d``.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> type(make_learner("simclr", AudioNTT2020(d=32), proj_size=16, proj_dim=64)).__name__

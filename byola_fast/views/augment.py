@@ -6,10 +6,11 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack  # which torch depends on
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
@@ -17,9 +18,44 @@ from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.distributed import concat_ranks
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
-from byola_fast.views.params import AugmentParams, Settings, resolve_settings
+from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
+
+Views = tuple[Tensor, Tensor]
+ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
 
 
+@overload
+def augment(
+    lms: Tensor,
+    *,
+    return_params: Literal[False] = False,
+    preset: str = ...,
+    stats: tuple[float, float] | Tensor | None = ...,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    sample_offset: int = ...,
+    generator: torch.Generator | None = ...,
+    out: Tensor | None = ...,
+    params: AugmentParams | None = ...,
+    post_norm: bool = ...,
+    **settings: Unpack[SettingsByName],
+) -> Views: ...
+@overload
+def augment(
+    lms: Tensor,
+    *,
+    return_params: Literal[True],
+    preset: str = ...,
+    stats: tuple[float, float] | Tensor | None = ...,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    sample_offset: int = ...,
+    generator: torch.Generator | None = ...,
+    out: Tensor | None = ...,
+    params: AugmentParams | None = ...,
+    post_norm: bool = ...,
+    **settings: Unpack[SettingsByName],
+) -> ViewsAndParams: ...
 def augment(
     lms: Tensor,
     *,
@@ -33,8 +69,8 @@ def augment(
     params: AugmentParams | None = None,
     return_params: bool = False,
     post_norm: bool = True,
-    **settings: Any,
-) -> Any:
+    **settings: Unpack[SettingsByName],
+) -> Views | ViewsAndParams:
     """Return two random views of a batch of log-mel spectrograms, every sample with its own parameters.
 
     Pre-normalise, mix with another sample of the batch (log-mixup-exp), random resize crop, random linear fader
@@ -134,6 +170,30 @@ class Augment(nn.Module):
     rng: Tensor
     fixed_stats: Tensor | None
 
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        @overload
+        def __call__(
+            self,
+            lms: Tensor,
+            *,
+            return_params: Literal[False] = False,
+            sample_offset: int = ...,
+            params: AugmentParams | None = ...,
+            out: Tensor | None = ...,
+        ) -> Views: ...
+        @overload
+        def __call__(
+            self,
+            lms: Tensor,
+            *,
+            return_params: Literal[True],
+            sample_offset: int = ...,
+            params: AugmentParams | None = ...,
+            out: Tensor | None = ...,
+        ) -> ViewsAndParams: ...
+        def __call__(self, lms: Tensor, **keywords: Any) -> Views | ViewsAndParams: ...
+
     def __init__(
         self,
         preset: str = "byola-v1",
@@ -145,7 +205,7 @@ class Augment(nn.Module):
         stats: tuple[float, float] | Tensor | RunningStats | None = None,
         post_norm: bool = True,
         sync: bool = True,
-        **settings: Any,
+        **settings: Unpack[SettingsByName],
     ) -> None:
         super().__init__()
         self.settings = resolve_settings(preset, settings)
@@ -168,7 +228,7 @@ class Augment(nn.Module):
         params: AugmentParams | None = None,
         return_params: bool = False,
         out: Tensor | None = None,
-    ) -> Any:
+    ) -> Views | ViewsAndParams:
         """Return ``view1, view2`` (and params), and advance step and bank."""
         check.require_float("lms", lms)
         x = without_channel("lms", lms)
@@ -339,7 +399,7 @@ def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | N
     return out
 
 
-def _answer(views: Tensor, lms: Tensor, params: AugmentParams | None) -> Any:
+def _answer(views: Tensor, lms: Tensor, params: AugmentParams | None) -> Views | ViewsAndParams:
     if lms.dim() == 4:
         views = views[:, :, None]
     view1, view2 = views.unbind(0)
