@@ -85,3 +85,15 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_and_script_that_the_pages_name_exists():
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    for page in [*PAGES, *(ROOT / "benchmarks").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"\b((?:tests|benchmarks|examples|byola_fast)/[\w/]+\.(?:py|sh))\b", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert any(f"def {name}(" in source for source in sources.values()), f"{page.name}: {name}"
+        for name in re.findall(r"`(test_\w+\.py)`", text):
+            assert name in sources, f"{page.name}: {name}"
