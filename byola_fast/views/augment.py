@@ -6,7 +6,7 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,38 +24,32 @@ Views = tuple[Tensor, Tensor]
 ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
 
 
+class _Keywords(SettingsByName, total=False):
+    """The keywords of ``augment`` but for ``return_params``, on which its result depends."""
+
+    preset: str
+    stats: tuple[float, float] | Tensor | None
+    seed: int | Tensor | None
+    step: int | Tensor
+    sample_offset: int
+    generator: torch.Generator | None
+    out: Tensor | None
+    params: AugmentParams | None
+    post_norm: bool
+
+
+class _CallKeywords(TypedDict, total=False):
+    """Likewise, of a call of ``Augment``."""
+
+    sample_offset: int
+    params: AugmentParams | None
+    out: Tensor | None
+
+
 @overload
-def augment(
-    lms: Tensor,
-    *,
-    return_params: Literal[False] = False,
-    preset: str = ...,
-    stats: tuple[float, float] | Tensor | None = ...,
-    seed: int | Tensor | None = ...,
-    step: int | Tensor = ...,
-    sample_offset: int = ...,
-    generator: torch.Generator | None = ...,
-    out: Tensor | None = ...,
-    params: AugmentParams | None = ...,
-    post_norm: bool = ...,
-    **settings: Unpack[SettingsByName],
-) -> Views: ...
+def augment(lms: Tensor, *, return_params: Literal[False] = False, **keywords: Unpack[_Keywords]) -> Views: ...
 @overload
-def augment(
-    lms: Tensor,
-    *,
-    return_params: Literal[True],
-    preset: str = ...,
-    stats: tuple[float, float] | Tensor | None = ...,
-    seed: int | Tensor | None = ...,
-    step: int | Tensor = ...,
-    sample_offset: int = ...,
-    generator: torch.Generator | None = ...,
-    out: Tensor | None = ...,
-    params: AugmentParams | None = ...,
-    post_norm: bool = ...,
-    **settings: Unpack[SettingsByName],
-) -> ViewsAndParams: ...
+def augment(lms: Tensor, *, return_params: Literal[True], **keywords: Unpack[_Keywords]) -> ViewsAndParams: ...
 def augment(
     lms: Tensor,
     *,
@@ -174,23 +168,11 @@ class Augment(nn.Module):
 
         @overload
         def __call__(
-            self,
-            lms: Tensor,
-            *,
-            return_params: Literal[False] = False,
-            sample_offset: int = ...,
-            params: AugmentParams | None = ...,
-            out: Tensor | None = ...,
+            self, lms: Tensor, *, return_params: Literal[False] = False, **keywords: Unpack[_CallKeywords]
         ) -> Views: ...
         @overload
         def __call__(
-            self,
-            lms: Tensor,
-            *,
-            return_params: Literal[True],
-            sample_offset: int = ...,
-            params: AugmentParams | None = ...,
-            out: Tensor | None = ...,
+            self, lms: Tensor, *, return_params: Literal[True], **keywords: Unpack[_CallKeywords]
         ) -> ViewsAndParams: ...
         def __call__(self, lms: Tensor, **keywords: Any) -> Views | ViewsAndParams: ...
 

@@ -54,7 +54,7 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_the_system_says_is_told(tmp_path):
+def test_the_system_error_is_in_the_message(tmp_path):
     """torch.save wraps a failing write in words of its own; the limit is a real one."""
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"step": 1})

@@ -156,7 +156,7 @@ def leftovers(*folders: Path) -> list[str]:
 
 
 class Scenarios:
-    """Each scenario counts what it did in ``seen`` and raises if something was lost."""
+    """Each scenario counts its steps in ``seen`` and raises if something was lost."""
 
     def __init__(self, work: Path, kills: int) -> None:
         self.work, self.kills, self.random = work, kills, random.Random(0)
