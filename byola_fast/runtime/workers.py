@@ -83,10 +83,11 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
     if workers == 0:
         yield from map(read, keys)
         return
+    main = os.getpid()
     team: list[tuple[BaseProcess, BinaryIO]] = []
 
     def end() -> None:
-        for process, items in team:
+        for process, items in team if os.getpid() == main else ():  # a fork of this process has a copy of the team
             process.kill()
             process.join()
             items.close()
