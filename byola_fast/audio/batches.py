@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.audio.store_format import is_store
 from byola_fast.ops.philox import MASK32, SLOT_ORDER, SLOT_REPLACEMENT, philox4x32
-from byola_fast.runtime.workers import num_workers, read_in_processes
+from byola_fast.runtime.workers import num_workers, read_in_processes, read_in_thread
 
 logger = logging.getLogger("byola_fast")
 
@@ -132,8 +131,8 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1} (world_size - 1), got {rank}")
         self.source, self.batch_size, self.seed, self.segments = source, batch_size, seed, segments
-        self.own = batch_size // world_size
-        self.sample_offset = rank * self.own
+        self.local_size = batch_size // world_size
+        self.sample_offset = rank * self.local_size
         self.workers = num_workers(workers)
         self._threaded = workers != 0  # of a store; on a single core too
         self.device = device
@@ -155,25 +154,24 @@ class Batches:
             ChildProcessError: a process that decodes audio was killed.
         """
         numbers = range(start, steps)
-        read: Generator[Read | AudioError]
+        read: Generator[tuple[Batch, list[AudioError]]]
         pin = self.device is not None and self.device.type == "cuda"
         if isinstance(self.source, SegmentFolder):
-            read = read_in_processes(_Steps(self), numbers, self.workers, pin=pin)
+            read = read_in_processes(self.read, numbers, self.workers)
         elif self._threaded and isinstance(self.source, SegmentStore):
-            read = _read_in_thread(lambda step: self.read(step, pin), numbers)
+            read = read_in_thread(partial(self.read, pin=pin), numbers, AHEAD)
         else:
             read = (self.read(step, pin) for step in numbers)
         with closing(read):
-            for item in read:
-                if isinstance(item, AudioError):
-                    raise item
-                batch, errors = item
+            for batch, errors in read:
                 for error in errors:
                     if error.path not in self.broken:
                         self.broken[error.path] = error.reason
                         logger.warning("skipping %s", error)
-                # towards the CPU, from a store on a GPU, it must wait
-                wav = batch.wav if self.device is None else batch.wav.to(self.device, non_blocking=pin)
+                wav = batch.wav
+                if self.device is not None:
+                    wav = wav.pin_memory() if pin and wav.device.type == "cpu" else wav
+                    wav = wav.to(self.device, non_blocking=pin)  # a copy to the CPU must wait
                 yield batch._replace(wav=wav)
 
     def read(self, step: int, pin: bool = False) -> tuple[Batch, list[AudioError]]:
@@ -190,18 +188,18 @@ class Batches:
         first = place * self.batch_size + self.sample_offset
         errors: list[AudioError] = []
         if isinstance(self.source, SegmentFolder):
-            numbers = self._order(epoch)[first : first + self.own].tolist()
+            numbers = self._order(epoch)[first : first + self.local_size].tolist()
             wav = torch.stack([self._decode(epoch, number, errors) for number in numbers])
         elif isinstance(self.source, DeviceStore):
             clips, starts = self._starts(epoch)
-            own = slice(first * self.segments, (first + self.own) * self.segments)
+            own = slice(first * self.segments, (first + self.local_size) * self.segments)
             wav = self.source.cut(clips[own], starts[own])
         else:
-            clips, draws = self._clips(epoch, self._order(epoch)[first : first + self.own])
+            clips, draws = self._clips(epoch, self._order(epoch)[first : first + self.local_size])
             out = torch.empty(len(clips), self.source.num_samples, dtype=torch.int16, pin_memory=pin)
             wav = self.source.gather(clips, epoch, draws, out=out)
         if self.segments > 1:
-            wav = wav.view(self.own, self.segments, -1)
+            wav = wav.view(self.local_size, self.segments, -1)
         return Batch(step, epoch, self.sample_offset, wav), errors
 
     def _order(self, epoch: int) -> Tensor:
@@ -258,34 +256,3 @@ class Batches:
             clips, draws = (x.to(self.source.device) for x in self._clips(epoch, self._order(epoch)))
             self._cached_starts = epoch, clips, self.source.starts(clips, epoch, draws)
         return self._cached_starts[1:]
-
-
-Read = tuple[Batch, list[AudioError]]
-
-
-class _Steps:
-    """Batches by step, with the error that no file can be read in place of one: see ``read_in_processes``."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Read | AudioError:
-        try:
-            return self.batches.read(step)
-        except AudioError as error:
-            return error
-
-
-def _read_in_thread(read: Callable[[int], Read], steps: range) -> Generator[Read]:
-    waiting: deque[Future[Read]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="byola_fast batches") as pool:
-        try:
-            for step in steps:
-                waiting.append(pool.submit(read, step))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -130,12 +131,12 @@ def pack(
 
     offsets, broken, clipped = [0], {}, 0
     sources: list[tuple[int, int]] = []
-    decoding = read_in_processes(_Decoder(files, sample_rate), range(len(files)), workers)
+    decoding = read_in_processes(partial(_decode, sample_rate=sample_rate), files, workers)
     with PartWriter(out, number, parts) as writer, closing(decoding) as decoded:
-        for name, (wav, beyond, source, error) in zip(own, decoded, strict=True):
-            if error is not None:
-                broken[name] = error.reason
-                logger.warning("skipping %s", error)
+        for name, (wav, beyond, source) in zip(own, decoded, strict=True):
+            if isinstance(wav, AudioError):
+                broken[name] = wav.reason
+                logger.warning("skipping %s", wav)
             else:
                 writer.write(wav)
             clipped += beyond
@@ -186,22 +187,17 @@ def _sources(header: PartHeader) -> list[tuple[int, int]]:
     return list(zip(header.source_bytes, header.source_times, strict=True))
 
 
-Decoded = tuple["npt.NDArray[np.int16] | None", int, tuple[int, int], AudioError | None]
+Decoded = tuple["npt.NDArray[np.int16] | AudioError", int, tuple[int, int]]
 
 
-class _Decoder:
-    """Whole files as int16, with the number of samples beyond full scale, by number."""
+def _decode(file: Path, sample_rate: int) -> Decoded:
+    """Return a whole file as int16 or an error, the number of samples beyond full scale, and its fingerprint."""
+    import numpy as np
 
-    def __init__(self, files: list[Path], sample_rate: int) -> None:
-        self.files, self.sample_rate = files, sample_rate
-
-    def __getitem__(self, number: int) -> Decoded:
-        import numpy as np
-
-        source = fingerprint(self.files[number])
-        try:
-            wav = read_audio(self.files[number], self.sample_rate).numpy()
-        except AudioError as error:
-            return None, 0, source, error
-        beyond = int(np.count_nonzero(np.abs(wav) > 1))
-        return np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16), beyond, source, None
+    source = fingerprint(file)
+    try:
+        wav = read_audio(file, sample_rate).numpy()
+    except AudioError as error:
+        return error, 0, source
+    beyond = int(np.count_nonzero(np.abs(wav) > 1))
+    return np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16), beyond, source

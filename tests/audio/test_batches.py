@@ -26,7 +26,6 @@ from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.audio.store_format import StoreError
-from byola_fast.runtime import workers as processes
 
 RATE = 16000
 UNIT = 0.05
@@ -300,13 +299,13 @@ def test_workers_leave_signals_to_the_main_process(source: Callable[..., Source]
 
 
 def test_workers_that_have_just_begun_leave_signals_to_the_main_process(
-    source: Callable[..., Source], monkeypatch
+    source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = processes._begin
+    run = multiprocessing.Process.run
 
-    def slow(*args: int) -> None:
+    def slow(process: multiprocessing.Process) -> None:
         time.sleep(0.5)
-        begin(*args)
+        run(process)
 
     def stop() -> None:
         while not (begun := multiprocessing.active_children()):
@@ -314,7 +313,7 @@ def test_workers_that_have_just_begun_leave_signals_to_the_main_process(
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(int(begun[0].pid or 0), number)
 
-    monkeypatch.setattr(processes, "_begin", slow)
+    monkeypatch.setattr(multiprocessing.Process, "run", slow)
     thread = threading.Thread(target=stop)
     thread.start()
     assert len(list(Batches(source("folder"), 4, seed=0, workers=1).run(3))) == 3

@@ -258,11 +258,11 @@ def test_a_killed_decoder_is_an_error(
 ) -> None:
     folder, out, before = old_and_new
 
-    def die(decoder: packing._Decoder, number: int) -> packing.Decoded:
+    def die(file: Path, sample_rate: int) -> packing.Decoded:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    monkeypatch.setattr(packing._Decoder, "__getitem__", die)
+    monkeypatch.setattr(packing, "_decode", die)
     with pytest.raises(ChildProcessError, match=r"a process that reads audio was killed \(out of memory\?\)"):
         pack(folder, out, workers=1)
     assert content(out) == before
