@@ -1,1 +1,1 @@
-"""Benchmarks of byola_fast: one file per op plus the whole pipeline; ``README.md`` tells how to run and read them."""
+"""Benchmarks of byola_fast: one file per op and one for the whole pipeline. How to run and read them: ``README.md``."""

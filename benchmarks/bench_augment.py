@@ -1,4 +1,4 @@
-"""Two views of a batch, how their time scales with the batch, and the single ops of the augmentation."""
+"""Two views of a batch, their time by batch size, and the single ops of the augmentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def two_views(device: str, interpolation: str) -> Group:
-    """Two views of 256 samples, post-normalisation included."""
+    """Two views of 256 samples, with post-normalisation."""
     data = Batches(BATCH, device)
     contenders = [c for place in places_on(device) for c in view_contenders(data, place, interpolation, TWO_VIEWS)]
     return Group(
@@ -39,7 +39,7 @@ def two_views(device: str, interpolation: str) -> Group:
 
 
 def scaling(device: str, threads: int) -> Group:
-    """Time per sample of two bilinear views over batch sizes, with fresh outputs and into reused ones."""
+    """Time per sample of two bilinear views by batch size, with fresh and with reused outputs."""
     contenders = []
     for batch in SIZES:
         data = Batches(batch, device)
@@ -112,7 +112,7 @@ def single_op(
     exact: Callable[[int], Tensor],
     moved: int,
 ) -> Group:
-    """Return the group of one op whose every contender returns one tensor like its input."""
+    """Return the group of one op; every contender returns one tensor with the shape of its input."""
     out = torch.empty_like(data.x[0])
     runs = runs | {"copy": lambda k: out.copy_(data.x[k % data.count])}
     exact = functools.lru_cache(maxsize=1)(exact)

@@ -1,4 +1,4 @@
-"""The moving average of a whole model: 1,000 tiny tensors, one large one, and BYOL-A's encoder with its projector."""
+"""The EMA of a whole model: 1,000 tiny tensors, one large tensor, and BYOL-A's encoder with its projector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONV, CONV_NEXT, NORM = [(64, 1, 3, 3), (64,)], [(64, 64, 3, 3), (64,)], [(64,),
 
 
 def audio_ntt_2020(d: int) -> list[tuple[int, ...]]:
-    """Return the shapes of BYOL-A's encoder of feature_d ``d`` and its projector."""
+    """Return the shapes of BYOL-A's encoder with feature_d ``d`` and its projector."""
     return [
         *(CONV + NORM + CONV_NEXT + NORM + CONV_NEXT + NORM),
         *[(d, 512), (d,), (d, d), (d,)],
@@ -47,7 +47,7 @@ CONTENDERS = (
 
 
 class Weights(nn.Module):
-    """A model that is nothing but its parameters."""
+    """A model with parameters only."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: str) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class Weights(nn.Module):
 
 
 def ema(device: str, model: str) -> Group:
-    """One update of every parameter: target and online are read, target is written, 12 bytes each."""
+    """One update of every parameter: read target and online, write target, 12 bytes per parameter."""
     shapes = MODELS[model]
     online, start = Weights(shapes, device), Weights(shapes, device)
     online_list: list[Tensor] = list(online.parameters())
     start_list: list[Tensor] = list(start.parameters())
     count = sum(o.numel() for o in online_list)
-    source = torch.randn(3 * count // 2, device=device)  # read and written: 12 bytes a parameter too
+    source = torch.randn(3 * count // 2, device=device)  # a copy reads and writes it: also 12 bytes per parameter
     destination = torch.empty_like(source)
 
     @functools.lru_cache(maxsize=1)

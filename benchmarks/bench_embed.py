@@ -1,4 +1,4 @@
-"""Waveforms to embeddings: log-mel and the plain layers one by one, against ``byola_fast.Embedder``."""
+"""Waveforms to embeddings: log-mel and the layers one by one, against ``byola_fast.Embedder``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from byola_fast.networks.encoders import AudioNTT2020, pool_frames
 
 BATCH, SECONDS, WIDTH = 1, 10, 512
 CONTENDERS = ("layers", "byola_fast", "byola_fast, bfloat16")
-ROUGH = 0.05  # of bfloat16, five layers deep; the tests ask for a cosine of 0.999 to float32
+ROUGH = 0.05  # for bfloat16, five layers deep; the tests require a cosine of 0.999 to float32
 
 
 def embed(device: str) -> Group:
-    """A clip of 10 s to its 512-d embedding; ``layers`` is the same front end and the network as it is trained."""
+    """A clip of 10 s to its 512-d embedding; ``layers`` is the same front end and the network as trained."""
     wav = [torch.randn(BATCH, SECONDS * 16000, device=device).mul_(0.1) for _ in range(2)]
     encoder = AudioNTT2020(d=WIDTH)
     for layer in encoder.features:

@@ -1,4 +1,4 @@
-"""Waveforms to log-mel spectrograms: torchaudio's MelSpectrogram and a logarithm, against ``byola_fast.LogMel``."""
+"""Waveforms to log-mel spectrograms: torchaudio's MelSpectrogram and a log, against ``byola_fast.LogMel``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def frontend(device: str) -> Group:
-    """256 waveforms to log-mel spectrograms: noise at levels 40 dB apart, in float32, and as int16 for ours too."""
+    """256 waveforms to log-mel spectrograms: noise over a range of 40 dB, as float32, for ours also as int16."""
     torchaudio = pytest.importorskip("torchaudio")
     sets = input_sets(4 * BATCH * SAMPLES, device)
     level = 10 ** (-2 * torch.rand(sets, BATCH, 1, device=device))

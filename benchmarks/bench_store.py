@@ -1,4 +1,4 @@
-"""A batch of random segments: from a folder of audio files, from a packed store, and a plain copy of its bytes."""
+"""A batch of random segments from a folder of audio files and from a packed store, against a copy of its bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEVICE = ("SegmentStore.gather", "DeviceStore.gather", "Batches of a DeviceStore
 
 
 def write_corpus(root: Path) -> None:
-    """Write clips of noise as wav and as flac, 16 bits, and pack them."""
+    """Write clips of noise as 16-bit wav and flac, and pack them."""
     import soundfile
 
     for form in ("wav", "flac"):
@@ -39,7 +39,7 @@ def write_corpus(root: Path) -> None:
 
 
 def store(device: str) -> Group:
-    """256 random segments of 1000 clips of 4 s, on one core; int16, in units of its last bit."""
+    """256 random segments of 1000 clips of 4 s, on one core; int16, compared in units of the last bit."""
     pytest.importorskip("soundfile")
     temporary = tempfile.TemporaryDirectory()
     atexit.register(temporary.cleanup)

@@ -1,7 +1,7 @@
 """Feed interleaved measurements to pytest-benchmark, print ratios at the end, and store records.
 
-pytest-benchmark runs contenders one after the other; a group is therefore measured once, in turns, when its first test
-runs, and each test then replays its contender's samples through the clock that pytest-benchmark reads.
+pytest-benchmark runs contenders one after the other. So the first test of a group measures the whole group in turns,
+and each test replays its contender's samples through the clock that pytest-benchmark reads.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _readings: Iterator[float] = iter(())
 
 
 def recorded() -> float:
-    """Be the clock that pytest-benchmark reads before and after each round: 0, sample, 0, sample, ..."""
+    """Clock that pytest-benchmark reads before and after each round: 0, sample, 0, sample, ..."""
     return next(_readings)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("byola_fast")
-    group.addoption("--results", type=Path, metavar="JSON", help="write one record for each contender to this file")
+    group.addoption("--results", type=Path, metavar="JSON", help="write a record for each contender to this file")
     group.addoption("--full", action="store_true", help="more rounds")
 
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def replay(benchmark: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
-    """Return ``replay(build, contender, place, **settings)``, with ``build(device, **settings)`` making the group."""
+    """Return ``replay(build, contender, place, **settings)``; ``build(device, **settings)`` makes the group."""
     measured = pytestconfig.stash[MEASURED]
     budget_s = FULL_BUDGET_S if pytestconfig.getoption("--full") else BUDGET_S
 
@@ -88,7 +88,7 @@ def _outcome(build: Callable[[], Group], timed: bool, budget_s: float) -> Measur
     try:
         group = build()
         return measure(group, budget_s) if timed else Measured(group.title, {}, {}, gate(group))
-    except Exception as error:  # every test of the group fails with it, and none measures again
+    except Exception as error:  # every test of the group fails with it, without measuring again
         return error
 
 

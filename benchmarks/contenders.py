@@ -1,8 +1,8 @@
-"""Two views of a batch, by every contender: the same inputs, the same parameters, post-normalisation included.
+"""Contenders for two views of a batch: the same inputs and parameters, with post-normalisation.
 
-Inputs are pre-normalised already; partners come from the same batch. ``loop``, ``reference`` and ``compiled`` are given
-the drawn parameters (the loop as Python numbers); ``byola_fast`` is the call as users make it, which draws the same
-parameters inside the measured time and shifts and scales by the ``stats`` it is given. Both count against it.
+Inputs are pre-normalised; partners come from the same batch. ``loop``, ``reference`` and ``compiled`` receive the drawn
+parameters (the loop as Python numbers). ``byola_fast`` is the public call, which draws the same parameters and applies
+``stats`` inside the measured time; both count against it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from byola_fast.ops._dispatch import backend_in_use
 from byola_fast.ops.functional import canvas_size, size_range
 
 MELS, FRAMES = 64, 96
-MIXUP_RATIO, SCALE = 0.4, (0.6, 1.5)  # of byola-v1
+MIXUP_RATIO, SCALE = 0.4, (0.6, 1.5)  # byola-v1
 SEED = 20210311
 EPS = torch.finfo(torch.float32).eps
-CHUNK = 64  # samples; the float64 reference stays in cache
+CHUNK = 64  # samples per chunk, so that the float64 reference stays in cache
 VIEW_OPS = ("draw_params", "augment_views_out", "normalize_")
 
 Params = tuple[Tensor, Tensor, Tensor, Tensor]  # lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2)
@@ -33,7 +33,7 @@ LoopParams = list[list[tuple[float, int, list[int]]]]  # view, sample: lam, part
 
 
 def backend_of(device: str, ops: Sequence[str]) -> str:
-    """Return the backend that answers for all of these ops on a device, or name those left to the reference."""
+    """Return the backend of these ops on a device, with the names of the ops that the reference runs."""
     names = {op: backend_in_use(device.upper(), op)[0] for op in ops if op in _schemas.OPS}
     left = [op for op, name in names.items() if name == "reference"]
     others = sorted({name for name in names.values() if name != "reference"})
@@ -51,7 +51,7 @@ def mix_one(x: Tensor, z: Tensor, lam: float) -> Tensor:
 
 
 def crop_one(x: Tensor, box: Sequence[int], interpolation: str) -> Tensor:
-    """Cut a box from the zero canvas around one spectrogram ``(1, F, T)`` and resize it."""
+    """Cut a box from the zero-padded canvas of one spectrogram ``(1, F, T)`` and resize it."""
     mels, frames = x.shape[1:]
     rows, columns = canvas_size(mels, frames)
     top, left = (rows - mels) // 2, (columns - frames) // 2
@@ -64,7 +64,7 @@ def crop_one(x: Tensor, box: Sequence[int], interpolation: str) -> Tensor:
 
 
 def views_loop(x: Tensor, params: LoopParams, interpolation: str) -> tuple[Tensor, ...]:
-    """Make two views of ``x (B, F, T)`` one sample at a time, as people do today; from the paper's definition."""
+    """Make two views of ``x (B, F, T)`` one sample at a time, as common pipelines do, by the paper's definition."""
     views = []
     for view in params:
         made = []
@@ -86,7 +86,7 @@ def loop_params(params: Params) -> LoopParams:
 
 
 def draw(x: Tensor, step: int) -> Params:
-    """Draw byola-v1's parameters of a batch, as ``byola_fast.augment(x, seed=SEED, step=step)`` does."""
+    """Draw byola-v1's parameters for a batch, as ``byola_fast.augment(x, seed=SEED, step=step)`` does."""
     batch, mels, frames = x.shape
     sizes = list(size_range("freq_scale", mels, SCALE)), list(size_range("time_scale", frames, SCALE))
     rng = torch.tensor([SEED, step], device=x.device)
@@ -104,12 +104,12 @@ def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> t
 
 
 def views_reference(x: Tensor, params: Params, interpolation: str) -> tuple[Tensor, ...]:
-    """Make two views with the plain PyTorch reference, called past the dispatcher, so that it stays the reference."""
+    """Make two views with the plain PyTorch reference, called directly, so that the dispatcher picks no kernel."""
     return reference.normalize_reference(*views_sums(x, x, params, interpolation)).unbind(0)
 
 
 def views_exact(x: Tensor, params: Params, interpolation: str) -> tuple[Tensor, ...]:
-    """Return the float64 reference, a chunk at a time."""
+    """Compute both views with the float64 reference, chunk by chunk."""
     lam, partner, crop, fader = params
     wide, parts = x.double(), []
     for start in range(0, len(x), CHUNK):
@@ -124,7 +124,7 @@ def views_exact(x: Tensor, params: Params, interpolation: str) -> tuple[Tensor, 
 
 
 class Batches:
-    """Input sets of one batch size to rotate among: fresh noise, and each set's parameters.
+    """Rotating input sets of one batch size: fresh noise, and the parameters of each set.
 
     Call number k uses set ``k % count`` and step ``k % count``.
     """
@@ -156,7 +156,7 @@ class Batches:
 
 
 def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequence[str]) -> list[Contender]:
-    """Return the named contenders for two views; each must read x and two partners and write two views, 5 inputs."""
+    """Return the named contenders for two views; the work reads x and two partners and writes two views, 5 inputs."""
     compiled = torch.compile(views_reference, dynamic=False) if "compiled" in names else views_reference
     loop_given = [loop_params(p) for p in data.params] if "loop" in names else []
     mine = functools.partial(byola_fast.augment, stats=data.stats, seed=SEED, interpolation=interpolation)

@@ -1,12 +1,13 @@
 """Check and measure everything that needs a GPU, in one command: ``python -m benchmarks.gpu_check [--only STAGE...]``.
 
-Stages are independent. On a GPU each runs in a process of its own, since an illegal access or a hanging kernel takes
-all that comes after it in the same process along, and is stopped at its time limit. Each leaves OUT/STAGE.json as soon
-as it ends, or what it has so far while it runs; one that fails leaves its error there and stops no other. After each,
-OUT/gpu.json, from which README's table is made, is put together anew from all that lie in OUT, those of earlier
-commands included: stages may be run one at a time, and ``--only`` without a name runs none. Without a GPU this is a dry
-run: every stage does on the CPU, in miniature, what does not need one, and says what it left out; its file is marked
-so, and no table is made from it.
+Stages are independent. On a GPU each runs in its own process with a time limit, because an illegal access or a hanging
+kernel breaks everything after it in the same process. Each stage writes OUT/STAGE.json when it ends, and partial
+results while it runs; a failed stage writes its error there and stops no other. After each stage OUT/gpu.json, the
+source of the table in docs, is joined again from all stage files in OUT, earlier commands included. So stages can be
+run one at a time; ``--only`` without a name only joins.
+
+Without a GPU this is a dry run: every stage runs in miniature on the CPU and lists what it skipped; its file is marked
+as dry, and no table is made from it.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import stages, trainer
+from benchmarks.gpu.missing import missing_packages, unloadable_tests
 from benchmarks.measure import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # of the names of tests
-PACKAGES_OF_TESTS = ("hypothesis", "soundfile", "jsonargparse", "sklearn")  # files that need a missing one are left out
-SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # files of tests
-LIMIT_S = 180.0  # of a stage
+ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # for pytest -k
+ALL_TESTS = ["-p", "no:cacheprovider", "-m", "slow or not slow"]  # pyproject.toml leaves the slow ones out
+SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # tests/ops/test_NAME.py
+LIMIT_S = 180.0  # time limit of a stage
 LIMITS_S = {"views": 240.0, "training": 300.0, "tests": 420.0, "sanitizers": 590.0}
-WORKERS = 8  # processes of tests, where pytest-xdist is here: most of their time goes to compiling kernels
+WORKERS = 8  # test processes, if pytest-xdist is installed; most of their time goes into compiling kernels
 
-# What compiles longest, by the first calls that need it: in processes of their own, all at once.
+# First calls that compile longest; each runs in its own process, all at once.
 FIRST_CALLS = {
     "two views": "byola_fast.Augment(seed=0, shape=(64, 96)).to(d)(torch.randn(256, 64, 96, device=d))",
     "two views, bicubic": "byola_fast.augment(torch.randn(256, 64, 96, device=d), interpolation='bicubic')",
@@ -55,13 +57,13 @@ FIRST_CALLS = {
 
 @dataclass
 class Context:
-    """What stages share.
+    """State of one stage.
 
     Attributes:
         device: "cuda", or "cpu" in a dry run.
         out: folder of the results.
         stage: name of the stage.
-        left_out: what a stage could not do here, in words.
+        left_out: descriptions of what the stage skipped here.
     """
 
     device: str
@@ -74,14 +76,14 @@ class Context:
         return self.device == "cpu"
 
     def skip(self, what: str) -> bool:
-        """Return whether this is a dry run, and note what it leaves out."""
+        """Return whether this is a dry run, and note what it skips."""
         if self.dry and what not in self.left_out:
             self.left_out.append(what)
         return self.dry
 
     def keep(self, found: dict[str, Any]) -> None:
-        """Leave what a stage has found so far, for the case that it does not come to its end."""
-        write_stage(self, {**found, "error": "did not come to its end"})
+        """Write partial results, in case the stage does not finish."""
+        write_stage(self, {**found, "error": "did not finish"})
 
 
 def environment(context: Context) -> dict[str, Any]:
@@ -100,20 +102,22 @@ def environment(context: Context) -> dict[str, Any]:
 
 
 def tests(context: Context) -> dict[str, Any]:
-    """All tests that run on CUDA: those that take a device, opcheck among them, and those of the Triton kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    if context.skip("running the tests on CUDA: all only collected"):
+    """Run all tests on CUDA: those with a ``device`` fixture, opcheck included, and those of the Triton kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", *ALL_TESTS, "tests"]
+    if context.skip("running the tests on CUDA: they are only collected"):
         command += ["--collect-only"]
     else:
         command += ["-k", ON_CUDA, "--durations=20"]
         command += ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    missing = [name for name in PACKAGES_OF_TESTS if importlib.util.find_spec(name) is None]
-    command += [f"--ignore={path.relative_to(ROOT)}" for path in files_that_import(missing)]
-    return {**_logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20), "missing_packages": missing}
+    missing = missing_packages()
+    left_out = [str(path.relative_to(ROOT)) for path in unloadable_tests(missing)]
+    command += [f"--ignore={path}" for path in left_out]
+    found = _logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20)
+    return found | {"missing_packages": missing, "files_left_out": left_out}
 
 
 def _logged(command: list[str], log: Path, limit_s: float, **environment: str) -> dict[str, Any]:
-    """Run a command into a log, which holds what there is of it if it takes too long; return code and last line."""
+    """Run a command with its output in a log, up to a time limit; return the exit code and the last line."""
     with open(log, "wb") as file:
         to_log: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         code = _wait(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **to_log), limit_s)
@@ -123,35 +127,22 @@ def _logged(command: list[str], log: Path, limit_s: float, **environment: str) -
 
 
 def _wait(process: subprocess.Popen[Any], limit_s: float) -> int | None:
-    """Return the exit code of a process that leads a session, or None where it took too long; all of it is ended."""
+    """Return the exit code of a session leader, or None if it took too long; end its whole process group."""
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):  # at the first it ends sessions of its own
+        for number in (signal.SIGTERM, signal.SIGKILL):  # on SIGTERM it ends the sessions that it started
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
 
 
-def files_that_import(names: Sequence[str]) -> list[Path]:
-    """Return the files of tests that import any of these, or import one that does."""
-    found: dict[str, Path] = {}
-    while True:
-        wanted = "|".join([*names, *found])
-        imports = re.compile(rf"^(?:import|from) (?:{wanted})\b", re.M)
-        files = sorted((ROOT / "tests").glob("*.py")) if wanted else []
-        more = {path.stem: path for path in files if path.stem not in found and imports.search(path.read_text())}
-        if not more:
-            return list(found.values())
-        found |= more
-
-
 def compilation(context: Context) -> dict[str, Any]:
-    """Seconds of first calls, compilation included, all at once; later stages find the kernels on the disk."""
-    if context.skip("first calls of the kernels: compilation for a GPU"):
+    """Time first calls with compilation, all at once; later stages find the kernels on disk."""
+    if context.skip("first calls of the kernels: they compile for a GPU"):
         return {}
     code = "import time, torch, byola_fast\nd = 'cuda'\ntorch.zeros(1, device=d)\nbegun = time.perf_counter()\n"
     end = "\ntorch.cuda.synchronize()\nprint(f'seconds {time.perf_counter() - begun:.1f}')"
@@ -180,17 +171,17 @@ def compilation(context: Context) -> dict[str, Any]:
 
 
 def sanitizers(context: Context) -> dict[str, Any]:
-    """compute-sanitizer's memcheck and racecheck over the tests of the kernels; by hand, for it takes long."""
+    """Run compute-sanitizer's memcheck and racecheck over the tests of the kernels; only by name, as it takes long."""
     program = shutil.which("compute-sanitizer")
     if program is None or context.skip("compute-sanitizer over the tests of the kernels"):
         return {"found": program is not None}
     results: dict[str, Any] = {"found": True, "returncode": 0}
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in SANITIZED]
+    files = [f"tests/ops/test_{name}.py" for name in SANITIZED]
     which = f"{ON_CUDA} and not graph and not gradcheck"
     for check, limit_s in (("memcheck", 360.0), ("racecheck", 200.0)):
         command = [program, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
-        command += ["-p", "no:cacheprovider", "-k", which, *files]
-        # One allocation a tensor: within a cached block, memcheck sees no end. Graphs cannot be captured then.
+        command += [*ALL_TESTS, "-k", which, *files]
+        # One allocation per tensor, as memcheck cannot see ends inside a cached block; no graph capture then.
         results[check] = _logged(command, context.out / f"{check}.log", limit_s, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         results["returncode"] = results["returncode"] or results[check]["returncode"]
         context.keep(results)
@@ -216,7 +207,7 @@ BY_HAND = ("sanitizers",)
 
 
 def run(stages: Sequence[str], out: Path, device: str, *, apart: bool = False) -> dict[str, Any]:
-    """Run stages, each in a process ``apart`` or all in this one, write their files and the joint one; return that."""
+    """Run stages in this process, or each in its own (``apart``); write their files and return the joined results."""
     out.mkdir(parents=True, exist_ok=True)
     for name in stages:
         context = Context(device, out, name)
@@ -228,7 +219,7 @@ def run(stages: Sequence[str], out: Path, device: str, *, apart: bool = False) -
         _join(out)
         print(f"{name}: {found['seconds']} s{', FAILED: ' + found['error'] if 'error' in found else ''}", flush=True)
         for what in found["left_out"]:
-            print(f"  without a GPU, left out: {what}", flush=True)
+            print(f"  skipped without a GPU: {what}", flush=True)
     return _join(out)
 
 
@@ -244,7 +235,7 @@ def _run_here(context: Context) -> dict[str, Any]:
         found = STAGES[context.stage](context)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        with suppress(OSError, ValueError):  # what it had kept
+        with suppress(OSError, ValueError):  # partial results
             found = json.loads((context.out / f"{context.stage}.json").read_text()) | found
     return {"dry_run": context.dry, "left_out": context.left_out} | found
 
@@ -253,7 +244,7 @@ def _run_apart(context: Context) -> dict[str, Any]:
     path = context.out / f"{context.stage}.json"
     limit_s = LIMITS_S.get(context.stage, LIMIT_S)
     log = context.out / f"{context.stage}.out"
-    # No fallback is measured under a backend's name; which there would be, and why, is for the first stage to tell.
+    # Strict, so that no fallback is measured under a backend's name; the environment stage reports fallbacks.
     strict = os.environ.get("BYOLA_FAST_STRICT", "0" if context.stage == "environment" else "1")
     ended = _logged(_command(context), log, limit_s, BYOLA_FAST_STRICT=strict)
     found: dict[str, Any] = {"dry_run": context.dry, "left_out": []}
@@ -270,13 +261,13 @@ def _run_apart(context: Context) -> dict[str, Any]:
 
 
 def _command(context: Context) -> list[str]:
-    """Return the command that runs one stage in a process of its own."""
+    """Return the command that runs one stage in its own process."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", context.stage, "--here"]
     return [*command, "--out", str(context.out.resolve()), "--device", context.device]
 
 
 def _join(out: Path) -> dict[str, Any]:
-    """Put all stages that lie in a folder together, and return them."""
+    """Join all stage files of a folder, and return them."""
     stages = {name: json.loads(path.read_text()) for name in STAGES if (path := out / f"{name}.json").exists()}
     results = {"dry_run": any(found["dry_run"] for found in stages.values()), "stages": stages}
     (out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -284,10 +275,10 @@ def _join(out: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the goals with what was measured, as Markdown.
+    """Return the measurements and goals as a Markdown table.
 
     Raises:
-        ValueError: the results are of a dry run.
+        ValueError: the results come from a dry run.
     """
     if results["dry_run"]:
         raise ValueError("a dry run measures nothing: run this on a machine with a GPU")
@@ -297,13 +288,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the stages asked for; return 1 if one of all in the folder failed."""
+    """Run the chosen stages; return 1 if any stage in the folder failed."""
     parser = argparse.ArgumentParser(description="Check and measure everything that needs a GPU.")
     parser.add_argument(
-        "--only", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; by default all but {', '.join(BY_HAND)}"
+        "--only", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; default: all but {', '.join(BY_HAND)}"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the JSON files and logs")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu makes it a dry run; by default what is there")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu makes it a dry run; default: cuda if available")
     parser.add_argument("--here", action="store_true", help="run stages in this process, without time limits")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -319,5 +310,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes of stages
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that _wait ends the stage's processes
     sys.exit(main())

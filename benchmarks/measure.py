@@ -1,8 +1,8 @@
-"""What every benchmark shares: the correctness gate, interleaved timing, and records.
+"""The correctness gate, interleaved timing and records of all benchmarks.
 
-A ``Group`` holds the contenders for one piece of work. ``measure`` first checks each of them against its float64
-expectation, then times them in turns, so that a busy moment of a shared machine hits all alike. What counts is the
-ratio of two medians of one group; absolute times are context.
+A ``Group`` holds the contenders for one piece of work. ``measure`` first checks each against its float64 expectation,
+then times them in turns, so that a busy moment of a shared machine hits all alike. Only the ratio of two medians of one
+group counts; absolute times are context.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import torch
 from torch import Tensor
 
 PACKAGES = ("byola_fast", "torch", "torchaudio", "triton")
-CHECKED_CALLS = 2  # a contender must be right on two input sets, or it could be remembering one
+CHECKED_CALLS = 2  # two input sets, as a contender could remember one
 # Float32 against float64 after a logarithm and post-normalisation: ours stays below 1e-5; F.interpolate computes tap
 # positions in float32, 6e-8 of up to 143 frames times steps of several std between neighbouring frames of noise.
 TOLERANCE = 5e-4
 LONG_CALL_S = 0.1
-CHUNK = 2**18  # elements compared at a time; float64 temporaries of a large tensor would cost seconds in page faults
+CHUNK = 2**18  # elements compared at once; float64 temporaries of a large tensor would cost seconds of page faults
 
 
 class WrongAnswerError(AssertionError):
-    """A contender does not compute what it is about to be timed for."""
+    """A contender's results are wrong."""
 
 
 class Place(NamedTuple):
-    """Where a contender runs."""
+    """Device and CPU threads of a contender."""
 
     device: str
     threads: int
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 def cores() -> int:
-    """Return how many CPU cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -66,17 +66,17 @@ class Contender:
     """One way to do a group's work.
 
     Attributes:
-        name: who it is; ``label`` is what tables show.
-        run: does the work once, on the input set of this call number, and returns the results.
-        expected: what ``run`` must return for that call number, in float64.
+        name: key; tables show ``label``.
+        run: does the work once on the input set of this call number and returns the results.
+        expected: the float64 results for a call number.
         place: device and CPU threads.
-        shapes: of inputs and outputs, by name.
+        shapes: shapes of inputs and outputs by name.
         samples: samples in one call; ratios compare times per sample.
-        bytes_moved: what the work must read and write at least.
-        backend: of our own contenders, what ``byola_fast.doctor()`` says; "torch" of all others.
-        prepare: puts in-place work back to its start before it is checked (once).
-        optional: may be missing on this machine (no compiler for ``torch.compile``).
-        tolerance: of each element, relative to 1 + its size.
+        bytes_moved: minimum bytes that the work reads and writes.
+        backend: backend by ``byola_fast.doctor()`` for our contenders; "torch" for all others.
+        prepare: resets in-place work before its check (done once).
+        optional: whether it may be missing on this machine (no compiler for ``torch.compile``).
+        tolerance: maximum error of an element, relative to 1 + its magnitude.
     """
 
     name: str
@@ -97,13 +97,13 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """The name, and the backend where the reference answers for any of its ops."""
+        """The name, with the backend if the reference runs any of its ops."""
         return f"{self.name} ({self.backend} backend)" if "reference" in self.backend else self.name
 
 
 @dataclass(frozen=True)
 class Group:
-    """The contenders for one piece of work, on one device; ratios are taken to ``baselines``, shares of ``floor``."""
+    """The contenders for one piece of work on one device, with the baselines of ratios and the floor of shares."""
 
     op: str
     variant: str
@@ -119,7 +119,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, one number for each round."""
+    """Seconds per call, one value for each round."""
 
     samples: list[float]
 
@@ -139,8 +139,8 @@ class Timing:
 class Record:
     """One contender's result.
 
-    Times are seconds per call; ``ratios`` say how many times as fast as each baseline it is, per sample;
-    ``others_share`` is the share of the CPU that other processes took while the group was timed, None where unknown.
+    Times are seconds per call. ``ratios`` are the speed per sample relative to each baseline (2 = twice as fast).
+    ``others_share`` is the share of the CPU that other processes took during the timing, None if unknown.
     """
 
     op: str
@@ -171,7 +171,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Measured:
-    """A group's records and samples by contender key, and why an optional contender is missing."""
+    """A group's records and samples by contender key, and reasons for missing optional contenders."""
 
     title: str
     records: dict[tuple[str, int], Record]
@@ -183,7 +183,7 @@ class Measured:
 
 
 def gate(group: Group) -> dict[tuple[str, int], str]:
-    """Check every contender; return those that cannot run here, with the reason.
+    """Check every contender; return the ones that cannot run here, with reasons.
 
     Raises:
         WrongAnswerError: a contender's results differ from its float64 expectation.
@@ -205,7 +205,7 @@ def gate(group: Group) -> dict[tuple[str, int], str]:
                         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     )
                     continue
-            with cpu_threads(1):  # quicker than two that wait for each other on a busy machine
+            with cpu_threads(1):  # faster than two threads that wait for each other on a busy machine
                 who = f"{group.title}: {contender.label}"
                 _compare(who, found, contender.expected(number), contender.tolerance)
     return missing
@@ -217,7 +217,7 @@ def _compare(who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tole
     for f, e in zip(found, expected, strict=True):
         for found_part, part in zip(_chunks(f), _chunks(e), strict=True):
             error = (found_part.double() - part).abs() / (1 + part.double().abs())
-            if not bool((error <= tolerance).all()):  # not: NaN must fail too
+            if not bool((error <= tolerance).all()):  # "not <=" also fails NaN
                 raise WrongAnswerError(f"{who}: error {error.max().item():.3g} against the float64 reference")
 
 
@@ -231,7 +231,7 @@ def _chunks(x: Tensor) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, then as many as before."""
+    """Set the number of torch's threads inside the block."""
     before = torch.get_num_threads()
     if count != before:
         torch.set_num_threads(count)
@@ -246,7 +246,7 @@ Stopwatch = Callable[[Callable[[int], object], int, int], float]
 
 
 def cpu_stopwatch(run: Callable[[int], object], first: int, repeats: int) -> float:
-    """Return the seconds that calls number ``first`` to ``first + repeats - 1`` take together."""
+    """Return the total seconds of calls number ``first`` to ``first + repeats - 1``."""
     start = time.perf_counter()
     for number in range(first, first + repeats):
         run(number)
@@ -254,7 +254,7 @@ def cpu_stopwatch(run: Callable[[int], object], first: int, repeats: int) -> flo
 
 
 def cuda_stopwatch(run: Callable[[int], object], first: int, repeats: int) -> float:
-    """Return the seconds between two events on the current stream around the calls, host gaps included."""
+    """Return the seconds between two events on the current stream around the calls, with host gaps."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
@@ -274,11 +274,11 @@ def interleaved(
     min_sample_s: float = 3e-3,
     stopwatch: Stopwatch = cpu_stopwatch,
 ) -> dict[tuple[str, int], Timing]:
-    """Time contenders in turns: each round takes one sample of each, and starts one contender later than the last.
+    """Time contenders in turns: each round takes one sample of each, starting one contender later than the last round.
 
-    A sample is the mean of as many calls as fill ``min_sample_s`` (over 10,000 ticks of the clock), after one untimed
-    call that brings back code and threads after the contender before, unless a call is so long that this is nothing.
-    Call numbers go on, so that inputs rotate. As many rounds are taken as fit the budget, within ``min_rounds`` and
+    A sample is the mean over enough calls to fill ``min_sample_s`` (over 10,000 ticks of the clock). One untimed call
+    precedes it, to warm code and threads again after the previous contender, unless a call takes ``LONG_CALL_S``. Call
+    numbers keep increasing, so that inputs rotate. The number of rounds fits the budget, between ``min_rounds`` and
     ``rounds``.
     """
     calls = dict.fromkeys((c.key for c in contenders), 0)
@@ -315,7 +315,7 @@ def interleaved(
 
 
 def measure(group: Group, budget_s: float = 10.0) -> Measured:
-    """Check a group, time it in turns, and make the records."""
+    """Check a group, time it in turns, and return its records."""
     missing = gate(group)
     present = [c for c in group.contenders if c.key not in missing]
     stopwatch = cuda_stopwatch if present[0].place.device == "cuda" else cpu_stopwatch
@@ -331,10 +331,11 @@ def measure(group: Group, budget_s: float = 10.0) -> Measured:
 def _record(
     group: Group, c: Contender, timing: Timing, per_sample: dict[tuple[str, int], float], others: float | None
 ) -> Record:
-    own, threads = per_sample[c.key], c.place.threads
-    ratios = {b: per_sample[b, threads] / own for b in group.baselines if (b, threads) in per_sample and b != c.name}
+    seconds, threads = per_sample[c.key], c.place.threads
+    baselines = [b for b in group.baselines if (b, threads) in per_sample and b != c.name]
+    ratios = {b: per_sample[b, threads] / seconds for b in baselines}
     if threads > 1 and (c.name, 1) in per_sample:
-        ratios["1 thread"] = per_sample[c.name, 1] / own
+        ratios["1 thread"] = per_sample[c.name, 1] / seconds
     floor = per_sample.get((group.floor, threads)) if group.floor else None
     return Record(
         op=group.op,
@@ -352,7 +353,7 @@ def _record(
         bytes_moved=c.bytes_moved,
         gb_per_s=c.bytes_moved / timing.median / 1e9,
         floor=group.floor,
-        floor_share=None if floor is None else floor / own,
+        floor_share=None if floor is None else floor / seconds,
         ratios=ratios,
         others_share=others,
         machine=machine(),
@@ -364,12 +365,12 @@ def _record(
 
 
 def input_sets(bytes_per_set: int, device: str) -> int:
-    """Return how many input sets to rotate so that none is still in the last-level cache when it comes round again."""
+    """Return how many input sets to rotate, so that none is still in the last-level cache on its next turn."""
     return max(2, min(64, math.ceil(2 * last_level_cache(device) / bytes_per_set)))
 
 
 def last_level_cache(device: str) -> int:
-    """Return the size of the largest cache in bytes; 32 MiB where the system does not tell."""
+    """Return the size of the largest cache in bytes; 32 MiB if the system does not report it."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [32 * 2**20]
@@ -384,7 +385,7 @@ def last_level_cache(device: str) -> int:
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:
-    """Return seconds since some moment: of all cores, of all cores at work or stolen, of this process at work."""
+    """Return total, busy (or stolen) seconds of all cores, and busy seconds of this process; None if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -397,12 +398,12 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
 def _others_share(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> float | None:
     if before is None or after is None or after[0] <= before[0]:
         return None
-    total, busy, own = (b - a for a, b in zip(before, after, strict=True))
-    return max(0.0, (busy - own) / total)
+    total, busy, ours = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - ours) / total)
 
 
 def machine() -> dict[str, str | int]:
-    """Describe the machine as far as a figure depends on it."""
+    """Return the facts about the machine that figures depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "cpu": _cpu_model(),
@@ -433,7 +434,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Results:
-    """The records of one run, as stored under ``results/``."""
+    """The records of one run, as stored in ``results/``."""
 
     command: str
     date: str
@@ -441,7 +442,7 @@ class Results:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Store results as JSON, one record a line."""
+    """Write results as JSON, one record per line."""
     lines = ",\n".join("  " + json.dumps(asdict(record)) for record in results.records)
     head = f'"command": {json.dumps(results.command)},\n"date": {json.dumps(results.date)}'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,6 +450,6 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Load what ``write_results`` stored."""
+    """Read the results that ``write_results`` wrote."""
     stored = json.loads(path.read_text())
     return Results(stored["command"], stored["date"], [Record(**record) for record in stored["records"]])

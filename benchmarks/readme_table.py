@@ -1,9 +1,9 @@
 """Regenerate the tables of README.md and docs from stored results: ``python -m benchmarks.readme_table [--check]``.
 
-``<!-- benchmarks:FILE/OP begin -->`` to ``<!-- benchmarks:FILE/OP end -->`` holds the table of op OP in
-``benchmarks/results/FILE.json``, for example ``cpu/two_views``. ``gpu/goals`` is the table of ``gpu_check``, or, while
-there is no ``gpu.json``, the sentence that says so; ``quality/summary``, ``quality/study`` and ``quality/ablations``
-are of the study.
+The table of op OP in ``benchmarks/results/FILE.json``, for example ``cpu/two_views``, stands between the markers ``<!--
+benchmarks:FILE/OP begin -->`` and ``<!-- benchmarks:FILE/OP end -->``. ``gpu/goals`` is the table of ``gpu_check``, or
+a notice if there is no ``gpu.json``. ``quality/summary``, ``quality/study`` and ``quality/ablations`` belong to the
+study. The chart ``benchmarks/results/speed.svg`` is drawn from ``cpu.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import gpu_check
+from benchmarks.chart import speed_chart
 from benchmarks.measure import read_results
 from benchmarks.quality import tables as quality_tables
 from benchmarks.tables import markdown_table
@@ -31,10 +32,10 @@ MARKER = re.compile(r"<!-- benchmarks:")
 
 
 def regenerate(text: str, results: Path) -> str:
-    """Return README text with every table made anew from the files in ``results``.
+    """Return a page's text with every table regenerated from the files in ``results``.
 
     Raises:
-        ValueError: a begin without its end, or an op that a file does not hold.
+        ValueError: a marker lacks its partner, or a file has no record of an op.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -59,9 +60,9 @@ def _gpu_table(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite the pages, or with ``--check`` return 1 if one differs from what the results give."""
+    """Rewrite the pages, or with ``--check`` return 1 if one is out of date."""
     parser = argparse.ArgumentParser(description="Regenerate the tables of README and docs from stored results.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
     parser.add_argument("--readme", type=Path, nargs="*", default=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
     options = parser.parse_args(arguments)
@@ -76,6 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
             outdated = 1
         else:
             page.write_text(new, encoding="utf-8")
+    chart = options.results / "speed.svg"
+    if not any(chart.name in page.read_text(encoding="utf-8") for page in options.readme):
+        return outdated
+    drawn = speed_chart(read_results(options.results / "cpu.json"))
+    if not options.check:
+        chart.write_text(drawn, encoding="utf-8")
+    elif not chart.exists() or chart.read_text(encoding="utf-8") != drawn:
+        print(f"{chart.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
+        outdated = 1
     return outdated
 
 

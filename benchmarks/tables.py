@@ -1,4 +1,4 @@
-"""Tables of records: plain for the terminal, Markdown for README."""
+"""Tables of records: plain text for the terminal, Markdown for docs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.measure import Measured, Record, Results
 
-BUSY = 0.1  # share of the CPU in other hands from which a run is not worth quoting
+BUSY = 0.1  # share of the CPU taken by other processes above which a run must not be quoted
 
 
 def terminal_table(found: Measured) -> list[str]:
-    """Return one line for each contender of a group."""
+    """Return a line for each contender of a group."""
     records = list(found.records.values())
     baselines = _baselines(records)
     unit = "us/sample" if records[0].samples > 1 else "us/call"
-    head = ["contender", "threads", unit, "IQR", "GB/s", "of floor", *(f"x {name}" for name in baselines)]
+    head = ["contender", "threads", unit, "IQR", "GB/s", "share of floor", *(f"x {name}" for name in baselines)]
     rows = [
         [
             r.contender,
@@ -34,7 +34,7 @@ def terminal_table(found: Measured) -> list[str]:
     ]
     absent = [f"{name} ({threads} threads) cannot run here: {why}" for (name, threads), why in found.missing.items()]
     others = records[0].others_share
-    busy = [f"other processes took {others:.0%} of the CPU meanwhile: do not quote"] if others and others > BUSY else []
+    busy = [f"other processes took {others:.0%} of the CPU: do not quote"] if others and others > BUSY else []
     return ["", found.title, *lines, *absent, *busy]
 
 
@@ -42,7 +42,7 @@ def markdown_table(results: Results, op: str) -> str:
     """Return the table of one op: a row for each of our contenders, a column for each baseline.
 
     Raises:
-        ValueError: no record of this op.
+        ValueError: the results hold no record of this op.
     """
     records = [r for r in results.records if r.op == op and r.contender.startswith("byola_fast")]
     if not records:
@@ -75,17 +75,17 @@ def markdown_table(results: Results, op: str) -> str:
 
 
 def caption(results: Results, record: Record) -> str:
-    """Return where, when and how a table's figures came about."""
+    """Return how, where and when a table's figures were measured."""
     name = str(record.machine["gpu"] if record.device == "cuda" else record.machine["cpu"])
     if record.device == "cpu":
         name += f" ({record.machine['instruction_set']}, {record.machine['cores']} cores)"
     versions = f"torch {record.versions['torch']}, Python {record.versions['python']}"
-    how = "Medians of interleaved rounds, as ratios (x = times as fast as); the last column is context."
+    how = "Ratios of medians over interleaved rounds (x = times as fast as). The last column is context only."
     return f"{how} {name}, {versions}, {results.date}: `{results.command}`."
 
 
 def number(value: float) -> str:
-    """Return three digits of a number, without an exponent."""
+    """Format a number with about three digits and without an exponent."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"

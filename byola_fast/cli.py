@@ -1,4 +1,4 @@
-"""The command line: one dataclass for each command, and one line for each error."""
+"""The command line: one dataclass per command, one line per error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from byola_fast.training.published import from_published
 from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
-ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. To begin: byola-fast pretrain --demo"
+ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. First: byola-fast pretrain --demo"
 RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
 
 
@@ -55,8 +55,7 @@ CONFIGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0; 1 after the loss of another process; 2 after an error of use or data; 130 after an interrupt and 143 after
-    SIGTERM, with everything saved.
+    0: success. 1: another process died. 2: wrong use or data. 130: interrupted. 143: SIGTERM, with everything saved.
     """
     from jsonargparse import ArgumentError
 
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_underscores(argument: str) -> str:
-    """Let ``--batch-size`` stand for ``--batch_size``, as the setting is called in files and in Python."""
+    """Turn ``--batch-size`` into ``--batch_size``, the setting's name in files and in Python."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
@@ -91,7 +90,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def _renamed_flags(argv: Sequence[str]) -> list[str]:
-    """Put flags of version 0.1 under their new names, each with a warning; this ends with version 0.3."""
+    """Replace the flags of version 0.1 by their new names and warn; to be removed in version 0.3."""
     renamed: list[str] = []
     command = next(iter(argv), "")
     words = iter(argv)
@@ -102,7 +101,7 @@ def _renamed_flags(argv: Sequence[str]) -> list[str]:
             value = value if equals else next(words, "")
             new_flag, new_value = _new_flag(flag, value)
             if new_flag != flag:
-                message = "%s %s is now called %s %s; the old name ends with version 0.3"
+                message = "%s %s is now called %s %s; the old name goes in version 0.3"
                 logging.getLogger("byola_fast").warning(message, flag, value, new_flag, new_value)
             renamed += [new_flag, new_value]
         else:
@@ -119,7 +118,7 @@ def _new_flag(flag: str, value: str) -> tuple[str, str]:
 
 
 def _published(argv: Sequence[str]) -> list[str]:
-    """Put, in place of the file after ``pretrain --config``, its content with published names turned into ours."""
+    """Replace the file of ``pretrain --config`` by its content under our names."""
     import yaml
 
     message: list[str] = []
@@ -140,7 +139,7 @@ def _make_parser(demo: bool) -> Any:
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
     train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
-    message = "YAML file of settings, named as the flags are or as in published config.yaml files"
+    message = "YAML file of settings under the flags' names or those of published config.yaml files"
     train.add_argument("--config", action="config", help=message)
     _add_settings(train, PretrainConfig)
     if demo:
@@ -153,10 +152,10 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(store, PackConfig, skip={"audio_dir", "out"})
     commands.add_subcommand("pack", store, help="decode a folder of audio once, into a store that is read fast")
 
-    mean_std = ArgumentParser(description="Take mean and std of the log-mels of random segments.", **options)
+    mean_std = ArgumentParser(description="Compute mean and std of the log-mels of random segments.", **options)
     mean_std.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
     _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
-    commands.add_subcommand("stats", mean_std, help="take mean and std of a corpus, for pretrain --stats")
+    commands.add_subcommand("stats", mean_std, help="compute mean and std of a corpus, for pretrain --stats")
 
     embed = ArgumentParser(description="Write embeddings of audio files of any length.", **options)
     embed.add_argument("WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published")
@@ -164,12 +163,12 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(embed, EmbedConfig, skip={"weights", "paths"})
     commands.add_subcommand("embed", embed, help="write embeddings of audio files")
 
-    export = ArgumentParser(description="Write wav to embedding as a file for other runtimes.", **options)
+    export = ArgumentParser(description="Write a network from waveform to embedding for other runtimes.", **options)
     export.add_argument(
         "WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published"
     )
     _add_settings(export, ExportConfig, skip={"weights"})
-    commands.add_subcommand("export", export, help="write wav to embedding as ONNX or torch.export")
+    commands.add_subcommand("export", export, help="write a network from waveform to embedding as ONNX or torch.export")
 
     evaluation = ArgumentParser(description="Evaluate an encoder, or a baseline, with a linear probe.", **options)
     evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; features random and melstats need none")
@@ -188,10 +187,7 @@ def _make_parser(demo: bool) -> Any:
 
 
 def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None:
-    """Add a flag for each setting, with the explanation that the dataclass gives it; ``--flag`` alone means yes.
-
-    Settings that the dataclass inherits come last.
-    """
+    """Add a flag for each setting, inherited ones last, with the help of the dataclass's docstring."""
     from docstring_parser import parse
     from jsonargparse import ActionYesNo
 
@@ -216,7 +212,7 @@ def _run(command: str, settings: Any) -> int:
             message = f"loss {result.loss:.3f}, spread {result.spread:.2f} (1 is healthy, 0 collapsed)"
             print(f"{result.steps} steps: {message}; results in {result.out}")
         if result.stopped_by:
-            message = "stopped by a signal after step %d; all is saved, and the same command goes on from there"
+            message = "stopped by a signal after step %d; everything is saved, and the same command resumes there"
             logging.getLogger("byola_fast").warning(message, result.steps)
         return SIGNALLED + result.stopped_by if result.stopped_by else 0
     if command == "pack":
@@ -254,7 +250,7 @@ def _message(error: Exception) -> str:
 
 
 class _Stderr(logging.Handler):
-    """Write to whatever stderr is at the moment, so that lines do not tear a progress bar."""
+    """Write to the current ``sys.stderr``, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage().removeprefix("byola_fast: ")
@@ -262,7 +258,7 @@ class _Stderr(logging.Handler):
 
 
 def _rank() -> str:
-    """Name this process where it is one of several and not the first."""
+    """Return a prefix for messages of ranks above 0."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[rank {rank}] "
 
@@ -276,11 +272,11 @@ def _log_to_stderr() -> None:
 
 
 def explain(message: str, flags: Collection[str] = ()) -> str:
-    """Return a message of the parser without its own terms, and with the flag that was probably meant.
+    """Put a message of the parser into plain words, and suggest the flag that was probably meant.
 
     Args:
         message: of the parser.
-        flags: that the command has, without dashes.
+        flags: flags of the command, without dashes.
 
     >>> explain('Parser key "lr": Expected a <class \\'float\\'>. Got value: fast')
     'lr: expected a number, got fast'
@@ -306,7 +302,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        ValueError: not YAML, or anything but names with values.
+        ValueError: not YAML, or not a mapping.
     """
     import yaml
 

@@ -21,15 +21,15 @@ VARIABLES = ("BYOLA_FAST_", "CXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TRITON_
 
 @dataclass(frozen=True)
 class Report:
-    """What ``doctor`` found; ``print`` it to read it.
+    """The findings of ``doctor``; ``print`` shows them.
 
     Attributes:
-        versions: of Python and the packages in use; None for a missing one.
-        devices: name of each kind of device here, by dispatch key: "CPU", "CUDA".
+        versions: of Python and the packages in use; None if missing.
+        devices: name of each kind of device, by dispatch key: "CPU", "CUDA".
         backends: backend in use, by (key, op).
-        reasons: why it is not a better one, by (key, op).
+        reasons: why no better backend is in use, by (key, op).
         strict: whether ``BYOLA_FAST_STRICT`` turns fallbacks into errors.
-        notes: what else a bug report needs: the system, where kernels are kept, environment variables that matter.
+        notes: the system, the folder of compiled kernels, relevant environment variables.
     """
 
     versions: dict[str, str | None]
@@ -57,7 +57,7 @@ class Report:
 
 
 def doctor() -> Report:
-    """Load the backends of every device here and report which one answers for each op.
+    """Load the backends of every device and report which one runs each op.
 
     Raises:
         BackendError: a backend is missing and ``BYOLA_FAST_STRICT`` is set.
@@ -74,7 +74,7 @@ def doctor() -> Report:
     notes = [f"system: {platform.platform()}"]
     notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
     message = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
-    notes.append(f"environment: {', '.join(message) or 'nothing set that matters here'}")
+    notes.append(f"environment: {', '.join(message) or 'no relevant variable is set'}")
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()
         notes.append(f"CUDA: {first_call(torch.device('cuda'))}")
@@ -92,19 +92,19 @@ def doctor() -> Report:
 
 
 def first_call(device: torch.device) -> str:
-    """Say what the first call of ``augment`` takes in this process, and the second: the difference is compilation.
+    """Return a sentence on the time of the first and the second call of ``augment``; the difference is compilation.
 
-    Triton keeps what it compiled (in ``TRITON_CACHE_DIR``, by default ``~/.triton``); another dtype or mode, or sizes
-    of another kind, compile once more.
+    Triton caches compiled kernels (in ``TRITON_CACHE_DIR``, by default ``~/.triton``). Another dtype or interpolation,
+    or sizes of another kind, compile once more.
     """
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
         views = augment(torch.zeros(2, 64, 96, device=device), seed=0)
-        views[0].sum().item()  # waits
+        views[0].sum().item()  # synchronises
         seconds.append(time.perf_counter() - started)
     return (
-        f"the first call of augment took {seconds[0]:.2f} s, compilation included where it was needed, the second "
+        f"the first call of augment took {seconds[0]:.2f} s, including any compilation; the second took "
         f"{1e3 * seconds[1]:.1f} ms"
     )
 

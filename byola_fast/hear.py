@@ -1,4 +1,4 @@
-"""The HEAR interface (hearbenchmark.com): what its evaluators and validator call, as ``byola_fast.hear``."""
+"""The HEAR interface (hearbenchmark.com), for its evaluators and validator."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class HearModel(nn.Module):
         sample_rate: of the audio, in Hz; HEAR accepts 16000, 22050, 32000, 44100 and 48000.
         scene_embedding_size: width of the embedding of a whole sound.
         timestamp_embedding_size: width of each embedding in time.
-        offsets: how many pooling grids, each shifted by a part of its step, give timestamps at most 50 ms apart: 2 for
-            AudioNTT2020 (80 ms each, 40 ms together), 1 for AudioNTT2022 (40 ms).
+        offsets: number of shifted pooling grids that together give timestamps at most 50 ms apart: 2 for AudioNTT2020
+            (80 ms each, 40 ms together), 1 for AudioNTT2022 (40 ms).
 
     Raises:
-        ValueError: frames of the front end more than 50 ms apart.
+        ValueError: frames of the front end more than 50 ms apart, or an encoder without frames.
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -50,8 +50,7 @@ class HearModel(nn.Module):
     def forward_frames(self, wav: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(B, n, timestamp_embedding_size)`` float32 and ``(n,)`` timestamps in ms of ``(B, samples)``.
 
-        All grids see one log-mel spectrogram; after its end they see its last frame repeated, so that timestamps reach
-        up to the end of the sound.
+        All grids see one log-mel spectrogram. Its last frame is repeated so that timestamps reach the end of the sound.
         """
         stride = self.embedder.frame_stride
         lms, shift = self.embedder.log_mels(wav), stride // self.offsets
@@ -97,7 +96,7 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 
 
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
-    """Return embeddings over time and where they are.
+    """Return frame-level embeddings and their timestamps.
 
     Args:
         audio: as ``get_scene_embeddings``.
@@ -105,7 +104,7 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
 
     Shape:
         ``(n_sounds, n_samples)`` to embeddings ``(n_sounds, n, timestamp_embedding_size)`` float32 and timestamps
-        ``(n_sounds, n)`` in ms: the middles of what each covers, evenly spaced, at most 50 ms apart.
+        ``(n_sounds, n)`` in ms: the centre of each frame, evenly spaced, at most 50 ms apart.
 
     Raises:
         TypeError or ValueError: as ``get_scene_embeddings``.
@@ -124,5 +123,5 @@ def _check(audio: Tensor) -> None:
 
 
 def _split(audio: Tensor, model: HearModel) -> tuple[Tensor, ...]:
-    """Cut a batch so that a part holds about a minute of sound."""
+    """Split a batch into parts of about a minute of sound."""
     return audio.split(max(1, int(BATCH_SEC * model.sample_rate / audio.shape[1])))

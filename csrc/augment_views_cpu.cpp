@@ -1,10 +1,10 @@
 // Both views of every sample in one pass over the batch: pre-norm, mix, crop and resize, fader, sums.
 // BYOL-A, arXiv:2103.06695; the fader: arXiv:2204.07402.
 //
-// Per sample: exp of the input once, for both views; per view, only the crop's rows and columns are mixed (an exp of
-// the partner and one log an element), each row is resized along time as soon as it is mixed, while it is in the first
-// level of the cache, and the outputs are sums of two or four such rows. Nothing of the batch's size is allocated.
-// Reads x, two partners; writes two views and 48 bytes of sums.
+// exp(x) is computed once per sample and serves both views. Each view mixes only the crop's rows and columns (one exp
+// of the partner and one log per element) and resizes each mixed row along time while it is in the L1 cache; an output
+// row is a weighted sum of two or four resized rows. No buffer of the batch's size.
+// Reads x and two partners per sample; writes two views and 48 bytes of sums.
 #include <cmath>
 
 #include "philox.h"
@@ -30,24 +30,24 @@ inline void prefetch_row(const T* row, int64_t count) {
   for (int64_t k = 0; k < count; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + k, 0, 2);
 }
 
-// Rows of what is mixed in: of the bank, which is pre-normalised, or of the pool, which is not.
+// Rows to mix in: from the bank (pre-normalised) or from the pool (not).
 template <typename V>
 struct Partners {
   using Real = typename V::Element;
   Spectrograms rows;
   PreNorm norm;
-  bool direct;  // rows can be read where they lie
+  bool direct;  // rows can be read in place, without a copy
 
   Partners(const Spectrograms& source, const PreNorm& pre_norm) : rows(source), norm(pre_norm) {
     direct = rows.dtype == dtype_of<Real>() && rows.frame_stride == 1 && norm.mean == 0 && norm.scale == 1;
   }
 
-  // Ask for a mel row that will be read soon: partners lie anywhere, where no hardware prefetcher looks for them.
+  // Prefetch a mel row that will be read soon: the hardware cannot predict which partner comes next.
   void prefetch(int64_t index, int64_t mel) const {
     if (direct && index >= 0) prefetch_row(rows.row<Real>(index, mel), rows.frames);
   }
 
-  // Columns c0 to c1 - 1 of one mel row; in `memory`, or in place.
+  // Columns c0 to c1 - 1 of one mel row: in place, or converted into `memory`.
   const Real* row(int64_t index, int64_t mel, int64_t c0, int64_t c1, Real* memory) const {
     if (direct) return rows.row<Real>(index, mel) + c0;
     with_float_type(rows.dtype, "partners", [&](auto kind) {
@@ -63,7 +63,7 @@ struct Partners {
   }
 };
 
-// Standard normals of one sample and view by Box and Muller's transform, four to a Philox call.
+// Standard normals of one sample and view by the Box-Muller transform, four per Philox call.
 template <typename Real>
 void draw_normals(Real* out, int64_t count, uint64_t seed, uint32_t step, uint32_t sample, uint32_t view) {
   constexpr double kTurn = 6.283185307179586;
@@ -140,7 +140,7 @@ Tensor augment_views_out_cpu(
             draw_normals(normals, mels * frames, uint64_t(data<int64_t>(words)[0]), uint32_t(data<int64_t>(words)[1]),
                          uint32_t(sample_offset + b), uint32_t(view));
 
-          // The row that will take this one's place in the next view or sample, on its way while this one is mixed.
+          // The partner of the next view or sample, prefetched while this one is mixed.
           const int64_t next = view == 0 ? row + batch : row + 1 - batch;
           const int64_t next_partner = view == 0 || b + 1 < end ? data<int64_t>(index)[next] : -1;
           const auto mix = [&](int64_t f, int64_t c0, int64_t c1, Real* to) {

@@ -1,17 +1,17 @@
-// Append the finite samples of a batch, pre-normalised, to the ring of past inputs. One read, one write.
+// Pre-normalise a batch and append its finite samples to the ring of past inputs. Reads x once, writes it once.
 #include "tensors.h"
 
 namespace byola {
 
 namespace {
 
-// Write one pre-normalised sample to a row of the ring; return whether all of it is finite in the ring's dtype.
+// Write one pre-normalised sample to a row; return whether all its values are finite in the ring's dtype.
 template <typename S, typename R>
 bool write_row(const Spectrograms& x, int64_t b, const PreNorm& norm, R* row) {
   using V = Vector<S>;
   using Real = Compute<S>;
   const V shift = V::set(Real(norm.mean)), scale = V::set(Real(norm.scale)), none = V::set(0);
-  V faults = none;  // stays 0 unless some value times 0 is not
+  V faults = none;  // inf and NaN times 0 are NaN, all other values add 0
   for (int64_t f = 0; f < x.mels; ++f, row += x.frames) {
     const S* source = x.row<S>(b, f);
     for (int64_t t = 0; t < x.frames; t += V::width) {
@@ -40,12 +40,12 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
   const PreNorm norm = pre_norm(stats);
   const int64_t n_memory = rows.size(0), batch = source.count, elements = source.mels * source.frames;
   int64_t* state = mutable_data<int64_t>(cursor);
-  const int64_t next = (state[0] % n_memory + n_memory) % n_memory;  // of whatever a damaged checkpoint held
+  const int64_t next = (state[0] % n_memory + n_memory) % n_memory;  // a damaged checkpoint may hold any value
   with_float_type(x.scalar_type(), "x", [&](auto source_kind) {
     with_float_type(rows.scalar_type(), "rows", [&](auto row_kind) {
       using S = decltype(source_kind);
       using R = decltype(row_kind);
-      // A refused sample is written to a row of its own first, so that it never shows in the ring.
+      // Staged first, so that a sample with inf or NaN never reaches the ring.
       std::vector<R> staged(elements);
       int64_t written = 0;
       for (int64_t b = 0; b < batch; ++b) {

@@ -1,5 +1,5 @@
-// The parameters of two views: integer arithmetic on 24-bit draws, and one rounding for each float.
-// Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2). About 0.1 us a sample.
+// Draw the parameters of two views: integer arithmetic on 24-bit draws, one rounding per float.
+// Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2). About 0.1 us per sample.
 #include <tuple>
 
 #include "philox.h"

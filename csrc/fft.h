@@ -1,5 +1,5 @@
-// Discrete Fourier transforms of many signals at once: each lane of a vector is a signal, so that no butterfly ever
-// shuffles. Mixed radix, decimation in frequency, in place; results lie in digit-reversed order (`position`).
+// Discrete Fourier transforms of many signals at once: each lane of a vector is a signal, so no butterfly shuffles.
+// Mixed radix, decimation in frequency, in place; results are in digit-reversed order (`position`).
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 #include "storage.h"
 
-// A butterfly left as a call passes its 16 vectors through memory.
+// A butterfly that is not inlined passes its 16 vectors through memory.
 #define BYOLA_INLINE inline __attribute__((always_inline))
 
 namespace byola {
@@ -23,8 +23,8 @@ struct Complex {
   void store(typename V::Element* p) const { re.store(p), im.store(p + V::width); }
 };
 
-// b[q] = sum over j of a[j] exp(-2 pi i j q / R). For odd R, with pairs of a[j] and a[R - j], and with `roots`, the
-// cosine and sine of -2 pi j / R.
+// a[q] <- sum over j of a[j] exp(-2 pi i j q / R), for odd R. Works on pairs a[j], a[R - j]; `roots` holds the cosine
+// and sine of -2 pi j / R.
 template <typename V, int R>
 BYOLA_INLINE void dft(Complex<V> (&a)[R], const typename V::Element* roots) {
   static_assert(R % 2 == 1);
@@ -61,25 +61,25 @@ BYOLA_INLINE void dft(Complex<V> (&a)[8], const typename V::Element*) {
   Complex<V> e[4] = {a[0], a[2], a[4], a[6]}, o[4] = {a[1], a[3], a[5], a[7]};
   dft(e), dft(o);
   o[1] = {(o[1].re + o[1].im) * half, (o[1].im - o[1].re) * half};
-  const Complex<V> turned = {(o[3].im - o[3].re) * half, (o[3].re + o[3].im) * half};  // the conjugate of what is meant
+  const Complex<V> turned = {(o[3].im - o[3].re) * half, (o[3].re + o[3].im) * half};  // conjugated; undone below
   a[0] = e[0] + o[0], a[4] = e[0] - o[0];
   a[1] = e[1] + o[1], a[5] = e[1] - o[1];
   a[2] = {e[2].re + o[2].im, e[2].im - o[2].re}, a[6] = {e[2].re - o[2].im, e[2].im + o[2].re};
   a[3] = {e[3].re + turned.re, e[3].im - turned.im}, a[7] = {e[3].re - turned.re, e[3].im + turned.im};
 }
 
-// One transform length. A block of `length` splits into `radix` blocks, each with its twiddle factors applied.
+// The plan for one transform length. A pass splits a block of `length` into `radix` blocks and applies twiddle factors.
 template <typename V>
 struct Fft {
   using Real = typename V::Element;
   struct Pass {
     int64_t radix, length;
     std::vector<Real> twiddles;  // for k = 1 .. length / radix - 1 and q = 1 .. radix - 1: cos, sin
-    std::vector<Real> roots;     // of an odd radix: cos, sin for 0 .. radix - 1
+    std::vector<Real> roots;     // odd radix only: cos, sin for 0 .. radix - 1
   };
   int64_t length;
   std::vector<Pass> passes;
-  std::vector<int64_t> position;  // where each frequency's result lies
+  std::vector<int64_t> position;  // index of each frequency's result
 
   explicit Fft(int64_t n) : length(n), position(n, 0) {
     for (int64_t rest = n; rest > 1 || passes.empty();) {
@@ -101,8 +101,8 @@ struct Fft {
     }
   }
 
-  // Transform: `load(m)` gives element m, `spare` has room for the largest radix, the result goes to `out`; each of
-  // `length` complex vectors. The first pass reads through `load`; each block of it is then finished while in cache.
+  // Transform `length` complex vectors: `load(m)` returns element m, `out` receives the result, `spare` has room for
+  // the largest radix. The first pass reads through `load`; then each of its blocks is finished while in cache.
   template <typename Load>
   void run(Load load, Real* out, Real* spare) const {
     const Pass& first = passes[0];
@@ -112,7 +112,7 @@ struct Fft {
   }
 
  private:
-  // Butterflies of 8 need 16 vectors and more; without AVX-512 there are 16 registers in all.
+  // Radix-8 butterflies need more than 16 vectors; without AVX-512 there are only 16 registers.
   static constexpr int64_t kLargest = V::width >= 16 ? 8 : 4;
 
   static int64_t next_radix(int64_t n) {

@@ -1,11 +1,11 @@
-// lms = log(mel(|STFT(wav)|^2) + eps), and (lms - mean) / std: waveforms to log-mel spectrograms in one pass.
+// lms = log(mel(|STFT(wav)|^2) + eps), optionally (lms - mean) / std: waveforms to log-mel spectrograms in one pass.
 //
-// Each lane of a vector is a frame. A piece of a waveform (96 frames) is laid out once as strips, strip[r][q] =
-// wav[q hop + r], so that sample n of consecutive frames is one plain vector: row n % hop, from column n / hop on. The
-// same copy converts, and pads by reflection. Then, for as many frames as there are lanes: window and the first
-// butterflies of a transform of half the length (even samples real, odd ones imaginary) straight from the strips, the
-// other butterflies in the first level of the cache, power, the bands' non-zero weights, and the logarithm.
-// Reads wav once, writes lms once; some 200 KB of scratch a thread for the defaults, nothing of the batch's size.
+// Each lane of a vector is a frame. A piece of a waveform (96 frames) is copied into strips, strip[r][q] =
+// wav[q hop + r], so that sample n of consecutive frames is one contiguous vector: row n % hop, from column n / hop.
+// The same copy converts the dtype and pads by reflection. For each vector of frames, the steps are: window and first
+// butterflies, read from the strips, of a transform of half the length (even samples real, odd ones imaginary); the
+// other butterflies in the L1 cache; power; the bands' non-zero weights; the logarithm.
+// Reads wav once, writes lms once; about 200 KB of scratch per thread for the defaults, no buffer of the batch's size.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -36,7 +36,7 @@ struct Plan {
     }
   }
 
-  static std::shared_ptr<const Plan> of(int64_t n) {  // made once for each length
+  static std::shared_ptr<const Plan> of(int64_t n) {  // cached by length
     static std::mutex mutex;
     static std::map<int64_t, std::shared_ptr<const Plan>> plans;
     const std::lock_guard<std::mutex> guard(mutex);
@@ -46,7 +46,7 @@ struct Plan {
   }
 };
 
-// What one call works with.
+// The settings of one call.
 template <typename V>
 struct LogMel {
   using Real = typename V::Element;
@@ -54,13 +54,13 @@ struct LogMel {
 
   std::shared_ptr<const Plan<V>> plan;
   int64_t samples, frames, hop, pad, rows, mels;
-  std::vector<Real> window;  // with all exact scales: a half for `halved`, 2^-15 for int16; else zeros between
+  std::vector<Real> window;  // times 1/2 if `halved` and 2^-15 for int16 (exact); zeros between if not `halved`
   const Real* bank;
   const int32_t* bands;
-  int64_t bins, low, high;  // low to high - 1 have a weight in some band
+  int64_t bins, low, high;  // bins low to high - 1 have a weight in some band
   Real mean, scale;
 
-  // Samples first to first + rows - 1 of a waveform padded by reflection; zeros past that, where no frame looks.
+  // Copy samples first to first + rows - 1 of the reflect-padded waveform; zeros after that, where no frame reads.
   template <typename S>
   void copy(const S* wav, int64_t first, Real* line) const {
     const auto until = [&](int64_t at) { return std::clamp<int64_t>(at - first, 0, rows); };
@@ -71,7 +71,7 @@ struct LogMel {
     for (int64_t r = reflected; r < rows; ++r) line[r] = 0;
   }
 
-  // Lay out frames from t0 on as strips of `columns`, a multiple of the lanes; `lines` has room for so many hops.
+  // Fill strips of `columns` (a multiple of the lanes), from frame t0 on; `lines` has room for one hop per lane.
   template <typename S>
   void fill(const S* wav, int64_t t0, int64_t columns, Real* lines, Real* strips) const {
     const int64_t padded = (rows + W - 1) / W * W;
@@ -81,8 +81,8 @@ struct LogMel {
     }
   }
 
-  // Power of the bins that any band needs, for the frames that start at `strips`; offsets[2 m] and
-  // offsets[2 m + 1] are where the real and the imaginary part of element m lie.
+  // Power of the bins that some band needs, for the frames that start at `strips`; offsets[2 m] and offsets[2 m + 1]
+  // locate the real and the imaginary part of element m.
   void power_of(const Real* strips, const int64_t* offsets, Real* spectrum, Real* spare, Real* power) const {
     const Real* w = window.data();
     const auto put = [&](int64_t k, Complex<V> x) { fma(x.re, x.re, x.im * x.im).store(power + W * k); };
@@ -120,7 +120,7 @@ struct LogMel {
     return a + b;
   }
 
-  // Frames t0 to t1 - 1 of one waveform; lms is its (F, T).
+  // Compute frames t0 to t1 - 1 of one waveform; `lms` is its (F, T).
   template <typename S, typename Out>
   void piece(const S* wav, int64_t t0, int64_t t1, Out* lms) const {
     static thread_local Memory<Real> memory;
@@ -186,7 +186,7 @@ Tensor log_mel_cpu(
     const Tensor bank = as_contiguous<Real>(filter_bank), shape = as_contiguous<Real>(window);
     call.plan = Plan<Vector<S>>::of(n_fft);
     call.samples = samples, call.frames = frames, call.pad = pad;
-    call.hop = std::min(hop_length, samples + 2 * pad);  // a longer one gives a single frame, as this does
+    call.hop = std::min(hop_length, samples + 2 * pad);  // a longer hop gives a single frame too
     call.rows = std::min(call.hop, n_fft), call.mels = mels, call.bins = bins, call.low = low, call.high = high;
     call.window.assign(2 * call.plan->fft.length, Real(0));
     const Real scale = Real(call.plan->halved ? 0.5 : 1.0) * Real(whole ? 0x1p-15 : 1.0);

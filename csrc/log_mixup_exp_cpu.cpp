@@ -1,5 +1,5 @@
-// y = log((1 - lam) exp(x) + lam exp(z) + eps), and its derivatives. BYOL-A, arXiv:2103.06695.
-// Reads x and z once, writes y once: 12 bytes an element in float32, bound by exp and log and not by memory.
+// y = log((1 - lam) exp(x) + lam exp(z) + eps) and its gradients. BYOL-A, arXiv:2103.06695.
+// Reads x and z once, writes y once: 12 bytes per element in float32. Limited by exp and log, not by memory.
 #include <tuple>
 
 #include "tensors.h"
@@ -8,7 +8,7 @@ namespace byola {
 
 namespace {
 
-// Call f(first, last, lam) for stretches of elements of one sample, in parallel.
+// Call f(sample, first, last) for stretches of one sample's elements, in parallel.
 template <typename F>
 void over_samples(int64_t batch, int64_t elements, F f) {
   constexpr int64_t kStretch = 8192;
@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& lam) {
   const Tensor gs = torch::stable::contiguous(grad), xs = torch::stable::contiguous(x);
   const Tensor zs = torch::stable::contiguous(z);
-  BYOLA_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(), "grad: expected as x");
+  BYOLA_CHECK(
+      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(), "grad: expected the dtype and shape of x");
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
   BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
   Tensor to_x = torch::stable::new_empty(x, x.sizes()), to_z = torch::stable::new_empty(z, z.sizes());

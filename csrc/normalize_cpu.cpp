@@ -1,5 +1,5 @@
-// Count, sum and sum of squares of each sample; and (x - mean) / std with the joint statistics that such sums give.
-// One read of x each, and one write.
+// Count, sum and sum of squares of each sample; and (x - mean) / std with the joint statistics of such sums.
+// Each op reads x once; normalize writes it once.
 #include "tensors.h"
 
 namespace byola {
@@ -13,7 +13,7 @@ void normalize_to(const Tensor& x, const Tensor& sums, Tensor& y) {
     count += p[0], total += p[1], squares += p[2];
   const double mean = total / (count < 1 ? 1 : count);
   const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
-  const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN comes through
+  const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN stays NaN
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
     using V = Vector<S>;
@@ -41,8 +41,8 @@ Tensor sample_sums_cpu(const Tensor& x) {
     torch::stable::parallel_for(0, batch, grain(elements), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const S* source = data<S>(xs) + b * elements;
-        // Around a first value, so that squares of a large mean do not swallow a small variance; a few vectors in the
-        // dtype of the arithmetic, then on in double. Lanes past the end add zeros.
+        // Subtract the first value, because the squares of a large mean would drown a small variance. Sum 8 vectors in
+        // the compute dtype, then add them up in double. Lanes past the end add zeros.
         using Real = Compute<S>;
         const Real pivot = elements ? static_cast<Real>(source[0]) : Real(0);
         const V around = V::set(pivot);
@@ -69,7 +69,7 @@ Tensor sample_sums_cpu(const Tensor& x) {
   return sums;
 }
 
-// x (...), sums (..., 3)
+// x (...), sums (..., 3) -> (...)
 Tensor normalize_cpu(const Tensor& x, const Tensor& sums) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   normalize_to(torch::stable::contiguous(x), sums, y);

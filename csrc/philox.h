@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (step, sample, view, slot). See byola_fast/ops/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (step, sample, view, slot). See ops/philox.py.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// What the kernels were built with, for doctor(). No torch header in here; pybind11 only.
+// The Python module of the CPU kernels: build_info() for doctor(), exp and log for tests. No torch header.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Apply f to float32 values in place, for tests over every binade.
+// Apply f to float32 values in place, so that tests can cover every binade.
 template <typename F>
 void apply(const pybind11::buffer& values, F f) {
   const pybind11::buffer_info info = values.request(true);

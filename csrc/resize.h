@@ -1,4 +1,4 @@
-// The separable resize of crops: taps of one axis, then rows resized along time, then weighted sums of rows.
+// Separable resize of crops: taps of one axis, rows resized along time, weighted sums of rows.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,11 @@ namespace byola {
 constexpr int kMaxTaps = 4;
 constexpr const char* kFits = "size, canvas: expected at least 1 and the input's (F, T), and fewer than 2^31";
 
-// Along an axis all is counted in int32; a canvas holds the input.
+// Positions along an axis are int32; a canvas holds the input.
 inline bool fits(const std::vector<int64_t>& size, const std::vector<int64_t>& canvas, int64_t mels, int64_t frames) {
-  const auto within = [](int64_t n, int64_t least) { return n >= std::max<int64_t>(least, 1) && n < int64_t(1) << 31; };
+  const auto within = [](int64_t n, int64_t minimum) {
+    return n >= std::max<int64_t>(minimum, 1) && n < int64_t(1) << 31;
+  };
   return within(size[0], 1) && within(size[1], 1) && within(canvas[0], mels) && within(canvas[1], frames);
 }
 
@@ -23,23 +25,23 @@ inline bool is_bicubic(const std::string& interpolation) {
 }
 
 struct Box {
-  int64_t start, extent;  // of a crop, along one axis of the canvas
+  int64_t start, extent;  // along one axis of the canvas
 };
 
-// A crop box along one axis, moved inside the canvas if it does not lie there: never read out of bounds.
+// Move a crop box inside the canvas along one axis, so that nothing is read out of bounds.
 inline Box clamp_box(int64_t start, int64_t extent, int64_t canvas) {
   extent = std::clamp<int64_t>(extent, 1, canvas);
   return {std::clamp<int64_t>(start, 0, canvas - extent), extent};
 }
 
-// Where each output of one axis reads in the crop, corners aligned: output o lies at o (extent - 1) / (size - 1).
-// Quotient and remainder are followed from output to output in integers, exactly; the fraction t is rounded once.
+// The taps of one axis, corners aligned: output o is at o (extent - 1) / (size - 1) of the crop. Quotient and remainder
+// are exact integers, updated from output to output; the fraction t is rounded once.
 template <typename V>
 struct AxisTaps {
   using Real = typename V::Element;
   int taps = 2;
   Memory<int32_t> quotient, remainder;
-  Memory<int32_t> index[kMaxTaps];  // of each tap, clamped to the crop
+  Memory<int32_t> index[kMaxTaps];  // position of each tap, clamped to the crop
   Memory<Real> weight[kMaxTaps];
 
   void prepare(int64_t size, int64_t extent, bool bicubic) {
@@ -80,8 +82,8 @@ struct AxisTaps {
   }
 };
 
-// The taps along time, in blocks of one vector of outputs. A block's taps lie in a window of the row; where that spans
-// less than two vectors, which a permutation of two registers covers, no memory is gathered.
+// The taps along time, in blocks of one vector of outputs. A block's taps lie in a window of the row. If the window
+// spans at most two vectors, a permutation of two registers replaces the gather from memory.
 template <typename V>
 struct FrameTaps : AxisTaps<V> {
   using Real = typename V::Element;
@@ -105,7 +107,7 @@ struct FrameTaps : AxisTaps<V> {
   }
 
   // Resize `count` rows of the crop, `row_stride` apart, block by block, so that a block's taps stay in registers. Rows
-  // are readable for two vectors past their end; `out` holds rows of whole vectors, `out_stride` apart.
+  // must be readable for two vectors past their end; `out` holds rows of whole vectors, `out_stride` apart.
   template <int Taps>
   void apply(const Real* rows, int64_t row_stride, int64_t count, Real* out, int64_t out_stride) const {
     for (size_t b = 0; b < blocks.size(); ++b) {
@@ -132,8 +134,8 @@ struct FrameTaps : AxisTaps<V> {
   }
 };
 
-// Resize one crop of one sample: first every row of the crop along time, then the outputs as weighted sums of rows.
-// Rows of the margin are never made nor read; they stand for zeros.
+// Resize one crop of one sample: resize each row along time, then sum weighted rows into outputs.
+// Rows in the margin are zero and are neither computed nor read.
 template <typename V>
 class CropResizer {
  public:
@@ -148,11 +150,11 @@ class CropResizer {
     zeros_.assign(padded_, Real(0));
   }
 
-  // Outputs of a row, rounded up to whole vectors.
+  // Length of an output row, rounded up to whole vectors.
   int64_t padded() const { return padded_; }
 
-  // produce(f, c0, c1, row) writes columns c0 to c1 - 1 of mel row f, and at most a vector more, to row[0], row[1]...
-  // emit(o, sum) takes output row o: sum(t) gives outputs t to t + V::width - 1; those past the size are 0.
+  // produce(f, c0, c1, row) writes columns c0 to c1 - 1 of mel row f, and at most one vector more, to row[0], row[1]...
+  // emit(o, sum) receives output row o: sum(t) returns outputs t to t + V::width - 1; those past the size are 0.
   template <typename Produce, typename Emit>
   void run(const int64_t box[4], Produce produce, Emit emit) {
     const Box mel_box = clamp_box(box[0], box[2], canvas_[0]), frame_box = clamp_box(box[1], box[3], canvas_[1]);
@@ -168,7 +170,7 @@ class CropResizer {
   }
 
  private:
-  static constexpr int64_t kGroup = 8;  // rows staged at a time: few enough to stay in the first level of the cache
+  static constexpr int64_t kGroup = 8;  // rows staged at a time: few enough for the L1 cache
 
   static int64_t round_up(int64_t n) { return (n + V::width - 1) / V::width * V::width; }
 

@@ -1,5 +1,5 @@
-// Random resize crop of given boxes, and its transpose. BYOL-A, arXiv:2103.06695.
-// Reads the crop's part of x, writes y; all in between stays in a few rows of scratch.
+// Crop given boxes and resize them, and the transpose. BYOL-A, arXiv:2103.06695.
+// Reads the crop's part of x, writes y; intermediate results take a few rows of scratch.
 #include "resize.h"
 #include "tensors.h"
 
@@ -59,7 +59,7 @@ Tensor resize_crop_backward_cpu(
         const Box mel_box = clamp_box(box[0], box[2], canvas[0]), frame_box = clamp_box(box[1], box[3], canvas[1]);
         mel_taps.prepare(source.mels, mel_box.extent, bicubic);
         frame_taps.prepare(source.frames, frame_box.extent, bicubic);
-        // Every output row's gradient, spread along time over the crop's frames, is added to the rows it was made of.
+        // Scatter each output row's gradient along time to the crop's frames, then add it to the rows of its taps.
         rows.assign(mel_box.extent * frame_box.extent, Real(0));
         for (int64_t o = 0; o < source.mels; ++o) {
           line.assign(frame_box.extent, Real(0));

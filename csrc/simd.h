@@ -1,5 +1,5 @@
-// Vectors of floats for AVX-512, AVX2 with FMA, and any other machine, chosen when compiling; exp and log on them.
-// No torch header in here. Nothing may be compiled with -ffast-math: NaN and inf must come through.
+// Vectors of floats for AVX-512, AVX2 with FMA, or any machine, chosen at compile time; exp and log on them.
+// No torch header. Never compile with -ffast-math: NaN and inf must propagate.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@
 
 namespace byola {
 
-// Lanes of one type in plain C++, for machines without the above and for float64. `lookup` reads window[index], with
-// every index below 2 * width in the `near` form.
+// Lanes of one type in plain C++, for float64 and for machines without AVX2. lookup_near and lookup_far read
+// window[index]; lookup_near needs every index below 2 * width.
 template <typename T, int Width>
 struct Lanes {
   static constexpr int width = Width;
@@ -156,7 +156,7 @@ struct Floats {
     const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return {_mm512_permutex2var_ps(a.v, order, b.v)};
   }
-  // NaN of x comes through: min and max return their second operand then.
+  // Keeps NaN: min and max return their second operand if either is NaN.
   static Floats clamp(Floats x, float low, float high) {
     return {_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), x.v))};
   }
@@ -168,7 +168,7 @@ struct Floats {
     mantissa.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
     exponent.v = _mm512_cvtepi32_ps(e);
   }
-  static Floats where_finite(Floats x, Floats y) {  // y, or x where x is inf or NaN
+  static Floats where_finite(Floats x, Floats y) {  // y; x in lanes with x = inf or NaN
     const __mmask16 finite = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
     return {_mm512_mask_mov_ps(x.v, finite, y.v)};
   }
@@ -224,7 +224,7 @@ struct Floats {
     return {_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), x.v))};
   }
   static Floats round(Floats x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  static Floats times_power_of_two(Floats y, Floats n) {  // in two steps: 2^n itself may overflow or be denormal
+  static Floats times_power_of_two(Floats y, Floats n) {  // in two steps, because 2^n may overflow or be denormal
     const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
     const __m256i bias = _mm256_set1_epi32(127), rest = _mm256_sub_epi32(whole, half);
     const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
@@ -255,7 +255,7 @@ struct Floats : Lanes<float, 8> {
 
 using Doubles = Lanes<double, 4>;
 
-// Columns of a square block of V::width rows, as rows: zipping the halves of the rows log2(width) times.
+// Transpose a square block of V::width rows by zipping the two halves of its rows log2(width) times.
 template <typename V>
 inline void transpose(const typename V::Element* from, int64_t from_stride, typename V::Element* to, int64_t to_stride) {
   constexpr int n = V::width;
@@ -271,11 +271,11 @@ inline void transpose(const typename V::Element* from, int64_t from_stride, type
 #if defined(BYOLA_AVX512) || defined(BYOLA_AVX2)
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) by a minimax polynomial of degree 5.
-// Below 3 ulp over every binade (tests/test_cpu_math.py); overflows to inf, underflows through the denormals to 0.
+// Error below 3 ulp in every binade (tests/ops/test_cpu_math.py); overflows to inf, underflows via denormals to 0.
 inline Floats exp(Floats x) {
   x = Floats::clamp(x, -105.0f, 89.0f);
   const Floats n = Floats::round(x * Floats::set(1.44269504f));
-  Floats r = fma(n, Floats::set(-0.693359375f), x);  // ln 2 in two parts, the first of them exact times n
+  Floats r = fma(n, Floats::set(-0.693359375f), x);  // ln 2 in two parts; n times the first part is exact
   r = fma(n, Floats::set(2.12194440e-4f), r);
   Floats p = fma(Floats::set(0x1.10627cp-7f), r, Floats::set(0x1.572a08p-5f));
   p = fma(p, r, Floats::set(0x1.5557aep-3f));
@@ -286,7 +286,7 @@ inline Floats exp(Floats x) {
 }
 
 // log(x) = e ln 2 + log(1 + r), 1 + r in [0.75, 1.5); log(1 + r) = r + r^2 q(r), q minimax of degree 7.
-// For normal positive x, +inf and NaN only: all that (1 - lam) exp(x) + lam exp(z) + eps can be. Below 3 ulp.
+// Only for normal positive x, +inf and NaN: the values that (1 - lam) exp(x) + lam exp(z) + eps takes. Below 3 ulp.
 inline Floats log_positive(Floats x) {
   Floats m, e;
   Floats::split(x, m, e);

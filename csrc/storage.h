@@ -1,4 +1,4 @@
-// Element types of tensors and how rows of them become rows of what is computed in (float, or double for float64).
+// Element types of tensors, and conversion of their rows to and from the compute type (double for float64, else float).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -22,7 +22,7 @@ using Compute = typename Vector<S>::Element;
 
 constexpr float kEps = 0x1p-23f;  // torch.finfo(torch.float32).eps, the paper's epsilon whatever the dtype
 
-// Lanes 0 to n - 1 of a contiguous row, the others zero.
+// Load lanes 0 to n - 1 of a contiguous row; the other lanes are zero.
 template <typename V, typename S>
 inline V load_lanes(const S* p, int64_t n) {
   if constexpr (std::is_same_v<S, typename V::Element>) {
@@ -42,7 +42,7 @@ inline V load_lanes(const S* p, int64_t n) {
   }
 }
 
-// Round lanes 0 to n - 1 to the storage type, once.
+// Round lanes 0 to n - 1 once, to the storage type, and store them.
 template <typename V, typename S>
 inline void store_lanes(V x, S* p, int64_t n) {
   if constexpr (std::is_same_v<S, typename V::Element>) {
@@ -61,7 +61,7 @@ inline void store_lanes(V x, S* p, int64_t n) {
   }
 }
 
-// The same for rows whose elements lie `stride` apart.
+// load_lanes for rows with elements `stride` apart.
 template <typename V, typename S>
 inline V load_strided(const S* p, int64_t stride, int64_t n) {
   if (stride == 1) return load_lanes<V>(p, n);
@@ -70,7 +70,7 @@ inline V load_strided(const S* p, int64_t stride, int64_t n) {
   return V::load(lanes);
 }
 
-// Memory on cache lines: vectors of 64 bytes that straddle two cost twice as much.
+// Memory aligned to cache lines: a vector of 64 bytes that straddles two lines costs twice as much.
 template <typename T>
 struct LineAllocator {
   using value_type = T;
@@ -85,7 +85,7 @@ struct LineAllocator {
 template <typename T>
 using Memory = std::vector<T, LineAllocator<T>>;
 
-// Memory of one thread, kept from call to call; grows, never shrinks.
+// One thread's memory, kept between calls; it grows and never shrinks.
 template <typename T>
 inline T* scratch(Memory<T>& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);

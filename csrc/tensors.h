@@ -1,4 +1,4 @@
-// Tensors of the stable C++ interface, unpacked: dtypes, pointers, strides, and checks with messages.
+// Helpers for tensors of the stable C++ interface: dtypes, pointers, strides, checks with messages.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -41,7 +41,7 @@ constexpr ScalarType dtype_of() {
   if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
 }
 
-// The tensor as contiguous values of T, converted if need be; for parameters and sums, which are small.
+// The tensor as contiguous values of T, converted if necessary; for small tensors (parameters, sums).
 template <typename T>
 Tensor as_contiguous(const Tensor& x) {
   return torch::stable::contiguous(x.scalar_type() == dtype_of<T>() ? x : torch::stable::to(x, dtype_of<T>()));
@@ -69,7 +69,7 @@ inline PreNorm pre_norm(const std::optional<Tensor>& stats) {
   return {data<double>(values)[0], 1 / (std < kEps ? double(kEps) : std)};
 }
 
-// (N, F, T) of any strides.
+// A tensor (N, F, T) with any strides.
 struct Spectrograms {
   const void* start;
   ScalarType dtype;
@@ -88,7 +88,7 @@ struct Spectrograms {
   }
 };
 
-// Samples that a thread should take at least, for work of so many elements each.
+// Minimum number of samples per thread, for samples of `elements` elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(elements, 1)); }
 
 }  // namespace byola

@@ -126,7 +126,7 @@ def test_settings_of_a_run_continue_it(recordings, tmp_path, fails, capsys, no_p
     out = tmp_path / "run"
     assert main(["pretrain", str(recordings), f"--out={out}", *FLAGS, "--steps=1"]) == 0
     assert main(["pretrain", f"--config={out / 'config.yaml'}", "--steps=2", "--resume"]) == 0
-    assert "going on at step 1 of 2" in capsys.readouterr().err
+    assert "resuming at step 1 of 2" in capsys.readouterr().err
     assert "other settings (seed: 0 there, 3 now)" in fails("pretrain", f"--config={out / 'config.yaml'}", "--seed=3")
 
 

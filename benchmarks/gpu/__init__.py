@@ -1,1 +1,1 @@
-"""Stages of the GPU check, and what can be known of the kernels without a GPU."""
+"""Stages of the GPU check, and compiler reports on the kernels that need no GPU."""

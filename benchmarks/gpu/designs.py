@@ -1,15 +1,15 @@
 # mypy: ignore-errors
-"""Other ways to build the fused kernel, kept short, to be compared with the one that the package ships.
+"""Other designs of the fused kernel, kept short, for comparison with the shipped one.
 
 Each makes both views of a batch from x and a full bank, log-mixup-exp and bilinear, without statistics, fader and sums.
-``python -m benchmarks.gpu.designs`` prints what the compiler makes of them for an H200; ``gpu_check.py`` times them.
+``python -m benchmarks.gpu.designs`` prints their compiled resources for an H200; ``gpu_check.py`` times them.
 
-- ``registers``: one program a view, the mixed tile in registers, one ``tl.gather`` for each tap along each axis.
-- ``matrices``: the resize as two products with interpolation matrices built in registers (three TF32 products each,
-  for which plain TF32 is not accurate enough).
-- ``recompute``: nothing staged; every tap mixes its element anew, four times the exponentials and logarithms.
+- ``registers``: one program per view, the mixed tile in registers, one ``tl.gather`` for each tap along each axis.
+- ``matrices``: the resize as two products with interpolation matrices built in registers (three TF32 products each, as
+  plain TF32 is not accurate enough).
+- ``recompute``: nothing staged; every tap mixes its element again, with four times the exponentials and logarithms.
 - ``held``: a normalising step that holds its part of the views in registers across a barrier of the whole grid, so that
-  views are written once; all programs must run at a time.
+  views are written once; all programs must run at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DESIGNS = ("registers", "matrices", "recompute")
 
 @triton.jit
 def axis_taps(o, start, extent, length, size, magic, shift, K: tl.constexpr):
-    """Row of the input that tap ``K`` of each output reads, its weight, and whether it lies in the input."""
+    """Return the input row that tap ``K`` of each output reads, clamped, and its weight, 0 outside the input."""
     base, rest = tap_base(o, extent, size, magic, shift, False)
     row = start + tap_row(base, extent, K, 2)
     inside = (row >= 0) & (row < length) & (o < size)
@@ -147,7 +147,7 @@ def run_design(
 
 
 def held_normalize_(x: Tensor, block: int = 8192) -> None:
-    """Normalise views in place with the barrier of the whole grid; refused by the driver where not all programs fit."""
+    """Normalise views in place with a barrier of the whole grid; the driver refuses if not all programs fit."""
     programs = triton.cdiv(x.numel(), block)
     sums = torch.empty(programs, 2, dtype=torch.float64, device=x.device)
     arrived = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -158,12 +158,12 @@ def held_normalize_(x: Tensor, block: int = 8192) -> None:
 
 
 def table() -> str:
-    """Return a Markdown table of what each design takes on an H200, for 64 x 96."""
+    """Return a Markdown table of each design's resources on an H200, for 64 x 96."""
     from benchmarks.gpu.kernels import Variant, _names, compile_variant, resources
 
     pointers = _names("x bank lam out", "fp32") | {"bank_index": "i64", "crop": "i32"}
     lines = [
-        "| design | warps | registers | spilled, bytes | shared, bytes | programs an SM | instructions an output |"
+        "| design | warps | registers | spilled, bytes | shared, bytes | programs per SM | instructions per output |"
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for design in DESIGNS:

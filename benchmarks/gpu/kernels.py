@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, ahead of time and without a GPU: registers, spills, occupancy, code.
+"""Compile the Triton kernels ahead of time, without a GPU, and report registers, spills, occupancy and code size.
 
 ``python -m benchmarks.gpu.kernels`` prints the table for every kernel and architecture. Tests hold them to budgets.
 """
@@ -17,23 +17,28 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of an SM
-BLOCK_SHARED = 1024  # kept by the system for each block
+REGISTERS, THREADS, BLOCKS, SHARED = (
+    65536,
+    2048,
+    32,
+    {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024},
+)  # of an SM
+BLOCK_SHARED = 1024  # bytes that the system reserves for each block
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with the types and constants of one use.
+    """One kernel with the dtypes and constants of one use.
 
     Attributes:
         kernel: module and name, as "augment_views.augment_views_kernel".
         pointers: element type of each pointer, "fp32" or "i64" and so on.
-        constants: compile-time constants, and run-time arguments that are 1.
-        wide: integers of 64 bits.
+        constants: compile-time constants, and run-time arguments equal to 1.
+        wide: 64-bit integers.
         odd: integers that are not multiples of 16.
-        warps: of a program.
-        most_registers: of a thread, or by architecture; None for the compiler's choice.
-        fused: whether products and sums may be fused.
+        warps: number of warps in a program.
+        max_registers: limit per thread, or one for each architecture; None leaves it to the compiler.
+        fused: whether the compiler may fuse products and sums.
     """
 
     kernel: str
@@ -42,13 +47,21 @@ class Variant:
     wide: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
     warps: int = 4
-    most_registers: int | dict[int, int] | None = None
+    max_registers: int | dict[int, int] | None = None
     fused: bool = True
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program: registers of a thread, bytes spilled and of shared memory, programs an SM holds, instructions."""
+    """Resources of one program.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes.
+        shared: bytes of shared memory.
+        programs: number that fits on an SM.
+        instructions: in its machine code.
+    """
 
     registers: int
     spilled: int
@@ -107,7 +120,7 @@ def _variants() -> dict[str, Variant]:
             | {"bands": "i32"},
             sizes | {"HAS_STATS": True, "SCALE": 2.0**-15 if element == "i16" else 1.0},
             odd=tuple(mel_module.RUNTIME),
-            most_registers={80: 168, 90: 128, 100: 168},
+            max_registers={80: 168, 90: 128, 100: 168},
         )
 
     crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
@@ -178,7 +191,7 @@ def _variants() -> dict[str, Variant]:
 
 
 def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> Any:
-    """Compile one variant for one architecture; no GPU is needed. ``kernel`` is one that the package does not hold."""
+    """Compile one variant for one architecture, without a GPU. ``kernel`` is for kernels outside the package."""
     import importlib
 
     import triton
@@ -200,21 +213,21 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
         if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *floats):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    limit = variant.most_registers
+    limit = variant.max_registers
     limit = limit[architecture] if isinstance(limit, dict) else limit
     options = {"num_warps": variant.warps, "maxnreg": limit, "enable_fp_fusion": variant.fused}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def tool(name: str) -> str:
-    """Return the path of a CUDA tool that comes with Triton."""
+    """Return the path of a CUDA tool that Triton ships."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def disassemble(compiled: Any) -> str:
-    """Return the machine code of a compiled kernel, as text."""
+    """Return the machine code of a compiled kernel as text."""
     return _on_cubin(compiled, [tool("nvdisasm"), "-c"])
 
 
@@ -226,7 +239,7 @@ def _on_cubin(compiled: Any, command: list[str]) -> str:
 
 
 def resources(compiled: Any, architecture: int, warps: int) -> Resources:
-    """Read off what one program of a compiled kernel takes."""
+    """Return the resources of one program of a compiled kernel."""
     usage = _on_cubin(compiled, [tool("cuobjdump"), "-res-usage"])
     registers, stack, local = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
     code = disassemble(compiled)
@@ -249,7 +262,7 @@ def variants() -> dict[str, Variant]:
 
 
 def measure(name: str, architecture: int) -> Resources:
-    """Compile one variant afresh or from Triton's cache, and return what it takes."""
+    """Compile one variant, or take it from Triton's cache, and return its resources."""
     variant = variants()[name]
     return resources(compile_variant(variant, architecture), architecture, variant.warps)
 

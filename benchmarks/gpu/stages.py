@@ -1,8 +1,8 @@
 """The stages of ``gpu_check`` that run kernels: properties first, then ceilings, then every goal.
 
-Figures are medians over replays, in turns where they are compared; nothing is timed that was not checked against the
-float64 reference in the same run. The device sleeps while a call is put in its queue, so that no launch from the host
-is part of a time. In a dry run everything is small, on the CPU, and a CUDA graph is a plain call.
+Figures are medians over replays; contenders take turns. Everything timed was checked against the float64 reference in
+the same run. The device sleeps while a call is queued, so times include no launch from the host. In a dry run
+everything is small and on the CPU, and a CUDA graph is a plain call.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from byola_fast.ops._dispatch import backend_in_use
 
 BATCH = 256
 VIEW_BYTES = 4 * 64 * 96
-STEP_BYTES = 6 * VIEW_BYTES  # of a sample: read x and two rows of the bank, write two views and one row of the bank
+STEP_BYTES = 6 * VIEW_BYTES  # per sample: read x and two rows of the bank, write two views and one row of the bank
 ROUNDS = 40
-COLD_BYTES = 512 * 2**20  # of input sets to rotate among, several times any L2 cache
-SLEEP_CYCLES = 1_000_000  # of the device, 0.5 ms: longer than the host takes for a graph
+COLD_BYTES = 512 * 2**20  # size of all rotating input sets, several times any L2 cache
+SLEEP_CYCLES = 1_000_000  # 0.5 ms on the device: longer than the host takes to launch a graph
 
 Run = Callable[[int], Any]
 
@@ -38,7 +38,7 @@ def sizes(context: Any, full: int, dry: int) -> int:
 
 
 def graphed(context: Any, run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return what replays ``run`` as a CUDA graph; the plain call in a dry run."""
+    """Return a replay of ``run`` as a CUDA graph; in a dry run ``run`` itself."""
     if context.skip("capturing a CUDA graph: called directly"):
         return run
     side = torch.cuda.Stream()
@@ -59,16 +59,16 @@ def graphed(context: Any, run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def every(call: Callable[[], Any]) -> Run:
-    """Return ``call`` as a run that is the same for every round."""
+    """Return ``call`` as a run that ignores the number of the round."""
     return lambda k: call()
 
 
 def time_in_turns(
     context: Any, runs: dict[str, Run], rounds: int = ROUNDS, *, warm: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Return median and quartiles of each in microseconds, all timed in turns; round ``k`` calls ``run(k)``.
+    """Time runs in turns; return each one's median and quartiles in microseconds. Round ``k`` calls ``run(k)``.
 
-    ``warm``: the same call comes directly before each timed one, so that the cache holds what it reads.
+    ``warm``: each timed call directly follows the same call untimed, so that its inputs are in the cache.
     """
     rounds = sizes(context, rounds, 2)
     for run in runs.values():
@@ -104,7 +104,7 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def host_time_us(context: Any, run: Callable[[], Any]) -> float:
-    """Return the median time that a call keeps the host busy, the device being idle before each."""
+    """Return the median host time of a call in microseconds, with the device idle before each call."""
     values = []
     for _ in range(sizes(context, 200, 3)):
         if not context.dry:
@@ -116,12 +116,12 @@ def host_time_us(context: Any, run: Callable[[], Any]) -> float:
 
 
 def cold_sets(context: Any, bytes_each: int) -> int:
-    """Return how many input sets to rotate among, so that none is found in a cache."""
+    """Return how many input sets to rotate, so that none is still in a cache."""
     return sizes(context, max(2, -(-COLD_BYTES // bytes_each)), 2)
 
 
 def properties(context: Any) -> dict[str, Any]:
-    """What must hold and is no matter of speed; raises where it does not."""
+    """Check properties other than speed; raise if one does not hold."""
     device, batch = context.device, sizes(context, 64, 4)
     found: dict[str, Any] = {}
 
@@ -188,7 +188,7 @@ def properties(context: Any) -> dict[str, Any]:
 
 
 def ceilings(context: Any) -> dict[str, Any]:
-    """Copy bandwidth: of a large tensor, and of the bytes of one step inside a graph."""
+    """Measure the copy bandwidth of a large tensor."""
     large = torch.randn(sizes(context, 2**28, 2**12), device=context.device)
     target = torch.empty_like(large)
     times = time_in_turns(context, {"copy": lambda k: target.copy_(large)})
@@ -196,7 +196,7 @@ def ceilings(context: Any) -> dict[str, Any]:
 
 
 def views(context: Any) -> dict[str, Any]:
-    """Two views at B = 256 inside a CUDA graph, cold and warm, against a copy, ``compiled`` and ``loop``; host time."""
+    """Time two views in a CUDA graph, cold and warm, against a copy, ``compiled`` and ``loop``; and the host time."""
     found: dict[str, Any] = {"rows": []}
     for interpolation in ("bilinear", "bicubic"):
         found[interpolation] = _views(context, interpolation)
@@ -228,14 +228,14 @@ def _views(context: Any, interpolation: str) -> dict[str, Any]:
         "byola_fast": [graphed(context, partial(aug, x, out=out)) for x in inputs],
         "copy": [graphed(context, partial(c.copy_, s)) for s, c in zip(source, copied, strict=True)],
     }
-    message: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     try:
         compiled = contenders.views_reference if context.dry else torch.compile(contenders.views_reference)
         for view, truth in zip(compiled(inputs[0], given, interpolation), exact, strict=True):
             torch.testing.assert_close(view.double(), truth, rtol=0, atol=5e-4)
         graphs["compiled"] = [graphed(context, partial(compiled, x, given, interpolation)) for x in inputs[:4]]
-    except Exception as error:  # a contender that cannot run here keeps ours from nothing
-        message["compiled"] = f"{type(error).__name__}: {error}"
+    except Exception as error:  # ours must run even if this contender cannot
+        found["compiled"] = f"{type(error).__name__}: {error}"
     cold = time_in_turns(context, {name: _rotate(replays) for name, replays in graphs.items()})
     warm = time_in_turns(context, {name: every(replays[0]) for name, replays in graphs.items()}, warm=True)
     one_by_one = partial(contenders.views_loop, inputs[0], contenders.loop_params(given), interpolation)
@@ -263,8 +263,8 @@ def _views(context: Any, interpolation: str) -> dict[str, Any]:
             "goal": "< 100 us",
         },
     ]
-    message |= {"cold": cold, "warm": warm, "loop": loop, "host_us": host, "host_module_us": host_module}
-    return {**message, "batch": batch, "input_sets": count, "rows": goals}
+    found |= {"cold": cold, "warm": warm, "loop": loop, "host_us": host, "host_module_us": host_module}
+    return {**found, "batch": batch, "input_sets": count, "rows": goals}
 
 
 def _rotate(replays: Sequence[Callable[[], Any]]) -> Run:
@@ -272,9 +272,9 @@ def _rotate(replays: Sequence[Callable[[], Any]]) -> Run:
 
 
 def designs(context: Any) -> dict[str, Any]:
-    """Other ways to stage the resize and to normalise, and the shipped kernel's choices, at B = 256."""
+    """Time other ways to stage the resize and to normalise, and the shipped kernel's choices, at B = 256."""
     device, batch = context.device, sizes(context, BATCH, 2)
-    if context.skip("timing other designs of the kernel: they are Triton's, which needs a GPU"):
+    if context.skip("timing other designs of the kernel: Triton needs a GPU"):
         return {}
     from benchmarks.gpu.designs import DESIGNS, held_normalize_, run_design
     from byola_fast.ops._triton import augment_views as kernel
@@ -292,7 +292,7 @@ def designs(context: Any) -> dict[str, Any]:
     failed: dict[str, str] = {}
 
     def add(name: str, call: Callable[[], Any], views: Callable[[], Tensor]) -> None:
-        """Check a design and capture it; one that fails keeps no other from being timed."""
+        """Check a design and capture it; a failed one does not stop the others."""
         try:
             torch.testing.assert_close(views(), truth, rtol=0, atol=1e-3)
             runs[name] = every(graphed(context, call))
@@ -320,7 +320,7 @@ def designs(context: Any) -> dict[str, Any]:
     finally:
         for name, value in chosen.items():
             setattr(kernel, name, value)
-    made = shipped()[0][:, : batch // 2].contiguous()  # as many as run at a time
+    made = shipped()[0][:, : batch // 2].contiguous()  # as many as can run at once
     sums = ops.sample_sums(made.flatten(0, 1))
     runs["normalise half of them, a second kernel"] = every(graphed(context, partial(ops.normalize, made, sums)))
     found: dict[str, Any] = {"failed": failed, "times": time_in_turns(context, runs)}
@@ -342,7 +342,7 @@ def _held(normalize_: Callable[[Tensor], None], x: Tensor) -> Tensor:
 
 
 def ema(context: Any) -> dict[str, Any]:
-    """The moving average of the whole model, of 1,000 tiny tensors and of one large one."""
+    """Time the EMA of the whole model, of 1,000 tiny tensors and of one large tensor."""
     device = context.device
     small = contenders_model(sizes(context, 2048, 16), device)
     lists: dict[str, list[Tensor]] = {
@@ -367,7 +367,7 @@ def _ema(context: Any, name: str, online: list[Tensor]) -> dict[str, Any]:
         "lerp": partial(torch._foreach_lerp_, target, online, 0.01),
         "copy": partial(torch.empty_like(source).copy_, source),
     }
-    if not context.skip("the moving average in Triton, for GPUs without nvcc"):
+    if not context.skip("the EMA in Triton, for GPUs without nvcc"):
         from byola_fast.ops._triton import ema_update as triton_backend
 
         again = [t.clone() for t in target]
@@ -390,17 +390,17 @@ def _ema(context: Any, name: str, online: list[Tensor]) -> dict[str, Any]:
 
 
 def contenders_model(feature_d: int, device: str) -> torch.nn.Module:
-    """Return encoder and projector of BYOL-A."""
+    """Return BYOL-A's encoder and projector."""
     byol = byola_fast.BYOL(byola_fast.AudioNTT2020(d=feature_d), proj_dim=4096 if feature_d > 100 else 32)
     return byol.online.to(device)
 
 
 def front_end(context: Any) -> dict[str, Any]:
-    """Waveforms, float32 and int16, to two views, against torchaudio's log-mel and ``compiled``; memory, host time."""
+    """Time waveforms (float32, int16) to two views against torchaudio's log-mel and ``compiled``; memory, host time."""
     import torchaudio
 
     device, batch = context.device, sizes(context, BATCH, 2)
-    count = sizes(context, 4, 1)  # sets of 16 MB to rotate among; torchaudio's intermediates clear the cache besides
+    count = sizes(context, 4, 1)  # sets of 16 MB to rotate; torchaudio's intermediates also clear the cache
     whole = [(8192 * torch.randn(batch, 15200, device=device)).clamp(-32768, 32767).short() for _ in range(count)]
     wavs = [one.float() / 32768 for one in whole]
     to_lms = byola_fast.LogMel().to(device)
@@ -447,7 +447,7 @@ def front_end(context: Any) -> dict[str, Any]:
     message = f"{medians[ours]:.0f} us, int16 {medians['byola_fast, int16, log-mel']:.0f} us; "
     message += f"{medians[other] / medians[ours]:.1f} x torchaudio"
     if (mine := extra[ours]) is not None and (memory := extra[other]) is not None:
-        message += f"; {mine / 2**20:.0f} MiB beside input and output, torchaudio's {memory / 2**20:.0f}"
+        message += f"; {mine / 2**20:.0f} MiB on top of input and output, torchaudio's {memory / 2**20:.0f}"
     row = {
         "work": f"wav to log-mel, B = {batch}",
         "measured": f"{message}; host {host:.0f} us",
@@ -457,8 +457,8 @@ def front_end(context: Any) -> dict[str, Any]:
 
 
 def extra_bytes(context: Any, call: Callable[[], Any]) -> int | None:
-    """Return the most device memory that a call takes at a time beside its inputs and what it returns."""
-    if context.skip("peak memory of a call: the allocator of CUDA counts it"):
+    """Return the peak device memory of a call in bytes, without its inputs and results."""
+    if context.skip("peak memory of a call: only CUDA's allocator counts it"):
         return None
     call()
     torch.cuda.synchronize()
@@ -473,7 +473,7 @@ def extra_bytes(context: Any, call: Callable[[], Any]) -> int | None:
 
 
 def training(context: Any) -> dict[str, Any]:
-    """The whole step of byola-v1, feature_d 2048, bfloat16, in a CUDA graph, at several batch sizes."""
+    """Time the whole step of byola-v1, feature_d 2048, bfloat16, in a CUDA graph, at several batch sizes."""
     device = context.device
     found: dict[str, Any] = {"samples_per_s": {}}
     for batch in (256, 1024, 2048) if not context.dry else (4,):
@@ -499,7 +499,7 @@ def training(context: Any) -> dict[str, Any]:
 
 
 def _training_step(context: Any, batch: int, device: str) -> Callable[[], Tensor]:
-    """Return one step: log-mel, views, networks, loss, Adam, EMA."""
+    """Return one training step: log-mel, views, networks, loss, Adam, EMA."""
     wav = torch.randn(batch, 15200, device=device)
     to_lms = byola_fast.LogMel().to(device)
     aug = byola_fast.Augment("byola-v1", seed=0, shape=(64, 96), stats=(-8.0, 5.0)).to(device)

@@ -1,8 +1,8 @@
-"""The stages of ``gpu_check`` that train for real: ``pretrain`` on a small packed store, alone and as two processes.
+"""The stages of ``gpu_check`` that train: ``pretrain`` on a small packed store, in one process and in two.
 
-What must hold: a step replayed as a CUDA graph gives the losses of plain steps, whether the store lies on the GPU or a
-thread reads it meanwhile; a run that was stopped goes on as if it had not been. Rounding differs from run to run on a
-GPU, where some sums are taken in whatever order comes, so losses agree closely and not bit for bit.
+A CUDA graph must give the losses of plain steps, with the store on the GPU or read by a thread; a resumed run must give
+those of an uninterrupted one. Losses agree closely but not bit for bit: a GPU adds some sums in no fixed order, so
+rounding differs from run to run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from byola_fast.runtime.distributed import concat_ranks
 CLIPS, SECONDS = 600, 1.0
 SMALL = {"feature_d": 512, "batch_size": 64, "n_memory": 256}
 TINY = {"feature_d": 16, "proj_dim": 32, "batch_size": 4, "n_memory": 8, "threads": 1}
-MANY_CLIPS = 8000  # 31 steps of 256 an epoch, whose draws are then no part of the time
-CLOSE = 0.05  # of losses between 0 and 8, after a few steps whose roundings differ
+MANY_CLIPS = 8000  # 31 steps of 256 per epoch, so that the draw of an epoch hardly counts
+CLOSE = 0.05  # tolerance of losses between 0 and 8, after a few steps with different rounding
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_store(folder: Path, clips: int) -> Path:
-    """Write a packed store of noises, which needs no library for audio files."""
+    """Write a packed store of noise clips; needs no library for audio files."""
     from byola_fast.audio.reading import listing_checksum
     from byola_fast.audio.store_format import PartWriter
 
@@ -53,7 +53,7 @@ def write_store(folder: Path, clips: int) -> Path:
 
 
 def train(out: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Train, and return the lines of the log."""
+    """Train and return the lines of the log."""
     from byola_fast.training.config import PretrainConfig
     from byola_fast.training.pretrain import pretrain
 
@@ -62,7 +62,7 @@ def train(out: Path, **settings: Any) -> list[dict[str, Any]]:
 
 
 def trainer(context: Any) -> dict[str, Any]:
-    """``pretrain`` in a graph against plain steps, resumed, with its own defaults; and its stages."""
+    """Compare ``pretrain`` in a graph and resumed with plain steps; time it with its defaults, and its stages."""
     folder = context.out / "trainer"
     shutil.rmtree(folder, ignore_errors=True)
     store = write_store(folder / "store", 12 if context.dry else CLIPS)
@@ -81,13 +81,13 @@ def trainer(context: Any) -> dict[str, Any]:
     wanted = losses("plain", steps, cuda_graph=False)
     losses("resumed", steps // 2)
     others = {"resumed": losses("resumed", steps)}
-    if not context.skip("training in a CUDA graph, with the store on the GPU and beside a thread that reads it"):
+    if not context.skip("training in a CUDA graph, with the store on the GPU or read by a thread"):
         others["graph"] = losses("graph", steps, cuda_graph=True, store_on_gpu=True)
         others["graph, read by a thread"] = losses("thread", steps, cuda_graph=True, store_on_gpu=False)
-    for name, own in others.items():
-        worst = max(abs(a - b) for a, b in zip(own, wanted, strict=True))
-        assert len(own) == steps
-        assert worst <= CLOSE, f"{name}: losses {own} differ by {worst} from those of plain steps {wanted}"
+    for name, found_losses in others.items():
+        worst = max(abs(a - b) for a, b in zip(found_losses, wanted, strict=True))
+        assert len(found_losses) == steps
+        assert worst <= CLOSE, f"{name}: losses {found_losses} differ by {worst} from plain steps' {wanted}"
     if context.skip("speed of the trainer with its defaults"):
         shutil.rmtree(folder)
         return found
@@ -99,12 +99,12 @@ def trainer(context: Any) -> dict[str, Any]:
     train(folder / "profile", **(common | whole | {"steps": 60, "profile": True}))
     found["stages_ms"] = json.loads((folder / "profile" / "profile.json").read_text())["ms"]
     shutil.rmtree(folder)
-    message = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, all of `pretrain`"
-    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, its defaults", "measured": message, "goal": ""}]}
+    message = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, the whole `pretrain`"
+    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, defaults", "measured": message, "goal": ""}]}
 
 
 def ranks(context: Any) -> dict[str, Any]:
-    """Two processes that train together on one GPU, by gloo as NCCL takes one process a GPU; and NCCL, alone."""
+    """Train in two processes on one GPU over gloo, as NCCL takes one process per GPU; then in one over NCCL."""
     folder = context.out / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     store = write_store(folder / "store", 12 if context.dry else CLIPS)
@@ -131,7 +131,7 @@ def ranks(context: Any) -> dict[str, Any]:
 
 
 def main(backend: str, out: str, settings: str) -> None:
-    """Be one rank of several that share a device: gather, reduce, and train."""
+    """Run one of several ranks on a shared device: gather, reduce and train."""
     config = json.loads(settings)
     device = torch.device(config["device"])
     if device.type == "cuda":

@@ -1,1 +1,1 @@
-"""Are the representations good? Pre-train on real audio and evaluate on labelled tasks."""
+"""The quality of the representations: pre-train on real audio and evaluate on labelled tasks."""

@@ -1,14 +1,14 @@
-"""Are the representations good? Pre-train on real audio, evaluate on labelled tasks: ``python -m benchmarks.quality``.
+"""The study of representations: pre-train on real audio, evaluate on labelled tasks.
 
     python -m benchmarks.quality CORPUS [TASKS] [--work FOLDER] [--only NAME ...] [--seeds N ...] [--threads 1]
 
-CORPUS is a folder of unlabelled audio, or a packed store. TASKS holds a folder for each task, ``NAME/NAME.csv`` with
-its audio in ``NAME/audio``. Each run of ``runs.py`` leaves one JSON file in ``benchmarks/results/quality``,
-renewed at every score. Stopped at any moment, the same command goes on; several may run side by side, on other cores or
-other machines, as each takes runs that no other is at. ``python -m benchmarks.readme_table`` makes the tables.
+CORPUS is a folder of unlabelled audio, or a packed store. TASKS has a folder for each task: ``NAME/NAME.csv``, with its
+audio in ``NAME/audio``. Each run in ``runs.py`` has one JSON file in ``benchmarks/results/quality``, updated after
+every score. The same command resumes after a stop. Several may run at once, on other cores or machines; each takes runs
+that no other is working on. ``python -m benchmarks.readme_table`` makes the tables.
 
 Protocol, for baselines and trained encoders alike: log-mels normalised with the statistics of the task's training part,
-clips of less than 0.95 s padded to it, logistic regression on standardised embeddings, C chosen on the validation part.
+clips shorter than 0.95 s padded to it, logistic regression on standardised embeddings, C chosen on the validation part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ logger = logging.getLogger("benchmarks")
 
 
 def prepare_corpus(corpus: Path, work: Path) -> Path:
-    """Return a packed store of a corpus, which is packed where it is none."""
+    """Return the packed store of a corpus; pack it first if needed."""
     if next(corpus.glob("part-*.json"), None):
         return corpus
     pack(corpus, work / "corpus")
@@ -61,7 +61,7 @@ def prepare_corpus(corpus: Path, work: Path) -> Path:
 
 
 def prepare_task(tasks: Path, name: str, work: Path) -> Path:
-    """Return the CSV of a task whose audio is decoded once, to 16-bit wav of 16 kHz, for many evaluations."""
+    """Decode a task's audio once, to 16-bit wav at 16 kHz, for many evaluations; return the new CSV."""
     made = work / "tasks" / name / f"{name}.csv"
     if made.exists():
         return made
@@ -84,7 +84,7 @@ def _write_rows(file: IO[str], rows: list[dict[str, str]]) -> None:
 
 
 def score(csvs: dict[str, Path], **how: Any) -> dict[str, Any]:
-    """Evaluate an encoder on all tasks: accuracy, macro accuracy and, where a seed draws something, the seeds'."""
+    """Evaluate an encoder on all tasks: accuracy and macro accuracy, also by seed if there are several."""
     scores: dict[str, Any] = {}
     for name, path in csvs.items():
         with tempfile.TemporaryDirectory() as out:
@@ -96,7 +96,7 @@ def score(csvs: dict[str, Path], **how: Any) -> dict[str, Any]:
 
 
 def mean(scores: dict[str, Any]) -> float:
-    """Return the mean over tasks of the accuracy."""
+    """Return the mean accuracy over tasks."""
     return statistics.fmean(one["accuracy"] for one in scores.values())
 
 
@@ -116,13 +116,13 @@ def run_baseline(name: str, csvs: dict[str, Path], results: Path) -> None:
 def run_study(
     study: Study, seed: int, config: dict[str, Any], csvs: dict[str, Path], work: Path, results: Path
 ) -> bool:
-    """Score what a run has kept, train what is left of it, score the rest; its JSON file is written after each.
+    """Score the encoders a run has kept, train the rest of the run, score the rest; write its JSON after each score.
 
-    Without tasks it trains alone: on a machine that has a GPU and no tasks, say. The folder of the run, its log and the
-    encoders that it kept, is all that scoring needs elsewhere.
+    Without tasks it only trains, for example on a machine with a GPU and no tasks. Scoring elsewhere needs only the
+    run's folder with its log and kept encoders.
 
     Returns:
-        Whether the run is complete; False where another process is at it.
+        Whether the run is complete; False if another process is working on it.
     """
     out, settings = work / "runs" / f"{study.name}-{seed}", COMMON | dict(study.settings) | config
     path = results / f"{study.name}-{seed}.json"
@@ -135,7 +135,7 @@ def run_study(
 def _score_kept(
     study: Study, seed: int, settings: dict[str, Any], csvs: dict[str, Path], out: Path, path: Path
 ) -> bool:
-    """Score what a run has kept so far and has no score yet; return whether all of it has one."""
+    """Score the kept encoders that have no score yet; return whether all steps are scored."""
     curve = json.loads(path.read_text())["curve"] if path.exists() else []
     scored = {point["step"] for point in curve}
     for step in study.scored if csvs else ():
@@ -152,7 +152,7 @@ def _score_kept(
 
 
 def _train(study: Study, seed: int, settings: dict[str, Any], out: Path) -> bool:
-    """Train a run to its end, unless it has been; return False where another process is at it."""
+    """Train a run to its end if needed; return False if another process is working on it."""
     if all((out / f"encoder-{step}.pth").exists() for step in study.scored):
         return True
     more: dict[str, Any] = {"epochs": 10**6, "keep_every": math.gcd(*study.scored), "tensorboard": False}
@@ -169,7 +169,7 @@ def _train(study: Study, seed: int, settings: dict[str, Any], out: Path) -> bool
 
 
 def _point(step: int, lines: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return what the log says of a step: loss and spread there, and how long it took to come there."""
+    """Return the loss and spread at a step, and the seconds up to it, from the log."""
     done = [line for line in lines if line["step"] <= step]
     steps = [line["step"] for line in done]
     new = [now - before for before, now in zip([0, *steps], steps, strict=False)]
@@ -197,7 +197,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _chosen(only: list[str], seeds: list[int] | None, gpu: bool) -> Iterator[tuple[Study, int]]:
-    """Yield the first seed of every row, then the others."""
+    """Yield the first seed of every row, then the other seeds."""
     chosen = [study for study in STUDIES.values() if _is_chosen(study, only, gpu)]
     for seed in range(max((study.seeds for study in chosen), default=0)) if seeds is None else seeds:
         yield from ((study, seed) for study in chosen if seeds is not None or seed < study.seeds)
@@ -208,17 +208,17 @@ def _is_chosen(study: Study, only: list[str], gpu: bool) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study, or what is left of it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split(":")[0])
+    """Run the study, or the rest of it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path, help="folder of unlabelled audio, or a packed store")
     parser.add_argument(
-        "tasks", type=Path, nargs="?", help="folder of tasks: NAME/NAME.csv and NAME/audio; none: train only"
+        "tasks", type=Path, nargs="?", help="folder of tasks: NAME/NAME.csv and NAME/audio; if missing, train only"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="runs, decoded tasks (some GB)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON file for each run")
-    parser.add_argument("--only", nargs="*", default=[], help="rows (patterns); baselines are random and melstats")
-    parser.add_argument("--seeds", nargs="*", type=int, help="these alone")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for this process")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="runs and decoded tasks (some GB)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for a JSON file of each run")
+    parser.add_argument("--only", nargs="*", default=[], help="row names or patterns, and random, melstats")
+    parser.add_argument("--seeds", nargs="*", type=int, help="run only these seeds")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of this process")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         for study, seed in _chosen(options.only, options.seeds, gpu):
             whole &= run_study(study, seed, config, csvs, options.work, options.results)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", flush=True)
+        print("stopped; the same command resumes", flush=True)
         return 130
     return 0 if whole else 1
 

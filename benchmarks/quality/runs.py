@@ -1,6 +1,6 @@
-"""What the study of representations trains: one ``Study`` for each row of its tables.
+"""The runs of the study of representations: one ``Study`` for each row of its tables.
 
-All runs share ``COMMON``. A row's name is what its results are stored under, with the seed.
+All runs share ``COMMON``. Results are stored under the row's name and the seed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ WHOLE: dict[str, Any] = {"freq_scale": (1.0, 1.0), "time_scale": (1.0, 1.0), "vi
 
 @dataclass(frozen=True)
 class Study:
-    """A way to train, to be compared with others.
+    """One way to train.
 
     Attributes:
-        name: of the row.
-        told: the row in words.
-        seeds: as many runs.
-        scored: steps after which the encoder is evaluated, hundreds; the last ends the run.
-        settings: of ``PretrainConfig``, above ``COMMON``.
-        gpu: too long for a CPU; chosen where the device is one, or by name.
-        paper: its score in Table II of BYOL-A (arXiv:2103.06695), a mean over other tasks, where it has one.
+        name: key of the row.
+        label: the row's text in tables.
+        seeds: number of runs.
+        scored: steps after which the encoder is evaluated; the last ends the run.
+        settings: settings of ``PretrainConfig`` that override ``COMMON``.
+        gpu: whether it takes too long for a CPU; then it runs on a GPU, or by name.
+        paper: its score in Table II of BYOL-A (arXiv:2103.06695), a mean over other tasks, if it is there.
     """
 
     name: str
-    message: str
+    label: str
     seeds: int = 1
     scored: tuple[int, ...] = (SHORT,)
     settings: tuple[tuple[str, Any], ...] = ()
@@ -40,12 +40,12 @@ class Study:
         return self.scored[-1]
 
 
-def _study(name: str, message: str, *, paper: float | None = None, **settings: Any) -> Study:
-    return Study(name, message, settings=tuple(settings.items()), paper=paper)
+def _study(name: str, label: str, *, paper: float | None = None, **settings: Any) -> Study:
+    return Study(name, label, settings=tuple(settings.items()), paper=paper)
 
 
 BYOL = Study("byol-v1", "BYOL-A: log-mixup-exp, resize crop", seeds=3, scored=(100, SHORT, 600, LONG), paper=72.3)
-# Segments of 32 frames in place of 96: three times the steps in the same time.
+# Segments of 32 frames instead of 96: three times the steps in the same time.
 BYOL_SHORT = Study(
     "byol-short",
     "BYOL-A, segments of 0.31 s",
@@ -60,7 +60,7 @@ SIMCLR_SHORT = Study(
     scored=(SHORT, 600, LONG, 2000),
     settings=(("objective", "simclr"), ("unit_sec", 0.31)),
 )
-# What training begins with: the random encoder as BatchNorm makes it, whose statistics BYOL-A's own steps take.
+# The start of training: a random encoder whose BatchNorm has taken the statistics of the corpus.
 START = Study(
     "start",
     "random weights, BatchNorm's statistics of this corpus",
@@ -71,13 +71,13 @@ START = Study(
 ABLATIONS = [
     _study("no-mixup", "resize crop alone", mixup="none", paper=68.4),
     _study("no-crop", "log-mixup-exp alone", **WHOLE, paper=63.9),
-    _study("neither", "neither: both views equal", mixup="none", **WHOLE),
-    _study("gaussian", "Gaussian noise for log-mixup-exp", mixup="gaussian"),
+    _study("neither", "neither (both views equal)", mixup="none", **WHOLE),
+    _study("gaussian", "Gaussian noise instead of log-mixup-exp", mixup="gaussian"),
     _study("gaussian-alone", "Gaussian noise alone", mixup="gaussian", **WHOLE, paper=23.2),
-    _study("linear", "linear in place of log mixing", mixup="linear"),
+    _study("linear", "linear instead of log mixing", mixup="linear"),
     _study("no-post-norm", "no post-normalisation", post_norm=False),
-    _study("bicubic", "bicubic in place of bilinear", interpolation="bicubic"),
-    _study("in-batch", "partners of the same batch, no memory", n_memory=0),
+    _study("bicubic", "bicubic instead of bilinear", interpolation="bicubic"),
+    _study("in-batch", "partners from the same batch, no memory", n_memory=0),
 ]
 OBJECTIVES = [
     _study("simclr", "SimCLR's loss on the same views", objective="simclr"),
@@ -94,5 +94,5 @@ WIDE = Study(
 CURVES = [BYOL, BYOL_SHORT, SIMCLR_SHORT, WIDE]
 STUDIES = {study.name: study for study in [START, *CURVES, *ABLATIONS, *OBJECTIVES]}
 
-# The same kind of network trained with BYOL-A on AudioSet (5,000 hours), under the same protocol: the mark to pass.
+# The same kind of network trained with BYOL-A on AudioSet (5,000 hours), under the same protocol: the goal.
 AUDIOSET = {"fsdd": 65.4, "drum6": 71.1, "env10": 47.6, "gm_family": 68.8}

@@ -1,4 +1,4 @@
-"""Tables of the study of representations, from the JSON files that ``benchmarks/quality`` leaves."""
+"""Tables of the study of representations, from the JSON files that ``benchmarks/quality`` writes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NO_RUNS = "**The study has not been run yet.**"
 
 
 def summary_table(folder: Path) -> str:
-    """Return the end of each curve, from the last point of all its seeds on, between baselines and the mark to pass."""
+    """Return each curve from the last step that all its seeds reached, between the baselines and the goal."""
     return _study(folder, ends_alone=True)
 
 
 def study_table(folder: Path) -> str:
-    """Return every point of each curve, a mean over seeds with their spread, between baselines and the mark to pass."""
+    """Return every point of each curve, with mean and spread over seeds, between the baselines and the goal."""
     return _study(folder, ends_alone=False)
 
 
@@ -28,37 +28,37 @@ def _study(folder: Path, ends_alone: bool) -> str:
     found = {study.name: (study, runs) for study in CURVES if (runs := _runs(folder, study.name))}
     if BYOL.name not in found:
         return NO_RUNS
-    rows = [_row("what", "steps of 256", "hours heard", "minutes", "seeds", *AUDIOSET, "mean")]
+    rows = [_row("run", "steps of 256", "hours of audio", "minutes", "seeds", *AUDIOSET, "mean")]
     rows.append(_row("---", *["---:"] * 9))
-    for name, message in (("melstats", "mel statistics"), ("random", "random weights")):
+    for name, label in (("melstats", "mel statistics"), ("random", "random weights")):
         baseline = _read(folder / f"{name}.json")
         if baseline is not None:
-            rows.append(_row(message, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
+            rows.append(_row(label, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
     started = [point for run in _runs(folder, START.name) for point in run["curve"]]
     if started and not ends_alone:
-        rows.append(_row(START.message, "", "", "", len(started), *_scores(started), _spread(started)))
+        rows.append(_row(START.label, "", "", "", len(started), *_scores(started), _spread(started)))
     for study, runs in found.values():
         seeds = Counter(point["step"] for run in runs for point in run["curve"])
         settled = max(step for step, count in seeds.items() if count == max(seeds.values()))
         for step in sorted(step for step in seeds if step >= settled or not ends_alone):
             points = [point for run in runs for point in run["curve"] if point["step"] == step]
             effort = (step, f"{_hours(runs[0], points[0]):.0f}", f"{min(p['seconds'] for p in points) / 60:.0f}")
-            rows.append(_row(study.message, *effort, len(points), *_scores(points), _spread(points)))
+            rows.append(_row(study.label, *effort, len(points), *_scores(points), _spread(points)))
     known = [*AUDIOSET.values()]
-    marks = [f"{value:.1f}" for value in [*known, statistics.fmean(known)]]
-    rows.append(_row("BYOL-A, AudioSet", "", "5,000 an epoch", "", 1, *marks))
+    goals = [f"{value:.1f}" for value in [*known, statistics.fmean(known)]]
+    rows.append(_row("BYOL-A, AudioSet", "", "5,000 per epoch", "", 1, *goals))
     return "\n".join([*rows, "", _caption(found[BYOL.name][1])])
 
 
 def _hours(run: dict[str, Any], point: dict[str, Any]) -> float:
-    """Return how much sound a run had heard, the same segments at other moments included: equal hours, equal work."""
+    """Return the hours of audio that a run processed, repeated clips included: equal hours, equal work."""
     return float(point["samples"] * run["settings"].get("unit_sec", PretrainConfig.unit_sec) / 3600)
 
 
 def ablation_table(folder: Path) -> str:
-    """Return every way to train at equal steps, beside the paper's own comparison where it has one."""
+    """Return every way to train at equal steps, with the paper's own score if there is one."""
     base = _points(folder, BYOL.name)
-    rows = [_row("what", "seeds", *AUDIOSET, "mean", "to BYOL-A", "Table II"), _row("---", *["---:"] * 8)]
+    rows = [_row("run", "seeds", *AUDIOSET, "mean", "to BYOL-A", "Table II"), _row("---", *["---:"] * 8)]
     if not base:
         return NO_RUNS
     reference = statistics.fmean(point["mean"] for point in base)
@@ -67,13 +67,13 @@ def ablation_table(folder: Path) -> str:
         if points:
             ahead = statistics.fmean(point["mean"] for point in points) - reference
             paper = "" if study.paper is None else f"{study.paper:.1f}"
-            own = "" if study is BYOL else f"{ahead:+.1f}"
-            rows.append(_row(study.message, len(points), *_scores(points), _spread(points), own, paper))
+            difference = "" if study is BYOL else f"{ahead:+.1f}"
+            rows.append(_row(study.label, len(points), *_scores(points), _spread(points), difference, paper))
     return "\n".join(rows)
 
 
 def _runs(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return the runs of a row, one for each seed."""
+    """Return the runs of a row, one per seed."""
     paths = [path for path in sorted(folder.glob(f"{name}-*.json")) if path.stem[len(name) + 1 :].isdigit()]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _points(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return what each seed of a row had reached at the steps that all rows are compared at."""
+    """Return the point of each seed of a row at the step at which all rows are compared."""
     return [point for run in _runs(folder, name) for point in run["curve"] if point["step"] == SHORT]
 
 
@@ -97,7 +97,7 @@ def _spread(points: list[dict[str, Any]]) -> str:
 
 
 def _mean_of(found: dict[str, Any]) -> str:
-    """Return a baseline's mean over tasks, with its spread where all of them have one over seeds."""
+    """Return a baseline's mean over tasks, with its spread over seeds if every task has several."""
     by_seed = [one["by_seed"] for one in found["scores"].values() if len(one.get("by_seed", [])) > 1]
     if len(by_seed) < len(found["scores"]):
         return f"{found['mean']:.1f}"
@@ -108,8 +108,8 @@ def _mean_of(found: dict[str, Any]) -> str:
 def _caption(runs: list[dict[str, Any]]) -> str:
     settings, cpu, torch = runs[0]["settings"], runs[0]["machine"]["cpu"], runs[0]["versions"]["torch"]
     return (
-        "Accuracy in %, ± standard deviation over seeds of training. Minutes: of one core, its fastest seed, on a "
-        "machine that did other work too. "
+        "Accuracy in %, ± standard deviation over training seeds. Minutes: on one core, for the fastest seed, on a "
+        "machine that ran other work too. "
         f"AudioNTT2020, {settings['feature_d']}-d, {renamed(settings)['dtype']}, {cpu}, torch {torch}: "
         "`python -m benchmarks.quality CORPUS TASKS`."
     )

@@ -1,4 +1,4 @@
-"""Embeddings of folders of audio into one file: what is done is kept when a run is killed, and shared between ranks."""
+"""Embed folders of audio into one file; a killed run resumes, and ranks share the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from byola_fast.audio.reading import list_audio_files
 from byola_fast.embedding.embedder import Embedder, load_encoder
 from byola_fast.embedding.streaming import BATCH_SEC, embed_clips
-from byola_fast.embedding.tables import FORMATS, write_table
+from byola_fast.embedding.tables import TABLE_FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
 from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import join, name_lost_rank
@@ -38,13 +38,13 @@ class EmbedConfig:
         paths: audio files, or folders of them; of any rate, channel count and length.
         out: file to write. .npz: arrays file_names and embeddings. .npy: the embeddings, their names beside it in
             OUT.names.csv. .csv: a line for each.
-        frames: write an embedding for each moment (every 80 ms with AudioNTT2020, 40 ms with AudioNTT2022), with its
-            time, in place of one for each file.
-        stats: JSON file of "byola-fast stats", for weights that hold no statistics; stands above those that they hold.
-        dtype: that the encoder computes in: "float32", or "bfloat16", which is faster where hardware has it.
+        frames: write frame-level embeddings with their times (every 80 ms with AudioNTT2020, 40 ms with AudioNTT2022)
+            instead of one embedding per file.
+        stats: JSON file from "byola-fast stats"; overrides the statistics in the weights.
+        dtype: of the encoder: "float32", or "bfloat16", which is faster on hardware that has it.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
-        batch_sec: sound in a batch, in seconds; files that are longer are embedded piece by piece.
+        batch_sec: sound per batch, in seconds; longer files are embedded in pieces.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """
 
@@ -61,16 +61,16 @@ class EmbedConfig:
 
 
 class EmbedResult(NamedTuple):
-    """What was written.
+    """The result of ``run_embed``.
 
     Attributes:
-        out: the file.
-        files: that have embeddings.
-        rows: embeddings.
-        feature_d: their width.
-        broken: the files that could not be read, and why.
-        resumed: files that a run before had done.
-        speed: sound embedded by this process, in seconds of it a second.
+        out: the file written.
+        files: number of files with embeddings.
+        rows: number of embeddings.
+        feature_d: width of an embedding.
+        broken: files that could not be read, with the reason.
+        resumed: number of files done by an earlier run.
+        speed: seconds of sound embedded per second by this process.
     """
 
     out: Path
@@ -83,15 +83,14 @@ class EmbedResult(NamedTuple):
 
 
 def run_embed(config: EmbedConfig) -> EmbedResult | None:
-    """Embed files, showing progress; under torchrun, the files are shared between all ranks.
+    """Embed files, showing progress; under torchrun, all ranks share the files.
 
-    What is done goes to the folder ``OUT.parts``, at least every 15 seconds. A run that was stopped, even by
-    ``kill -9``, is continued by running it again, with another number of ranks if need be; files that have changed
-    since are embedded again. The last step writes ``out``, whole or not at all, and removes that folder. A file that
-    cannot be read is named by the logger ``byola_fast`` and left out.
+    Finished embeddings go to the folder ``OUT.parts`` at least every 15 seconds. A stopped or killed run resumes when
+    it is run again, also with another number of ranks; files that changed meanwhile are embedded again. The last step
+    writes ``out``, whole or not at all, and removes the folder. A file that cannot be read is logged and left out.
 
     Returns:
-        What was written; None on all ranks but the first.
+        The result; None on ranks above 0.
 
     Raises:
         CheckpointError: the weights cannot be used. FileNotFoundError: no such audio file or folder.
@@ -100,8 +99,8 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         RankError: another process of the run died.
     """
     out = Path(config.out)
-    if out.suffix not in FORMATS:
-        raise ValueError(f"out: expected a name ending in {', '.join(FORMATS)}, which chooses the format, got {out}")
+    if out.suffix not in TABLE_FORMATS:
+        raise ValueError(f"out: expected a name ending in {', '.join(TABLE_FORMATS)}, got {out}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
     embedder = open_encoder(config.weights, config.stats, config.device, encoder=config.encoder)
@@ -115,13 +114,13 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         "frames": config.frames,
         "dtype": config.dtype,
     }
-    kept = f"what is done is kept in {out}.parts, and the same command goes on from there"
+    kept = f"finished embeddings are kept in {out}.parts; the same command resumes there"
     with join(torch.device("cpu"), TIMEOUT_MIN) as world, name_lost_rank(world, lambda: kept):
         store = Unfinished(Path(f"{out}.parts"), settings, world.rank)
         done = store.clips(files)
         todo = [name for name in list(files)[world.rank :: world.size] if name not in done]
         speed = _embed(embedder, files, todo, store, config)
-        world.all_max(0)  # waits for all
+        world.all_max(0)  # a barrier
         if not world.first:
             return None
         clips = store.clips(files)
@@ -147,7 +146,7 @@ def open_encoder(
     encoder: str | None = None,
     given: tuple[float, float] | None = None,
 ) -> Embedder:
-    """Load an encoder onto the device that computes; statistics given, or of a JSON file, stand above its own."""
+    """Load an encoder onto a device; given statistics, or those of a JSON file, override its own."""
     where = pick_device(device)
     return load_encoder(weights, encoder=encoder, device=where, stats=given if stats is None else read_stats(stats)[:2])
 

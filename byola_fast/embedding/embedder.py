@@ -1,4 +1,4 @@
-"""From sound to embedding: a front end, its statistics and an encoder in one module."""
+"""From waveform to embedding: front end, statistics and encoder in one module."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 
 
 class FrameEmbeddings(NamedTuple):
-    """One embedding for each moment.
+    """Frame-level embeddings.
 
     Attributes:
         frames: ``(B, T', feature_d)``.
-        timestamps: ``(T',)`` float32, the middle of what each covers, in ms from the start of the waveform.
+        timestamps: ``(T',)`` float32, centre of each frame in ms from the start of the waveform.
     """
 
     frames: Tensor
@@ -41,7 +41,7 @@ class Embedder(nn.Module):
             (``(B, T', feature_d)``) and ``frame_stride`` (input frames for each output frame). Its weights take
             channels-last layout, which is twice as fast.
         stats: (mean, std) of the log-mels that it was trained on.
-        to_lms: the front end that it was trained with; ``LogMel()`` for the encoder's number of mels where None.
+        to_lms: the front end that it was trained with; by default ``LogMel()`` with the encoder's number of mels.
 
     Attributes:
         sample_rate: of the waveforms, in Hz.
@@ -50,12 +50,12 @@ class Embedder(nn.Module):
         has_frames: whether the encoder gives frame-level embeddings.
         hop: samples from one frame-level embedding to the next: 1280 for AudioNTT2020, 640 for AudioNTT2022.
         frame_period_ms: the same in ms: 80 and 40.
-        min_samples: shorter waveforms are padded with zeros, at their end, to this length: one frame-level embedding.
+        min_samples: length to which shorter waveforms are padded with zeros at their end: one frame-level embedding.
 
     Shape:
         ``(B, samples)`` to ``(B, feature_d)`` and ``(samples,)`` to ``(feature_d,)``, on the device of the module.
-        With ``frames=True``: frames ``(B, T', feature_d)`` or ``(T', feature_d)``, timestamps ``(T',)``. The end of a
-        waveform that fills no whole frame, less than ``hop`` samples, has no embedding of its own.
+        With ``frames=True``: frames ``(B, T', feature_d)`` or ``(T', feature_d)``, timestamps ``(T',)``. A last part
+        shorter than ``hop`` samples has no frame.
         Waveforms of different lengths are separate calls: padding would change the embedding.
 
     Raises:
@@ -63,14 +63,13 @@ class Embedder(nn.Module):
         front end that do not match; statistics that are not finite; frames of an encoder that has none.
 
     Numerics:
-        Half-precision waveforms are computed in float32 up to the encoder, which computes in the dtype of its weights
-        and returns it. NaN and infinity stay in their own waveform. In eval mode (where ``load_encoder`` leaves it) the
-        result does not depend on the rest of the batch. Memory grows with the length: about 0.2 GB for each minute of
-        sound in a batch, in float32; ``byola_fast.embedding.streaming.embed_blocks`` takes sound of any length in
-        pieces.
+        Half-precision waveforms are computed in float32 up to the encoder, which computes in and returns the dtype of
+        its weights. NaN and infinity stay in their own waveform. In eval mode, which ``load_encoder`` sets, the result
+        does not depend on the rest of the batch. Memory grows by about 0.2 GB per minute of sound in a float32 batch;
+        ``byola_fast.embedding.streaming.embed_blocks`` embeds sound of any length in pieces.
 
     Autograd:
-        To the waveform; to the weights where they require it, which ``load_encoder`` turns off.
+        To the waveform, and to weights that require a gradient (``load_encoder`` turns that off).
 
     Source:
         BYOL-A, arXiv:2103.06695 and arXiv:2204.07402.
@@ -129,7 +128,7 @@ class Embedder(nn.Module):
         return 1000 * self.hop / self.sample_rate
 
     def forward_frames(self, lms: Tensor) -> Tensor:
-        """Return the frame-level embeddings ``(B, T', feature_d)`` of what ``log_mels`` gives."""
+        """Return the frame-level embeddings ``(B, T', feature_d)`` of an output of ``log_mels``."""
         frames: Tensor = self._frame_encoder().forward_frames(lms)
         return frames
 
@@ -140,7 +139,7 @@ class Embedder(nn.Module):
         return self.encoder
 
     def log_mels(self, wav: Tensor) -> Tensor:
-        """Return what the encoder takes: normalised log-mels ``(B, 1, F, T)`` of ``(B, samples)``, in its dtype."""
+        """Return the encoder's input: normalised log-mels ``(B, 1, F, T)`` of ``(B, samples)``, in its dtype."""
         short = self.min_samples - wav.shape[-1]
         wide = wav.to(compute_dtype(wav.dtype))
         lms = self.to_lms(F.pad(wide, (0, short)) if short > 0 else wide)
@@ -148,12 +147,12 @@ class Embedder(nn.Module):
         return ((lms - mean) / max(std, EPS)).to(next(self.encoder.parameters(), lms).dtype)
 
     def timestamps(self, count: int) -> Tensor:
-        """Return the middles of the first ``count`` frame-level embeddings, in ms, on the device of the module."""
+        """Return the centres of the first ``count`` frames, in ms, on the device of the module."""
         stride, hop_ms = self.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
         return (torch.arange(count, device=self.to_lms.window.device) * stride + (stride - 1) / 2) * hop_ms
 
     def forward(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings:
-        """Return the embedding of each waveform, or with ``frames`` its ``FrameEmbeddings``; see the class."""
+        """Return one embedding per waveform, or with ``frames`` the ``FrameEmbeddings``; see the class."""
         check.require_float("wav", wav)
         if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
@@ -182,18 +181,18 @@ def load_encoder(
             or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes.
         encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
             A file never causes an import, whatever class it names.
-        device: where it goes; the CPU where None.
-        stats: (mean, std) of the log-mels of the training data, for files that hold none, as those of published layout;
-            stands above those in the file.
-        to_lms: the front end, likewise; where neither is given, ``LogMel()`` for the encoder's number of mels.
+        device: by default the CPU.
+        stats: (mean, std) of the log-mels of the training data; overrides the file's. Files of published layout hold
+            none.
+        to_lms: the front end; overrides the file's. By default ``LogMel()`` with the encoder's number of mels.
 
     Returns:
         An ``Embedder`` in eval mode whose weights require no gradient. ``.requires_grad_(True)`` undoes that for
         fine-tuning.
 
     Raises:
-        CheckpointError: the file cannot be read or is not understood (see ``read_encoder``); its front end is out of
-        range; or it holds no statistics and none were given. Nothing in a file is executed.
+        CheckpointError: the file cannot be read or is not understood (see ``read_encoder``), its front end is out of
+        range, or there are no statistics. Nothing in a file is executed.
 
     >>> import tempfile
     >>> import byola_fast
@@ -213,7 +212,7 @@ def load_encoder(
     if stats is None:
         raise CheckpointError(
             f"{path}: holds no statistics of the log-mels that it was trained on; give stats=(mean, std), as published "
-            "with the weights or taken of that data"
+            "with the weights or computed from that data"
         )
     if to_lms is None:
         settings = {name: config[name] for name in FRONT_END if name in config}

@@ -1,4 +1,4 @@
-"""An encoder as a file that runs without this package: wav in, embedding out, as ONNX or an exported program."""
+"""Export an encoder, from waveform to embedding, as ONNX or a torch.export program that runs without this package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from byola_fast.networks.checkpoint import write_checked
 
 logger = logging.getLogger("byola_fast")
 
-FORMATS = (".onnx", ".pt2")
-FEWEST_FRAMES = 2  # frame-level embeddings; torch.export takes a dynamic size of 1 for a constant
+EXPORT_FORMATS = (".onnx", ".pt2")
+MIN_FRAMES = 2  # frame-level embeddings; torch.export specialises a dynamic size of 1
 OPSET = 18
 
 
@@ -33,8 +33,8 @@ class ExportConfig:
     Attributes:
         weights: file of an encoder: encoder.pth, encoder.safetensors, a checkpoint.pt, or published weights.
         out: file to write; its suffix is the format: .onnx (ONNX Runtime and others) or .pt2 (torch.export).
-        frames: give an embedding for each moment, (B, T', d), in place of one for each clip, (B, d).
-        stats: JSON file of "byola-fast stats", for weights that hold no statistics.
+        frames: export frame-level embeddings, (B, T', d), instead of one per clip, (B, d).
+        stats: JSON file from "byola-fast stats", for weights without statistics.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
     """
 
@@ -46,16 +46,16 @@ class ExportConfig:
 
 
 def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False) -> Path:
-    """Write wav to embedding, front end and statistics included, as a file for other runtimes.
+    """Write a network from waveform to embedding, with front end and statistics, for other runtimes.
 
     Args:
-        embedder: as ``load_encoder`` gives it; float32, on the CPU.
+        embedder: from ``load_encoder``; float32, on the CPU.
         path: ``.onnx`` for ONNX (input ``wav``, output ``embedding``), ``.pt2`` for ``torch.export.load``.
-        frames: the output is ``(B, T', d)``, an embedding for each moment, in place of ``(B, d)``.
+        frames: the output is frame-level, ``(B, T', d)``, instead of ``(B, d)``.
 
     Shape:
-        Input ``(B, samples)`` float32, mono, at the encoder's ``sample_rate``, of any B and any number of samples from
-        ``shortest_export(embedder)`` on. Sound that is shorter is padded with zeros by the caller.
+        Input ``(B, samples)`` float32, mono, at the encoder's ``sample_rate``, for any B and at least
+        ``shortest_export(embedder)`` samples; the caller pads shorter sound with zeros.
 
     Returns:
         The path. The file also holds sample_rate, feature_d, frame_period_ms and min_samples: in ONNX as metadata, in
@@ -63,18 +63,17 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
 
     Raises:
         ValueError: another suffix; an embedder in training mode, in half precision or not on the CPU. ImportError: ONNX
-        needs onnxscript. CheckpointError: the file cannot be written; what lay there stays.
+        needs onnxscript. CheckpointError: the file cannot be written; an older file stays.
 
     Numerics:
-        The plain-PyTorch operations of the reference, so that within rounding (1e-5 of the embedding's largest value)
-        the file gives what ``embedder`` gives.
+        The reference's plain PyTorch operations: equal to ``embedder`` within 1e-5 of the embedding's largest value.
 
     Source:
         BYOL-A, arXiv:2103.06695 and arXiv:2204.07402.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"out: expected a name ending in {' or '.join(FORMATS)}, got {path}")
+    if path.suffix not in EXPORT_FORMATS:
+        raise ValueError(f"out: expected a name ending in {' or '.join(EXPORT_FORMATS)}, got {path}")
     weight = next(embedder.encoder.parameters())
     if embedder.training or weight.dtype != torch.float32 or weight.device.type != "cpu":
         mode = "training" if embedder.training else "eval"
@@ -92,7 +91,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
     example = torch.zeros(2, max(embedder.sample_rate, shortest + 1))
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)},)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
+        warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=False)
         content = _as_pt2(program, about) if path.suffix == ".pt2" else _as_onnx(program, about)
     write_checked(path, lambda file: file.write(content))
@@ -100,7 +99,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
 
 
 def shortest_export(embedder: Embedder) -> int:
-    """Return the least number of samples that an exported file takes: two frame-level embeddings.
+    """Return the minimum number of samples of an exported file: two frame-level embeddings.
 
     >>> from byola_fast import AudioNTT2020
     >>> shortest_export(Embedder(AudioNTT2020(d=32), stats=(-7.1, 4.2)))
@@ -108,12 +107,12 @@ def shortest_export(embedder: Embedder) -> int:
     """
     if not embedder.has_frames:
         return embedder.min_samples
-    frames = FEWEST_FRAMES * embedder.frame_stride
+    frames = MIN_FRAMES * embedder.frame_stride
     return max((frames - 1) * embedder.to_lms.hop_length, embedder.min_samples)
 
 
 def run_export(config: ExportConfig) -> Path:
-    """Export an encoder from a file of weights, and compare with onnxruntime where that is installed."""
+    """Export an encoder from a file of weights; compare with onnxruntime if that is installed."""
     embedder = open_encoder(config.weights, config.stats, "cpu", encoder=config.encoder)
     path = export_encoder(embedder, config.out, frames=config.frames)
     if path.suffix == ".onnx" and find_spec("onnxruntime") is not None:
@@ -155,7 +154,7 @@ def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> by
 
 
 def _name_sizes(graph: Any) -> None:
-    """Call the sizes of the input batch and samples, wherever they occur; the exporter numbers them."""
+    """Rename the input sizes to batch and samples; the exporter numbers them."""
     sizes = [size.dim_param for size in graph.input[0].type.tensor_type.shape.dim]
     names = dict(zip(sizes, ("batch", "samples"), strict=True))
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -165,14 +164,14 @@ def _name_sizes(graph: Any) -> None:
 
 
 def _difference(embedder: Embedder, path: Path, frames: bool) -> float:
-    """Return the largest difference to onnxruntime's answer, relative to the largest value, for two sizes of input."""
+    """Return the largest difference to onnxruntime, relative to the largest value, over two input sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     face, worst = _Face(embedder, frames), 0.0
     for batch, samples in ((1, shortest_export(embedder)), (3, 2 * embedder.sample_rate + 7)):
         wav = torch.randn(batch, samples) / 8
-        own = face(wav)
+        expected = face(wav)
         other = torch.from_numpy(session.run(None, {"wav": wav.numpy()})[0])
-        worst = max(worst, float((own - other).abs().max() / own.abs().max().clamp_min(1e-9)))
+        worst = max(worst, float((expected - other).abs().max() / expected.abs().max().clamp_min(1e-9)))
     return worst

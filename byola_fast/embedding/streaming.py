@@ -17,8 +17,8 @@ from byola_fast.audio.reading import AudioError, read_audio, read_blocks
 from byola_fast.embedding.embedder import Embedder
 from byola_fast.runtime.workers import num_workers, read_in_processes
 
-BATCH_SEC = 60.0  # of sound in a batch: 0.2 GB, and on a CPU as fast as any
-WAITING = 8  # batches of sound that wait for others of their length
+BATCH_SEC = 60.0  # sound per batch: 0.2 GB; larger is no faster on a CPU
+WAITING = 8  # batches of sound that wait for clips of equal length
 
 
 class Piece(NamedTuple):
@@ -26,10 +26,10 @@ class Piece(NamedTuple):
 
     Attributes:
         number: of the clip in the list.
-        rows: ``(n, d)`` float32 on the CPU, one row for a clip, or its frames; empty where it could not be read.
-        samples: of sound that it covers.
-        last: whether the clip ends with it.
-        error: why the clip could not be read; rows that came before it do not count.
+        rows: ``(n, d)`` float32 on the CPU: one row per clip, or its frames; empty if the clip could not be read.
+        samples: number of samples covered.
+        last: whether this is the clip's last piece.
+        error: why the clip could not be read; its earlier rows do not count then.
     """
 
     number: int
@@ -48,20 +48,20 @@ def embed_clips(
     batch_sec: float = BATCH_SEC,
     workers: int | None = None,
 ) -> Generator[Piece]:
-    """Yield the embeddings of audio files, in whatever order they come to be ready.
+    """Yield the embeddings of audio files, in the order in which they are ready.
 
-    Clips of the same length share a batch. A clip longer than a batch is read, embedded and pooled piece by piece, in
-    memory that does not grow with its length; the result is that of the whole but for rounding. An encoder without
-    frames (no ``running_pool``) takes each clip whole, whatever its length.
+    Clips of the same length share a batch. A clip longer than a batch is read, embedded and pooled in pieces, in memory
+    that does not grow with its length; the result equals that of the whole up to rounding. An encoder without
+    ``running_pool`` takes each clip whole.
 
     Args:
         embedder: in eval mode, on the device that computes.
         files: of any format, rate and channel count.
-        frames: yield frame-level embeddings in place of one for each clip; long clips give several pieces, in order
-            and with no other clip's between them.
-        pad_sec: shorter clips get zeros at their end, up to this length in seconds.
-        batch_sec: sound in a batch, in seconds.
-        workers: processes that decode; by default one fewer than there are CPU cores, at most 8; 0 decodes in this one.
+        frames: yield frame-level embeddings instead of one per clip. The pieces of a long clip come in order, with no
+            other clip between them.
+        pad_sec: pad shorter clips with zeros at their end to this length, in seconds.
+        batch_sec: sound per batch, in seconds.
+        workers: processes that decode; by default one fewer than CPU cores, at most 8; 0 decodes in this process.
 
     Raises:
         ValueError: an argument out of range. ChildProcessError: a process that decodes was killed.
@@ -101,15 +101,15 @@ def embed_clips(
 
 
 def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: float = BATCH_SEC) -> Iterator[Tensor]:
-    """Yield the frame-level embeddings of a waveform that comes in blocks: those of the whole, but for rounding.
+    """Yield the frame-level embeddings of a waveform that comes in blocks, equal to those of the whole up to rounding.
 
-    Sound is embedded about ``block_sec`` at a time, together with a margin to both sides that holds all that the
-    spectrum and the convolutions see, and of which the embeddings are left out.
+    About ``block_sec`` of sound is embedded at a time, with a margin on both sides that covers the reach of spectrum
+    and convolutions; the embeddings of the margin are dropped.
 
     Args:
         embedder: in eval mode.
-        blocks: ``(samples,)`` each, one after the other, as ``read_blocks`` gives them; of any lengths.
-        block_sec: sound that is embedded at a time, in seconds.
+        blocks: consecutive blocks ``(samples,)`` of any length, as from ``read_blocks``.
+        block_sec: sound embedded at a time, in seconds.
 
     Shape:
         ``(n, d)`` each, on the device of the embedder.
@@ -125,8 +125,8 @@ def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: flo
     to_lms, stride, hop = embedder.to_lms, embedder.frame_stride, embedder.hop
     # A convolution reaches stride - 1 frames further than what it is pooled to, a spectrum half its window.
     margin = math.ceil((stride - 1 + math.ceil(to_lms.n_fft / 2 / to_lms.hop_length)) / stride)
-    size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings at a time
-    held, left = torch.empty(0), 0  # the first `left` frames of what is held have been given already
+    size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings per block
+    held, left = torch.empty(0), 0  # the first `left` frames of `held` were yielded already
     device = to_lms.window.device
     for block in blocks:
         held = torch.cat([held, block])
@@ -184,7 +184,7 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
     nothing = torch.empty(0, embedder.feature_d)
     while True:
         try:
-            with torch.no_grad():  # not around a yield, which would leave it so in the caller
+            with torch.no_grad():  # not around a yield: the caller would inherit it
                 local = next(pieces, None)
                 if local is not None and pool is not None:
                     pool.add(local)
@@ -205,6 +205,7 @@ def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
 
 
 def _read_start(file: Path, sample_rate: int, samples: int) -> Tensor | AudioError:
+    """Read a file, up to ``samples`` samples at ``sample_rate``; return an error instead of raising it."""
     try:
         return read_audio(file, sample_rate, duration_sec=samples / sample_rate)
     except AudioError as error:

@@ -1,4 +1,4 @@
-"""Tables of embeddings as other tools read them: .npz, .npy with its names, .csv; written row by row."""
+"""Tables of embeddings for other tools: .npz, .npy with names beside it, .csv; written row by row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import IO, Any, NamedTuple
 from byola_fast.runtime.files import as_text, write_whole
 
 BLOCK_ROWS = 4096  # copied at a time
-FORMATS = (".npz", ".npy", ".csv")
+TABLE_FORMATS = (".npz", ".npy", ".csv")
 
 
 class Clip(NamedTuple):
-    """Where the embeddings of a clip lie: float32 rows in a raw file.
+    """The place of a clip's embeddings: float32 rows in a raw file.
 
     Attributes:
         path: the raw file.
-        begin: number of the first row.
-        rows: how many.
+        begin: first row.
+        rows: number of rows.
         width: of a row.
     """
 
@@ -33,18 +33,18 @@ class Clip(NamedTuple):
 def write_table(
     out: Path, clips: Sequence[tuple[str, Clip]], *, period_ms: float = 0.0, first_ms: float | None = None
 ) -> None:
-    """Write embeddings, with the names of their files, whole or not at all; memory does not grow with their number.
+    """Write embeddings and file names, whole or not at all, in memory that does not grow with their number.
 
-    ``.npz``: ``file_names`` (clips,) and ``embeddings`` (clips, d); of frames, ``embeddings`` (rows, d), ``offsets``
-    (clips + 1,), where the rows of each clip begin and end, and ``timestamps_ms`` (rows,).
+    ``.npz``: ``file_names`` (clips,) and ``embeddings`` (clips, d); for frames, ``embeddings`` (rows, d), ``offsets``
+    (clips + 1,) of each clip's rows, and ``timestamps_ms`` (rows,).
     ``.npy``: the embeddings alone; ``OUT.names.csv`` has ``file_name,first_row,rows``.
-    ``.csv``: a line for each, ``file_name``, of frames ``timestamp_ms``, then ``e0, e1, ...``.
+    ``.csv``: one line per embedding: ``file_name``, for frames ``timestamp_ms``, then ``e0, e1, ...``.
 
     Args:
         out: file to write; its suffix is the format.
-        clips: names and rows, in the order that they are written in; at least one.
-        period_ms: time from one frame to the next.
-        first_ms: time of the first frame; None where there is one row for each clip.
+        clips: names and rows, at least one, in the order of the file.
+        period_ms: time between frames.
+        first_ms: time of the first frame; None for one row per clip.
     """
     if out.suffix == ".npy":
         write_whole(out.with_name(f"{out.name}.names.csv"), as_text(lambda file: _write_names(file, clips)))

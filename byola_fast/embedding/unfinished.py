@@ -1,4 +1,4 @@
-"""What a stopped run of embed has finished, on disk, so that the next run continues."""
+"""Finished embeddings on disk, so that a stopped run of embed resumes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("byola_fast")
 
-KEEP_SEC = 15.0  # of work that a kill can cost
+KEEP_SEC = 15.0  # seconds of work that a kill can cost
 
 
 class Unfinished:
-    """The folder of what is done: pairs of raw rows and a list of the clips in them, of which the list counts.
+    """A folder of pairs: a file of raw rows and a JSON list of the clips in it. Only listed clips count.
 
-    Rows are appended as they come, so that a file of any length needs no memory; a list is written every few seconds,
-    under a temporary name that it then leaves, with all clips that ended since the last.
+    Rows are appended as they come, so that memory does not grow. Every few seconds a list of the clips finished since
+    the last one is written, whole or not at all.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int) -> None:
@@ -39,8 +39,8 @@ class Unfinished:
                 raise ValueError(f"{about}: damaged: {error}; remove its folder") from error
             if other := [name for name, value in settings.items() if found.get(name) != value]:
                 raise ValueError(
-                    f"{folder}: holds the work of a run that was stopped, with other {', '.join(other)}; "
-                    "run that again, remove the folder, or give another out"
+                    f"{folder}: holds the work of a stopped run with other {', '.join(other)}; run that again, remove "
+                    "the folder, or give another out"
                 )
         _write_json(about, settings, rank)
         for orphan in folder.glob(f"{rank}-*.f32"):
@@ -56,7 +56,7 @@ class Unfinished:
         self._path = self.folder / f"{self.rank}-{self._number}.f32"
         self._file = open(self._path, "wb")  # noqa: SIM115
         self._content: dict[str, Any] = {"clips": {}, "broken": {}, "width": 0}
-        self._rows = self._begin = 0  # rows written, and how many of them are of clips that have ended
+        self._rows = self._begin = 0  # rows written, and how many belong to finished clips
         self._since = time.monotonic()
 
     def __exit__(self, *_exception: object) -> None:
@@ -89,7 +89,7 @@ class Unfinished:
             _write_json(self._path.with_suffix(".json"), self._content, self.rank)
 
     def clips(self, files: dict[str, Path]) -> dict[str, Clip]:
-        """Return where the rows of each clip lie, of clips whose files have not changed since."""
+        """Return the place of each clip's rows, for clips whose files have not changed since."""
         found = {}
         for path, content in self._lists():
             for name, (begin, rows, *source) in content["clips"].items():
@@ -108,7 +108,7 @@ class Unfinished:
 
 
 def _read_list(path: Path) -> dict[str, Any] | None:
-    """Read a list that ``Unfinished`` wrote; None where it is damaged or its rows are gone, as after half a removal."""
+    """Read a list that ``Unfinished`` wrote; None if it is damaged or its rows are gone."""
     try:
         content = json.loads(path.read_bytes())
         clips, width = content["clips"].values(), content["width"]

@@ -12,24 +12,24 @@ class EvalConfig:
     Attributes:
         task: CSV file: file_name, label, and split (train, valid, test) or fold; labels with commas are several.
         weights: file of an encoder; with features "random" it gives the network and the front end alone.
-        audio: folder that file names are relative to; by default the folder audio beside the CSV file, or its own.
-        out: folder for results.csv (one line is appended), the confusion matrix, and embeddings to be used again.
+        audio: folder of the files; by default the folder "audio" beside the CSV file, or the CSV file's own folder.
+        out: folder for results.csv (one line is appended), the confusion matrix and cached embeddings.
         features: "trained", or a baseline: "random" (the network before training, a new one for each seed) or
             "melstats" (mean, standard deviation and maximum over time of the log-mels).
         encoder: network of random features without weights: "AudioNTT2020" (default), "AudioNTT2022", or your own, as
             package.module:Class. With weights: the class of the network, if it is your own.
         feature_d: width of random features without weights; by default the encoder's own.
-        stats: mean and standard deviation that log-mels are normalised with: "weights" (those that the weights hold),
-            "task" (of the task's training part; of all clips where it has folds), or a JSON file of "byola-fast stats".
-            By default "weights" for trained features, "task" for baselines.
-        seeds: how many to take mean and spread over; they draw random encoders and, where the task has no valid part,
-            what the probe is chosen on.
-        pad_sec: shorter clips get zeros at their end, up to this length in seconds.
-        keep_going: leave out clips that are missing or broken or have no label, and go on where the training part lacks
-            a class (its clips then count as errors), in place of stopping.
-        dtype: that the encoder computes in: "float32" or "bfloat16".
+        stats: statistics that normalise the log-mels: "weights" (those of the weights), "task" (those of the task's
+            training clips, or of all clips if it has folds), or a JSON file from "byola-fast stats". By default
+            "weights" for trained features, "task" for baselines.
+        seeds: number of seeds for mean and spread; they draw random encoders and, if the task has no valid split, the
+            clips that choose the probe.
+        pad_sec: pad shorter clips with zeros at their end to this length, in seconds.
+        keep_going: leave out clips that are missing, broken or unlabelled, and continue if train lacks a class (its
+            clips then count as errors), instead of stopping.
+        dtype: of the encoder: "float32" or "bfloat16".
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
-        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
+        workers: processes that decode audio; by default one fewer than CPU cores, at most 8.
     """
 
     task: str

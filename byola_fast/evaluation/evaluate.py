@@ -53,16 +53,16 @@ class _Features(NamedTuple):
 def run_eval(config: EvalConfig) -> EvalResult:
     """Embed the clips of a task, train and choose a linear probe, test it, and write the results.
 
-    The probe is a logistic regression on standardised embeddings. Its C is chosen on the valid part alone, or, where
-    the task has none, on a part of the training clips drawn by the seed; then it learns anew from train and valid.
-    With folds, each is left out and tested on once. The test part serves for nothing else.
+    The probe is a logistic regression on standardised embeddings. Its C is chosen on valid alone or, without one, on a
+    part of the training clips drawn by the seed; the probe then learns from train and valid. With folds, each is left
+    out and tested on once. Test clips are used for the score alone.
 
-    Embeddings are kept in ``out`` and used again while weights, settings and audio are the same.
+    Embeddings are cached in ``out`` for the same weights, settings and audio.
 
     Raises:
-        TaskError: the task is not sound (see ``read_task``); files are missing or broken, or the training part lacks a
-            class, without ``keep_going``. CheckpointError: the weights cannot be used. ImportError: scikit-learn or
-            matplotlib is missing. ValueError: settings out of range, or a results.csv of other columns.
+        TaskError: a faulty task (see ``read_task``); without ``keep_going``, files missing or broken, or a class that
+            train lacks. CheckpointError: the weights cannot be used. ImportError: scikit-learn or matplotlib is
+            missing. ValueError: settings out of range, or a results.csv with other columns.
     """
     _check(config)
     keep_freed_memory()
@@ -77,7 +77,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     check_results(out / "results.csv")
     out.mkdir(parents=True, exist_ok=True)
 
-    drawn = config.features == "random" or bool(task.folds) or "valid" not in task.parts
+    drawn = config.features == "random" or bool(task.folds) or "valid" not in task.splits
     seeds = range(config.seeds if drawn else 1)
     found: list[list[Scores]] = []
     features, stats = None, None
@@ -142,11 +142,11 @@ def _without_missing(task: Task, audio: Path, config: EvalConfig) -> tuple[Task,
 def _make_embedder(
     config: EvalConfig, task: Task, audio: Path, seed: int, stats: tuple[float, float] | None
 ) -> Embedder:
-    """Return what turns clips into features, with its statistics; they are taken where they are not given."""
+    """Return the module from clips to features; its statistics are computed if not given."""
     source = config.stats or ("weights" if config.features == "trained" else "task")
     path = None if source in ("weights", "task") else source
     if config.weights is not None:
-        given = (0.0, 1.0) if source == "task" else None  # until they are taken, below
+        given = (0.0, 1.0) if source == "task" else None  # replaced below
         embedder = open_encoder(config.weights, path, "cpu", encoder=config.encoder, given=given)
     else:
         encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
@@ -171,8 +171,8 @@ def _make_embedder(
 
 
 def _task_stats(config: EvalConfig, task: Task, audio: Path, embedder: Embedder) -> tuple[float, float]:
-    """Return mean and std over log-mels of clips that are not of the test split."""
-    files = [audio / name for name, part in zip(task.file_names, task.parts, strict=True) if part != "test"]
+    """Return mean and std over the log-mels of all clips outside the test split."""
+    files = [audio / name for name, split in zip(task.file_names, task.splits, strict=True) if split != "test"]
     unit_sec = max(config.pad_sec, embedder.min_samples / embedder.sample_rate)
     segments = SegmentFolder(files, unit_sec=unit_sec, sample_rate=embedder.sample_rate)
     mean, std, _count = take_stats(segments, embedder.to_lms, segments=STATS_SEGMENTS, workers=config.workers)
@@ -180,7 +180,7 @@ def _task_stats(config: EvalConfig, task: Task, audio: Path, embedder: Embedder)
 
 
 def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _Features:
-    """Return the features of all clips, from an earlier run where nothing has changed."""
+    """Return the features of all clips, from the cache if nothing has changed."""
     import numpy as np
 
     files = [audio / name for name in task.file_names]
@@ -212,7 +212,7 @@ def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _
 
 
 def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
-    """Return a checksum of all that embeddings depend on."""
+    """Return a checksum of everything that embeddings depend on."""
     digest = hashlib.sha256()
     for name, tensor in embedder.encoder.state_dict().items():
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, inverse strength of the regularisation, from strong to weak
 MAX_ITERATIONS = 300
-ONE_THREAD = 1 << 23  # features: below, threads wait for each other longer than they work
+ONE_THREAD = 1 << 23  # features; with fewer, one thread is faster than many
 
 
 class Scores(NamedTuple):
-    """How a probe did on its test part.
+    """The scores of a probe on its test clips.
 
     Attributes:
         test: numbers of the clips.
         truth: ``(clips, classes)`` bool.
-        scores: ``(clips, classes)``: log-odds; of classes that the training part lacks, minus infinity.
-        strength: the C that was chosen.
-        chosen_by: what it reached on the validation part.
+        scores: ``(clips, classes)`` log-odds; minus infinity for classes that train lacks.
+        strength: the chosen C.
+        chosen_by: its score on valid.
     """
 
     test: list[int]
@@ -35,29 +35,27 @@ class Scores(NamedTuple):
 
 
 def truth_table(task: Task) -> npt.NDArray[np.bool_]:
-    """Return ``(clips, classes)``: which clip has which label."""
+    """Return ``(clips, classes)`` bool: which clip has which label."""
     import numpy as np
 
     number = {label: k for k, label in enumerate(task.classes)}
     table = np.zeros((len(task.labels), len(task.classes)), bool)
-    for row, own in enumerate(task.labels):
-        table[row, [number[label] for label in own]] = True
+    for row, labels in enumerate(task.labels):
+        table[row, [number[label] for label in labels]] = True
     return table
 
 
 def fit_probe(features: npt.NDArray[np.float32], task: Task, plan: Round) -> Scores:
-    """Train a probe for each C, choose on the validation part, let that one learn from both parts, and test it.
+    """Train a probe for each C, choose one on valid, train it on train and valid, and test it.
 
-    Of equals the more regularised is chosen.
-
-    Features are standardised (mean 0, std 1 over what the probe learns from). Labels are told apart by one multinomial
-    regression, or, where a clip may have several, by one binary regression each. What chooses is the accuracy, or the
-    mean average precision.
+    Features are standardised (mean 0, std 1 over the training clips). The probe is one multinomial regression, or one
+    binary regression per label in a multi-label task. The highest accuracy (or mean average precision) is chosen; ties
+    go to the stronger regularisation.
 
     Args:
         features: ``(clips, d)``.
         task: their labels.
-        plan: which clips serve for what.
+        plan: the clips for training, choosing and testing.
 
     Raises:
         ImportError: scikit-learn is missing; says how to install it. ValueError: a training part of one class.
@@ -99,7 +97,7 @@ def _fit(
     answer = np.full((len(ask), truth.shape[1]), -np.inf)
     threads = 1 if x.size < ONE_THREAD else None
     with warnings.catch_warnings(), threadpool_limits(threads):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the weakest C, which the validation part then drops
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the weakest C, which valid then rejects
         if multi_label:
             for k in np.flatnonzero(truth[learn].any(0) & ~truth[learn].all(0)):
                 probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, truth[learn][:, k])
@@ -107,7 +105,7 @@ def _fit(
             return answer
         labels = truth[learn].argmax(1)
         if len(np.unique(labels)) < 2:
-            raise ValueError("the training part holds clips of one class alone")
+            raise ValueError("the training clips have one class only")
         probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, labels)
         logits = probe.decision_function(asked)
         answer[:, probe.classes_] = logits if logits.ndim == 2 else np.stack([-logits, logits], 1)
@@ -129,7 +127,7 @@ def macro(truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_l
 def class_scores(
     truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_label: bool
 ) -> list[tuple[float | None, int]]:
-    """Return for each class its recall, or average precision, and its clips; None where it has none."""
+    """Return each class's recall (or average precision) and number of clips; None for a class without clips."""
     import numpy as np
     from sklearn.metrics import average_precision_score
 
@@ -137,13 +135,13 @@ def class_scores(
     hits: Any = scores.argmax(1)[:, None] == np.arange(truth.shape[1])
     answer: list[tuple[float | None, int]] = []
     for k in range(truth.shape[1]):
-        own, count = truth[:, k], int(truth[:, k].sum())
+        positive, count = truth[:, k], int(truth[:, k].sum())
         if not count:
             answer.append((None, 0))
         elif multi_label:
-            answer.append((float(average_precision_score(own, finite[:, k])), count))
+            answer.append((float(average_precision_score(positive, finite[:, k])), count))
         else:
-            answer.append((float(hits[own, k].mean()), count))
+            answer.append((float(hits[positive, k].mean()), count))
     return answer
 
 

@@ -20,11 +20,11 @@ USAGE = "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv\
 
 
 class _MissingError(ValueError):
-    """A file of a data set is missing; the message is its path."""
+    """A missing file of a data set; the message is its path."""
 
 
 class Row(NamedTuple):
-    """A clip of a task: its file below the folder, its label (several with commas between), its split or fold."""
+    """A clip: its path below the folder, its label (several separated by commas), its split or fold."""
 
     file_name: str
     label: str
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def speech_commands(root: Path) -> Iterator[Row]:
-    """Speech Commands (v1, v2): WORD/*.wav; validation_list.txt and testing_list.txt name those parts."""
+    """Speech Commands (v1, v2): WORD/*.wav; validation_list.txt and testing_list.txt name those splits."""
     listed: dict[str, str] = {}
     for part, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
         listed |= dict.fromkeys(_text(root / name).split(), part)

@@ -28,10 +28,10 @@ OLD_COLUMNS = [{"features": "encoder", "encoder": "network"}.get(name, name) for
 
 
 def check_results(path: Path) -> None:
-    """Refuse a file that lines cannot be appended to.
+    """Refuse a results file that cannot be appended to.
 
     Raises:
-        ValueError: it has other columns, or is no text.
+        ValueError: other columns, or no text.
     """
     if path.exists():
         try:
@@ -44,7 +44,7 @@ def check_results(path: Path) -> None:
 
 
 def append_result(path: Path, line: Mapping[str, Any]) -> None:
-    """Append a line, and the columns before the first, in one write, so that evaluations may run side by side."""
+    """Append a line (to a new file, also the header) in one write, so that evaluations may run side by side."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     with open(path, "a", encoding="utf-8", newline="") as file:
@@ -55,7 +55,7 @@ def append_result(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def percent(value: float | None) -> str:
-    """Return a share as text; nothing where there is none.
+    """Return a share as a percentage; "" for None.
 
     >>> percent(0.7256), percent(None)
     ('72.6', '')
@@ -68,11 +68,11 @@ def spread(values: list[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-WRITTEN_CLASSES = 30  # of a confusion matrix whose shares are written as numbers too
+WRITTEN_CLASSES = 30  # larger matrices are drawn without numbers
 
 
 def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title: str = "") -> None:
-    """Draw a confusion matrix: for each class (row), which share of its clips was taken for which class (column).
+    """Draw a confusion matrix: for each class (row), the share of its clips predicted as each class (column).
 
     Args:
         path: picture to write; its suffix is the format.
@@ -95,8 +95,8 @@ def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title:
     names = [short_name(name) for name in classes]
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
     if len(classes) <= WRITTEN_CLASSES:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -112,11 +112,11 @@ class EvalResult(NamedTuple):
     """What an evaluation found.
 
     Attributes:
-        score: accuracy, or mean average precision of a multi-label task, in [0, 1]: the mean over seeds and folds.
-        macro: mean over classes of their accuracy; equals ``score`` for a multi-label task.
+        score: accuracy, or mean average precision of a multi-label task, in [0, 1]; the mean over seeds and folds.
+        macro: mean accuracy over classes; equals ``score`` for a multi-label task.
         by_seed: the score of each seed.
-        line: what was appended to results.csv.
-        report: all of it, for people.
+        line: the line appended to results.csv.
+        report: all of it as text.
         picture: the confusion matrix; None for a multi-label task.
     """
 
@@ -199,9 +199,7 @@ def _tell(
     yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
     for words in _protocol(task, line):
         yield f"protocol    {words}"
-    seeds = (
-        f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, nothing is drawn"
-    )
+    seeds = f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, no randomness"
     folds = f", over {line['folds']} folds {line['std_over_folds']}" if task.folds else ""
     yield f"{line['metric']:11s} {line['score_percent']} % ({seeds}{folds})"
     if not task.multi_label:
@@ -227,17 +225,17 @@ def _protocol(task: Task, line: dict[str, Any]) -> Iterator[str]:
     kind = "binary logistic regressions" if task.multi_label else "logistic regression"
     yield f"{kind} on standardised embeddings, C = {line['C']}; clips padded to {line['pad_sec']} s"
     if len(task.folds) > 2:
-        yield "one fold left out at a time; C chosen on another fold, drawn by the seed; then all others learnt from"
+        yield "one fold left out at a time; C chosen on another fold, drawn by the seed; then trained on all others"
     elif task.folds:
-        yield "one fold left out at a time; C chosen on a fifth of the other, drawn by the seed; then all learnt from"
+        yield "one fold left out at a time; C chosen on a fifth of the other, drawn by the seed; then trained on all"
     elif line["valid"]:
-        yield "C chosen on valid, having learnt from train; then both learnt from; tested on test"
+        yield "C chosen on valid after training on train; then trained on both; tested on test"
     else:
-        yield "C chosen on a fifth of train, drawn by the seed; then all of it learnt from; tested on test"
+        yield "C chosen on a fifth of train, drawn by the seed; then trained on all of it; tested on test"
 
 
 def _confusion(task: Task, found: list[list[Scores]]) -> Any:
-    """Return ``(classes, classes)``: how many clips of a class (row) were taken for which (column), over all seeds."""
+    """Return ``(classes, classes)`` counts: true class (row) and predicted class (column), over all seeds."""
     import numpy as np
 
     matrix = np.zeros((len(task.classes),) * 2, np.int64)

@@ -1,4 +1,4 @@
-"""Labelled tasks: the CSV that names clips, their labels and their parts, and who is tested on what."""
+"""Labelled tasks: reading the CSV, and the splits or folds of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SPLITS = {"training": "train", "validation": "valid", "val": "valid", "testing": "test"}  # as others write them
-NAMED = 5  # of many, in a message
-INNER_SHARE = 5  # a fifth of the training part chooses the probe where nothing else can
+SPLITS = {"training": "train", "validation": "valid", "val": "valid", "testing": "test"}  # other spellings
+NAMED = 5  # names in a message
+INNER_SHARE = 5  # without a valid split, a fifth of train chooses the probe
 
 
 class TaskError(ValueError):
@@ -26,42 +26,42 @@ class Task:
     Attributes:
         name: of the task.
         file_names: relative to the folder of audio.
-        labels: of each clip, in the order of ``classes``; one each, or any number of a multi-label task.
-        parts: "train", "valid" or "test" of each clip, or the name of its fold.
+        labels: of each clip, in the order of ``classes``: one each, or any number in a multi-label task.
+        splits: "train", "valid" or "test" for each clip, or the name of its fold.
         classes: all labels, sorted.
-        folds: the names of the folds, sorted; empty where the task has splits.
+        folds: names of the folds, sorted; empty if the task has splits.
         multi_label: whether any label holds a comma.
     """
 
     name: str
     file_names: list[str]
     labels: list[tuple[str, ...]]
-    parts: list[str]
+    splits: list[str]
     classes: list[str]
     folds: list[str]
     multi_label: bool
 
     def without(self, numbers: set[int]) -> Task:
-        """Return the task without some clips; classes and folds stay."""
+        """Return the task without some clips, with the same classes and folds."""
         kept = [number for number in range(len(self.file_names)) if number not in numbers]
         lists: dict[str, Any] = {
-            name: [getattr(self, name)[number] for number in kept] for name in ("file_names", "labels", "parts")
+            name: [getattr(self, name)[number] for number in kept] for name in ("file_names", "labels", "splits")
         }
         return replace(self, **lists)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of clips of each part."""
-        counted = Counter(self.parts)
-        return {part: counted[part] for part in (self.folds or ("train", "valid", "test"))}
+        """Return the number of clips per split or fold."""
+        counted = Counter(self.splits)
+        return {split: counted[split] for split in (self.folds or ("train", "valid", "test"))}
 
 
 class Round(NamedTuple):
-    """Numbers of the clips that a probe learns from, is chosen on and is tested on.
+    """Numbers of the clips for training, choosing and testing a probe.
 
     Attributes:
-        train: what each candidate learns from.
-        valid: what chooses among them.
-        test: what the chosen one, which has learnt anew from ``train`` and ``valid``, is tested on.
+        train: each candidate learns from these.
+        valid: the best candidate is chosen on these; it then learns from ``train`` and ``valid``.
+        test: it is tested on these.
     """
 
     train: list[int]
@@ -70,20 +70,20 @@ class Round(NamedTuple):
 
 
 def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list[str]]:
-    """Read a task: ``file_name,label`` and ``split`` (train, valid, test) or ``fold``; other columns are left alone.
+    """Read a task: columns ``file_name,label`` and ``split`` (train, valid, test) or ``fold``; others are ignored.
 
-    Labels with commas (quoted, as CSV wants it) make the task multi-label.
+    Quoted labels with commas make the task multi-label.
 
     Args:
         path: the CSV file, UTF-8.
-        keep_going: leave out lines without a label or a part rather than stop.
+        keep_going: leave out lines without a label or a split instead of stopping.
 
     Returns:
-        The task, and what was left out, in words.
+        The task, and notes on what was left out.
 
     Raises:
         FileNotFoundError: no such file.
-        TaskError: columns or labels missing (names the lines), a file listed twice, an unknown split, fewer than two
+        TaskError: missing columns or labels (names the lines), a file listed twice, an unknown split, fewer than two
             classes or folds, no clip to learn from or to test on.
     """
     path = Path(path)
@@ -109,63 +109,63 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
     file_names = [row["file_name"].strip() for _number, row in lines]
     if twice := [name for name, count in Counter(file_names).items() if count > 1]:
         raise TaskError(f"{path}: {len(twice)} files listed more than once: {_some(twice)}")
-    parts = [row[kind].strip() for _number, row in lines]
+    splits = [row[kind].strip() for _number, row in lines]
     if kind == "split":
-        parts = [SPLITS.get(part.lower(), part.lower()) for part in parts]
-        if unknown := sorted(set(parts) - {"train", "valid", "test"}):
+        splits = [SPLITS.get(split.lower(), split.lower()) for split in splits]
+        if unknown := sorted(set(splits) - {"train", "valid", "test"}):
             raise TaskError(f"{path}: split: expected train, valid or test, got {_some(unknown)}")
-        if missing := sorted({"train", "test"} - set(parts)):
+        if missing := sorted({"train", "test"} - set(splits)):
             raise TaskError(f"{path}: no clip of split {' or '.join(missing)}")
-    folds = sorted(set(parts), key=lambda fold: (len(fold) if fold.isdigit() else 0, fold)) if kind == "fold" else []
+    folds = sorted(set(splits), key=lambda fold: (len(fold) if fold.isdigit() else 0, fold)) if kind == "fold" else []
     if kind == "fold" and len(folds) < 2:
         raise TaskError(f"{path}: expected at least two folds, got {_some(folds) or 'none'}")
     multi_label = any("," in row["label"] for _number, row in lines)
     labels = [_labels(row["label"]) for _number, row in lines]
-    classes = sorted({label for own in labels for label in own})
+    classes = sorted({label for labels in labels for label in labels})
     if len(classes) < 2:
         raise TaskError(f"{path}: expected at least two labels, got {_some(classes) or 'none'}")
-    return Task(path.stem, file_names, labels, parts, classes, folds, multi_label), left_out
+    return Task(path.stem, file_names, labels, splits, classes, folds, multi_label), left_out
 
 
 def rounds(task: Task, seed: int) -> Iterator[Round]:
-    """Yield what a probe is trained, chosen and tested on: once for splits, once for each fold that is left out.
+    """Yield the clips for training, choosing and testing: once for splits, once per left-out fold.
 
-    Where there are folds, the probe is chosen on another fold, drawn by the seed; where there are two folds, or splits
-    without a valid part, on a fifth of the training part, drawn by the seed from each class alike.
+    With folds, the probe is chosen on another fold, drawn by the seed. With two folds, or splits without valid, it is
+    chosen on a fifth of each class of train, drawn by the seed.
     """
     draw = random.Random(seed)
     for fold in task.folds or ["test"]:
-        test = [number for number, part in enumerate(task.parts) if part == fold]
-        rest = [number for number, part in enumerate(task.parts) if part != fold]
-        if "valid" in task.parts and not task.folds:
-            train = [number for number in rest if task.parts[number] == "train"]
-            valid = [number for number in rest if task.parts[number] == "valid"]
+        test = [number for number, split in enumerate(task.splits) if split == fold]
+        rest = [number for number, split in enumerate(task.splits) if split != fold]
+        if "valid" in task.splits and not task.folds:
+            train = [number for number in rest if task.splits[number] == "train"]
+            valid = [number for number in rest if task.splits[number] == "valid"]
             yield Round(train, valid, test)
             continue
         if len(task.folds) > 2:
             chosen = draw.choice([other for other in task.folds if other != fold])
-            valid = [number for number in rest if task.parts[number] == chosen]
+            valid = [number for number in rest if task.splits[number] == chosen]
         else:
             valid = _fifth_of_each_class(task, rest, draw)
-        own = set(valid)
-        yield Round([number for number in rest if number not in own], valid, test)
+        chosen_clips = set(valid)
+        yield Round([number for number in rest if number not in chosen_clips], valid, test)
 
 
 def absent_classes(task: Task) -> list[str]:
-    """Return, in words, which classes are missing from which part; parts that a probe learns from first."""
-    message = []
+    """Return warnings about classes that a split or the rest of a fold lacks; training splits come first."""
+
+    def absent(numbers: Sequence[int]) -> list[str]:
+        return sorted(set(task.classes) - {label for number in numbers for label in task.labels[number]})
+
+    warnings, total = [], len(task.classes)
     for fold in task.folds:
-        present = {label for own, part in zip(task.labels, task.parts, strict=True) for label in own if part != fold}
-        if missing := sorted(set(task.classes) - present):
-            message.append(
-                f"{len(missing)} of {len(task.classes)} classes occur in fold {fold} alone: {_some(missing)}"
-            )
-    for split in () if task.folds else ("train", "valid", "test"):
-        present = {label for own, part in zip(task.labels, task.parts, strict=True) for label in own if part == split}
-        missing = sorted(set(task.classes) - present)
-        if missing and split in task.parts:
-            message.append(f"{len(missing)} of {len(task.classes)} classes absent from split {split}: {_some(missing)}")
-    return message
+        if missing := absent([number for number, split in enumerate(task.splits) if split != fold]):
+            warnings.append(f"{len(missing)} of {total} classes occur in fold {fold} alone: {_some(missing)}")
+    for name in () if task.folds else ("train", "valid", "test"):
+        clips = [number for number, split in enumerate(task.splits) if split == name]
+        if clips and (missing := absent(clips)):
+            warnings.append(f"{len(missing)} of {total} classes absent from split {name}: {_some(missing)}")
+    return warnings
 
 
 def _labels(cell: str) -> tuple[str, ...]:
@@ -177,9 +177,9 @@ def _fifth_of_each_class(task: Task, numbers: list[int], draw: random.Random) ->
     for number in numbers:
         by_class.setdefault(task.labels[number][:1], []).append(number)
     chosen = []
-    for own in by_class.values():
-        draw.shuffle(own)
-        chosen += own[: len(own) // INNER_SHARE]
+    for clips in by_class.values():
+        draw.shuffle(clips)
+        chosen += clips[: len(clips) // INNER_SHARE]
     return sorted(chosen or draw.sample(numbers, max(1, len(numbers) // INNER_SHARE)))
 
 

@@ -1,4 +1,4 @@
-"""Derivatives of the functional ops: to x, z and statistics; drawn parameters (lam, crop, fader) get none."""
+"""Gradients of the functional ops, to x, z and statistics; drawn parameters (lam, crop, fader) get none."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> Any:
     if ctx.foreign_pool:
-        raise RuntimeError("augment_views: no gradient where partners come from a pool of other rows; give pool=None")
+        raise RuntimeError("augment_views: no gradient if partners come from a pool of other rows; give pool=None")
     x, bank, bank_count, stats, lam, bank_index, crop, rng, views = ctx.saved_tensors
     dtype = compute_dtype(views.dtype)
     of_total, of_squares = grad_sums[..., 1, None, None], grad_sums[..., 2, None, None]
@@ -112,7 +112,10 @@ def _batch_stats_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor:
-    """With n, S and Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1)."""
+    """Return the gradient of ``sums`` from those of mean and std.
+
+    With n, S and Q the count, sum and sum of squares: m = S / n, s^2 = (Q - S m) / (n - 1).
+    """
     mean, std = mean_std_reference(sums)
     count = sums.reshape(-1, 3)[:, 0].sum().clamp_min(1)
     of_variance = torch.where(std > EPS, of_std / (2 * std), 0)
@@ -131,7 +134,7 @@ _register("normalize", _normalize_backward, _save_normalize)
 
 
 def _register_once(name: str) -> None:
-    """Let a second derivative end in an error with a reason instead of silence."""
+    """Raise an error at a second derivative; without it, the second derivative would be silently missing."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(f"byola_fast: {name} is differentiable once; its second derivative is not provided")
@@ -139,5 +142,6 @@ def _register_once(name: str) -> None:
     _register(name, backward, lambda ctx, inputs, output: None)
 
 
-for _name in ("log_mel_backward", "log_mixup_exp_backward", "resize_crop_backward", "augment_views_backward"):
-    _register_once(_name)
+for _name in _schemas.OPS:
+    if _name.endswith("_backward"):
+        _register_once(_name)

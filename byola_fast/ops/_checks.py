@@ -1,4 +1,4 @@
-"""Checks of arguments, each with a message that says what was given and what is wanted. None of them syncs a GPU."""
+"""Checks of arguments. Each message gives the expected and the actual value. No check syncs a GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MIXERS = ("log", "linear", "gaussian", "none")
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Refuse what is not a tensor."""
+    """Require a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def require_float(name: str, x: object) -> None:
-    """Refuse what is not a floating-point tensor."""
+    """Require a floating-point tensor."""
     require_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in FLOATS:
@@ -26,7 +26,7 @@ def require_float(name: str, x: object) -> None:
 
 
 def require_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
-    """Refuse what is not an integer tensor of one of these dtypes."""
+    """Require an integer tensor of one of these dtypes."""
     require_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in dtypes:
@@ -35,7 +35,7 @@ def require_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (tor
 
 
 def require_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
-    """Refuse what is no tensor, or of a shape that differs from ``wanted``; letters stand for any size."""
+    """Require a tensor of shape ``wanted``; a letter stands for any size."""
     require_tensor(name, x)
     assert isinstance(x, Tensor)
     if tuple(x.shape) == wanted:
@@ -47,7 +47,7 @@ def require_shape(name: str, x: object, wanted: tuple[int | str, ...]) -> None:
 
 
 def require_spectrogram(name: str, x: object) -> None:
-    """Refuse what is not a float tensor (B, F, T) with F and T of at least 1."""
+    """Require a float tensor (B, F, T) with F and T of at least 1."""
     require_float(name, x)
     assert isinstance(x, Tensor)
     require_shape(name, x, ("B", "F", "T"))
@@ -56,19 +56,19 @@ def require_spectrogram(name: str, x: object) -> None:
 
 
 def require_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse tensors on two devices."""
+    """Require both tensors on one device."""
     if x.device != other.device:
         raise ValueError(f"{name}: expected on the device of {other_name} ({other.device}), got {x.device}")
 
 
 def require_same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse tensors of two dtypes."""
+    """Require both tensors in one dtype."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {x.dtype}")
 
 
 def require_count(name: str, count: Tensor | None, other_name: str, other: Tensor) -> None:
-    """Refuse a count that is no 0-d integer tensor, or lies on another device; None is none."""
+    """Require a 0-d integer tensor on the device of ``other``; None passes."""
     if count is not None:
         require_integer(name, count)
         require_shape(name, count, ())
@@ -76,18 +76,18 @@ def require_count(name: str, count: Tensor | None, other_name: str, other: Tenso
 
 
 def require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Refuse an unknown word."""
+    """Require one of the known values."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def is_pair(value: object) -> bool:
-    """Return whether a value has two parts; a lone number has none."""
+    """Return whether a value has a length of 2; a number has none."""
     return hasattr(value, "__len__") and len(value) == 2
 
 
 def require_no_grad(op: str, **tensors: Tensor | None) -> None:
-    """Refuse to drop a gradient in silence."""
+    """Require that no tensor needs a gradient, which the op would silently drop."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x is not None and x.requires_grad:
@@ -95,19 +95,19 @@ def require_no_grad(op: str, **tensors: Tensor | None) -> None:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Return whether values may be looked at: on the CPU, and not while a graph is traced."""
+    """Return whether values can be read without a sync: on the CPU, and not while tracing."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def require_lam_in_range(name: str, lam: Tensor) -> None:
-    """Refuse weights outside [0, 1]; NaN too."""
+    """Require weights in [0, 1]; NaN is refused."""
     if is_readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         worst = lam[~((lam >= 0) & (lam <= 1))][0].item()
         raise ValueError(f"{name}: expected weights in [0, 1], got {worst}")
 
 
 def require_crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
-    """Refuse crop boxes (i, j, h, w) that are empty or leave the canvas."""
+    """Require crop boxes (i, j, h, w) that are not empty and lie inside the canvas."""
     if is_readable(crop) and crop.numel():
         boxes = crop.reshape(-1, 4).long()
         start, extent = boxes[:, :2], boxes[:, 2:]
@@ -119,7 +119,7 @@ def require_crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> 
 
 
 def require_index_in_range(name: str, index: Tensor, rows: int) -> None:
-    """Refuse partner rows outside [0, rows); -1 stands for no partner."""
+    """Require partner rows in [0, rows), or -1 for no partner."""
     if is_readable(index) and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= rows:

@@ -1,10 +1,10 @@
-"""How a backend takes an op over: a stub under its dispatch key loads it on the first call and dispatches again.
+"""Lazy loading of backends: a stub under an op's dispatch key loads the backend on the first call.
 
 Callers never choose a backend; the dispatcher does. Until the first call of an op on a device, its key holds a stub.
-The stub asks the backends registered for that op and key, in order of preference, to prepare (import, compile); the
-first that succeeds registers its kernels in place of the stubs, and the call is dispatched anew. If none can, the stub
-goes away and the reference answers. The stub is reached through the dispatcher, so a direct ``torch.ops.byola_fast``
-call and a graph compiled before anything was loaded take the same road.
+The stub asks the backends of that op and key, in order of preference, to prepare (import, compile). The first backend
+that succeeds replaces the stubs by its kernels, and the stub dispatches the call again. If all fail, the stub is
+removed and the reference answers. Because the dispatcher calls the stub, all calls behave the same: direct calls of
+``torch.ops.byola_fast`` and graphs compiled before the backend was loaded.
 
 ``BYOLA_FAST_STRICT=1`` turns every fallback into a ``BackendError``.
 """
@@ -26,15 +26,15 @@ logger = logging.getLogger("byola_fast")
 
 
 class BackendError(RuntimeError):
-    """A backend cannot be used here; the message says why and what would help."""
+    """A backend cannot be used on this machine; the message gives the reason and the remedy."""
 
 
 @dataclass(eq=False)
 class Backend:
     """Kernels for some ops on one kind of device.
 
-    ``prepare`` does the slow part (import, compile) and raises ``BackendError`` with a reason; ``register`` is then
-    given its result and must be quick: while it runs, the ops fall through to the reference.
+    ``prepare`` does the slow part (import, compile) and raises ``BackendError`` with a reason. ``register`` receives
+    its result and must be quick: while it runs, calls of the ops reach the reference.
     """
 
     name: str
@@ -62,7 +62,7 @@ def strict() -> bool:
 
 
 def add_backend(backend: Backend) -> None:
-    """Register a backend behind those added before it for the same key, without loading it."""
+    """Add a backend without loading it; backends added earlier for the same key are preferred."""
     with _registry.lock:
         _registry.backends.append(backend)
         for op in backend.ops:
@@ -73,12 +73,12 @@ def add_backend(backend: Backend) -> None:
 
 
 def candidates(key: str, op: str) -> list[Backend]:
-    """Return the backends of one op on one kind of device, the preferred one first."""
+    """Return the backends of an op on one kind of device, in order of preference."""
     return [backend for backend in _registry.backends if backend.key == key and op in backend.ops]
 
 
 def resolve(key: str, op: str) -> None:
-    """Load the best backend of one op, or leave the op to its reference.
+    """Load the preferred backend that works for an op, or leave the op to its reference.
 
     Raises:
         BackendError: the preferred backend cannot be loaded and ``BYOLA_FAST_STRICT`` is set.
@@ -127,7 +127,7 @@ def _make_stub(key: str, op: str) -> Callable[..., Any]:
 
 
 def backend_in_use(key: str, op: str) -> tuple[str, str]:
-    """Return the backend that answers for an op on one kind of device, after loading it, and a note on why."""
+    """Load the backend of an op on one kind of device; return its name and the reason for a fallback."""
     failures: list[str] = []
     for backend in candidates(key, op):
         if not backend.loaded and backend.failure is None:

@@ -1,14 +1,14 @@
-"""Every op's schema, on one screen; below it the reference and the fake of each. Backends register elsewhere.
+"""The table of ops: each op's schema, backends and composition. Below it, each op's reference and fake.
 
-Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (what partners come from while the bank is
-empty; the batch itself where it is None). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T). No argument
-may be called "mode": PyTorch passes arguments of mutating ops by keyword to a function of its own that has one.
+Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (partners come from it while the bank is
+empty; None for the batch itself). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T). No argument may be
+called "mode": PyTorch passes arguments of mutating ops by keyword to a function of its own that has one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,46 +18,68 @@ from byola_fast.ops import _ema_checks, reference
 NAMESPACE = "byola_fast"
 CPU_CHUNK_FRAMES = 384  # per thread: the spectra of a chunk (3 MB) stay in cache, which is 2 to 3 times as fast
 
-SCHEMAS = """
-log_mel(Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, SymInt n_fft, SymInt hop_length, \
-bool center) -> Tensor
-log_mel_backward(Tensor grad, Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, \
-SymInt n_fft, SymInt hop_length, bool center) -> Tensor
-log_mixup_exp(Tensor x, Tensor z, Tensor lam) -> Tensor
-log_mixup_exp_backward(Tensor grad, Tensor x, Tensor z, Tensor lam) -> (Tensor, Tensor)
-resize_crop(Tensor x, Tensor crop, SymInt[2] size, SymInt[2] canvas, str interpolation) -> Tensor
-resize_crop_backward(Tensor grad, Tensor crop, SymInt[2] input_size, SymInt[2] canvas, str interpolation) -> Tensor
-draw_params(Tensor rng, Tensor? bank_count, SymInt batch, SymInt pool, SymInt pool_offset, SymInt sample_offset, \
-SymInt[2] mels, SymInt[2] frames, SymInt[2] canvas, float mixup_ratio, float fader_gain) \
--> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)
-augment_views(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, Tensor bank_index, \
-Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, SymInt[2] canvas, str interpolation, \
-str mixup) -> (Tensor views, Tensor sums)
-augment_views_out(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
-Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, \
-str mixup, Tensor(a!) out) -> Tensor
-augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, \
-Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, str mixup) \
--> (Tensor, Tensor)
-sample_sums(Tensor x) -> Tensor
-batch_stats(Tensor sums, ScalarType dtype) -> Tensor
-running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, \
-SymInt max_updates) -> Tensor
-normalize(Tensor x, Tensor sums) -> Tensor
-normalize_(Tensor(a!) x, Tensor sums) -> ()
-bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()
-ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()
-"""
 
-OPS = tuple(line.split("(")[0] for line in SCHEMAS.strip().splitlines())
+class Op(NamedTuple):
+    """One op: its schema, the backends that have a kernel, and its parts if it is composed of other ops."""
+
+    schema: str
+    cpu: bool = False  # a C++ kernel in csrc
+    cuda: bool = False  # a CUDA C++ kernel in csrc
+    triton: str | None = None  # the file in _triton with its launcher
+    made_of: str | None = None
+
+
+# fmt: off
+TABLE = (
+    Op("log_mel(Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, SymInt n_fft, "
+       "SymInt hop_length, bool center) -> Tensor", cpu=True, triton="log_mel"),
+    Op("log_mel_backward(Tensor grad, Tensor wav, Tensor window, Tensor filter_bank, Tensor bands, Tensor? stats, "
+       "SymInt n_fft, SymInt hop_length, bool center) -> Tensor"),
+    Op("log_mixup_exp(Tensor x, Tensor z, Tensor lam) -> Tensor", cpu=True, triton="log_mixup_exp"),
+    Op("log_mixup_exp_backward(Tensor grad, Tensor x, Tensor z, Tensor lam) -> (Tensor, Tensor)",
+       cpu=True, triton="log_mixup_exp"),
+    Op("resize_crop(Tensor x, Tensor crop, SymInt[2] size, SymInt[2] canvas, str interpolation) -> Tensor",
+       cpu=True, triton="resize_crop"),
+    Op("resize_crop_backward(Tensor grad, Tensor crop, SymInt[2] input_size, SymInt[2] canvas, str interpolation) "
+       "-> Tensor", cpu=True, triton="resize_crop"),
+    Op("draw_params(Tensor rng, Tensor? bank_count, SymInt batch, SymInt pool, SymInt pool_offset, "
+       "SymInt sample_offset, SymInt[2] mels, SymInt[2] frames, SymInt[2] canvas, float mixup_ratio, "
+       "float fader_gain) -> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)",
+       cpu=True, triton="draw_params"),
+    Op("augment_views(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
+       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, "
+       "SymInt[2] canvas, str interpolation, str mixup) -> (Tensor views, Tensor sums)", made_of="augment_views_out"),
+    Op("augment_views_out(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
+       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, "
+       "str interpolation, str mixup, Tensor(a!) out) -> Tensor", cpu=True, triton="augment_views"),
+    Op("augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
+       "Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, "
+       "str mixup) -> (Tensor, Tensor)", made_of="resize_crop_backward and plain PyTorch"),
+    Op("sample_sums(Tensor x) -> Tensor", cpu=True, triton="normalize"),
+    Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", triton="normalize"),
+    Op("running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, "
+       "SymInt max_updates) -> Tensor", triton="normalize"),
+    Op("normalize(Tensor x, Tensor sums) -> Tensor", cpu=True, triton="normalize"),
+    Op("normalize_(Tensor(a!) x, Tensor sums) -> ()", cpu=True, triton="normalize"),
+    Op("bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()", cpu=True, triton="bank_push"),
+    Op("ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()",
+       cpu=True, cuda=True, triton="ema_update"),
+)
+# fmt: on
+
+OPS = {op.schema.split("(")[0]: op for op in TABLE}
+CPU_OPS = tuple(name for name, op in OPS.items() if op.cpu)
+CUDA_OPS = tuple(name for name, op in OPS.items() if op.cuda)
+LAUNCHERS = {name: op.triton for name, op in OPS.items() if op.triton}
+MADE_OF = {name: op.made_of for name, op in OPS.items() if op.made_of}
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS.strip().splitlines():
-    library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+for _op in TABLE:
+    library.define(_op.schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Allocate the views and fill them: the functional op for every device and backend."""
+    """Allocate the views and fill them, on every device and backend."""
     *parameters, size, canvas, interpolation, mixup = args
     out = x.new_empty(2, x.shape[0], *size)
     sums = torch.ops.byola_fast.augment_views_out(x, *parameters, canvas, interpolation, mixup, out)
@@ -65,7 +87,7 @@ def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def log_mel_in_chunks(wav: Tensor, *args: Any) -> Tensor:
-    """Run the reference on chunks of the batch where it runs on the CPU."""
+    """Run the reference, on the CPU in chunks of the batch."""
     if wav.device.type != "cpu" or wav.shape[0] == 0:
         return reference.log_mel_reference(wav, *args)
     *_tensors, n_fft, hop_length, center = args
@@ -75,29 +97,27 @@ def log_mel_in_chunks(wav: Tensor, *args: Any) -> Tensor:
 
 
 def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
-    """Make the gradients by the definition, with the backend's op for the resize."""
+    """Run the reference with the backend's op for the resize."""
     definition: Callable[..., tuple[Tensor, Tensor]] = reference.augment_views_backward_reference
     return definition(*args, torch.ops.byola_fast.resize_crop_backward)
 
 
 def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
-    """Refuse bad lists before anything is written, as every backend does, and run the reference."""
+    """Check the lists before anything is written, as every backend does, and run the reference."""
     _ema_checks.check_lists(target, online)
     _ema_checks.check_memory(target, online)
     _ema_checks.check_decay(decay, target)
     reference.ema_update__reference(target, online, decay)
 
 
-MADE_OF = {"augment_views": "augment_views_out", "augment_views_backward": "resize_crop_backward and plain PyTorch"}
-
-_implementations: dict[str, Callable[..., Any]] = {
-    name: getattr(reference, f"{name}_reference") for name in OPS if name not in ("augment_views", "ema_update_")
+_composites: dict[str, Callable[..., Any]] = {  # in place of the plain reference
+    "log_mel": log_mel_in_chunks,
+    "augment_views": augment_views_allocate,
+    "augment_views_backward": augment_views_backward_composite,
+    "ema_update_": ema_update__checked,
 }
-_implementations["log_mel"] = log_mel_in_chunks
-_implementations["augment_views"] = augment_views_allocate
-_implementations["augment_views_backward"] = augment_views_backward_composite
-_implementations["ema_update_"] = ema_update__checked
-for _name, _function in _implementations.items():
+for _name in OPS:
+    _function = _composites.get(_name) or getattr(reference, f"{_name}_reference")
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -166,7 +186,7 @@ def _empty_sums(x: Tensor) -> Tensor:
 
 @_fake("augment_views")
 def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *_parameters, size, _canvas, _mode, _mixup = args
+    *_parameters, size, _canvas, _interpolation, _mixup = args
     return x.new_empty(2, x.shape[0], *size), _empty_sums(x)
 
 

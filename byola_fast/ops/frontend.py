@@ -1,4 +1,4 @@
-"""The public op of the front end: contract and checks here, arithmetic in the backends that the dispatcher picks."""
+"""The public op of the front end: contract and checks here, arithmetic in the backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops._schemas import log_mel_in_chunks
 from byola_fast.ops.reference import log_mel_reference, num_frames_reference
 
-LARGEST_FACTOR = 64  # of n_fft; torch's transform has algorithms for larger primes, the kernels have not
+__all__ = ["log_mel", "mel_bands", "num_frames"]
+
+LARGEST_FACTOR = 64  # of n_fft; only torch's transform has algorithms for larger primes
 
 
 def log_mel(
@@ -25,18 +27,18 @@ def log_mel(
 ) -> Tensor:
     """Turn waveforms into natural-log mel spectrograms: ``lms = log(filter_bank |STFT(wav)|^2 + eps)``.
 
-    eps = 1.19e-7 (float32's, whatever the dtype); with ``stats``, ``(lms - mean) / max(std, eps)``. ``LogMel`` makes
+    eps = 1.19e-7 (float32's, for every dtype); with ``stats``, ``(lms - mean) / max(std, eps)``. ``LogMel`` makes
     window and filter bank from settings in Hz.
 
     Args:
-        wav: waveforms in [-1, 1], or int16, which counts as ``wav / 32768``.
-        window: shorter ones than ``n_fft`` are centred in it.
+        wav: waveforms in [-1, 1], or int16, which are divided by 32768.
+        window: a window shorter than ``n_fft`` is centred in the frame.
         filter_bank: weight of each frequency in each mel bin, not negative.
-        bands: first and one past the last frequency with a weight, from ``mel_bands``, which is called where None.
-            Weights outside are not read by kernels.
+        bands: first and one past the last frequency with a weight in each mel bin; ``mel_bands(filter_bank)`` by
+            default. Kernels do not read weights outside the bands.
         n_fft: length of the Fourier transform, in samples.
         hop_length: step between frames, in samples.
-        center: frames are centred on multiples of ``hop_length``, with reflect padding; else the first starts at 0.
+        center: centre frames on multiples of ``hop_length``, with reflect padding; else the first starts at 0.
         stats: mean and std of the pre-normalisation.
 
     Shape:
@@ -45,22 +47,22 @@ def log_mel(
         for int16, with T = ``num_frames(samples, n_fft, hop_length, center)``.
 
     Raises:
-        TypeError: wrong dtypes. ValueError: shapes, devices or sizes that do not fit, too few samples for a frame.
-        RuntimeError: an argument other than wav requires a gradient, which it does not get.
+        TypeError: wrong dtypes. ValueError: shapes, devices or sizes that do not match, too few samples for a frame.
+        RuntimeError: an argument other than wav requires a gradient, because it would get none.
 
     Numerics:
         float16 and bfloat16 are computed in float32 and rounded once, float64 in float64. In float32 the transform's
-        error is 1e-7 of a frame's largest magnitude, so that bands 80 dB below it are right to 1e-4, and all others
-        to 1e-3 where they matter beside eps. NaN and inf stay in their own waveform. On the CPU each frame is the same
-        for any batch and number of threads.
+        error is 1e-7 of a frame's largest magnitude: bands down to 80 dB below it are accurate to 1e-4, weaker bands
+        that are not negligible beside eps to 1e-3. NaN and inf stay in their own waveform. On the CPU each frame is the
+        same for any batch and number of threads.
 
     Autograd:
         To wav, once differentiable, by the reference's formula.
 
     Backends:
-        C++ on the CPU, fastest where n_fft has no prime factor but 2, 3 and 5; Triton on CUDA where n_fft is a power
-        of two from 64 to 2048, hop_length at most 2 n_fft, and wav not float64; plain PyTorch elsewhere, where n_fft
-        has a prime factor above 64 on the CPU, and under ``torch.export``.
+        C++ on the CPU, fastest if n_fft has only the prime factors 2, 3 and 5. Triton on CUDA if n_fft is a power of
+        two from 64 to 2048, hop_length at most 2 n_fft, and wav not float64. Plain PyTorch otherwise, on the CPU if
+        n_fft has a prime factor above 64, and under ``torch.export``.
 
     Source:
         Niizumi et al., arXiv:2103.06695, section IV.
@@ -92,7 +94,7 @@ def log_mel(
     check.require_no_grad("log_mel", window=window, filter_bank=filter_bank, stats=stats)
     num_frames(wav.shape[1], n_fft, hop_length, center)
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
-    # What is exported must run where this package is not installed. The flag itself: torch 2.11 compiles a call of
+    # An exported graph must run without this package. Read the flag itself, because torch 2.11 compiles a call of
     # is_exporting() to True.
     if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
         return log_mel_reference(*arguments)
@@ -116,7 +118,7 @@ def num_frames(samples: int, n_fft: int, hop_length: int, center: bool = True) -
     """Return the number of frames T: whole windows of ``n_fft``, ``hop_length`` apart, in the padded waveform.
 
     Raises:
-        ValueError: fewer samples than one frame, or than reflect padding, needs; ``hop_length`` below 1.
+        ValueError: too few samples for one frame or for reflect padding; ``hop_length`` below 1.
 
     >>> num_frames(15200, 1024, 160)
     96
@@ -131,7 +133,7 @@ def num_frames(samples: int, n_fft: int, hop_length: int, center: bool = True) -
 
 
 def mel_bands(filter_bank: Tensor) -> Tensor:
-    """Return the first and one past the last frequency with a weight in each mel bin, ``(F, 2)`` int32; 0, 0 for none.
+    """Return the first and one past the last frequency with a weight in each mel bin: ``(F, 2)`` int32, 0, 0 for none.
 
     >>> mel_bands(torch.tensor([[0.0, 0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     tensor([[1, 3],

@@ -1,4 +1,4 @@
-"""The public ops: contract and checks here, arithmetic in the backends that the dispatcher picks."""
+"""The public ops: contract and checks here, arithmetic in the backends."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import check_decay
 from byola_fast.ops.reference import SIZE_SHIFT
 
+__all__ = [
+    "augment_views",
+    "bank_push_",
+    "canvas_size",
+    "draw_params",
+    "ema_update_",
+    "log_mixup_exp",
+    "normalize",
+    "resize_crop",
+    "sample_sums",
+]
+
 VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
-MAX_ROWS = 2**24  # partners are chosen with 24-bit draws
+MAX_ROWS = 2**24  # a 24-bit draw chooses the partner
 MAX_SIDE = 2**31 - 1  # of a canvas or an output: kernels count along an axis in int32
 
 
 def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     """Mix two log-mel spectrograms as sounds mix: on the linear scale.
 
-    ``y = log((1 - lam) exp(x) + lam exp(z) + eps)``, natural logarithm, eps = 1.19e-7 (float32's, whatever the dtype).
+    ``y = log((1 - lam) exp(x) + lam exp(z) + eps)``, natural logarithm, eps = 1.19e-7 (float32's, for every dtype).
 
     Args:
-        x: log-mel spectrograms (or anything else in the log domain).
-        z: what is mixed in, of the same shape, dtype and device.
+        x: log-mel spectrograms (or other values in the log domain).
+        z: spectrograms to mix in, of the same shape, dtype and device.
         lam: weight of ``z`` for each sample, in [0, 1].
 
     Shape:
@@ -34,17 +46,17 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
 
     Raises:
         TypeError: wrong dtypes. ValueError: shapes or devices that do not match, weights outside [0, 1] (checked on
-        the CPU only; elsewhere a precondition). RuntimeError: lam requires a gradient, which it does not get.
+        the CPU only; elsewhere a precondition). RuntimeError: lam requires a gradient, because it would get none.
 
     Numerics:
-        Half precision is computed in float32 and rounded once. exp overflows to inf above 88.7 (709.7 in float64), as
-        the formula does. NaN and inf stay in their own sample. Deterministic.
+        Half precision is computed in float32 and rounded once. Like the formula, exp overflows to inf above 88.7 (709.7
+        in float64). NaN and inf stay in their own sample. Deterministic.
 
     Autograd:
         To x and z, once differentiable.
 
     Backends:
-        C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere; ``byola_fast.doctor()`` tells.
+        C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere; ``byola_fast.doctor()`` reports it.
 
     Source:
         The log-mixup-exp of BYOL-A, arXiv:2103.06695.
@@ -91,27 +103,27 @@ def resize_crop(
     *,
     mode: str | None = None,
 ) -> Tensor:
-    """Cut one box per sample from a zero canvas on which the input lies centred, and resize it.
+    """Cut one box per sample from a zero canvas with the input at its centre, and resize it.
 
-    Equals ``F.interpolate(box, size, mode=interpolation, align_corners=True)`` of each box: output o along an axis lies
-    at ``o (extent - 1) / (size - 1)`` of the box. Taps are clamped to the box's edge, so that nothing bleeds in from
-    outside it. Zeros of the canvas inside the box do count.
+    Equals ``F.interpolate(box, size, mode=interpolation, align_corners=True)`` of each box: output o along an axis is
+    at ``o (extent - 1) / (size - 1)`` of the box. Taps are clamped to the box's edge, so that values outside the box
+    have no effect. Zeros of the canvas inside the box do count.
 
     Args:
         x: log-mel spectrograms.
         crop: boxes ``(i, j, h, w)`` on the canvas: first mel, first frame, mels, frames; int32 or int64.
         size: (mels, frames) of the output; the input's by default.
         interpolation: "bilinear", or "bicubic" (a = -0.75).
-        canvas: (mels, frames) of the canvas, at least the input's; ``(F, int(1.5 T))`` by default. The input lies at
+        canvas: (mels, frames) of the canvas, at least the input's; ``(F, int(1.5 T))`` by default. The input starts at
             ``(canvas - input) // 2``.
-        mode: the old name of ``interpolation``; warns, and goes in 0.3.
+        mode: old name of ``interpolation``; warns, and will be removed in 0.3.
 
     Shape:
         x ``(B, F, T)`` or ``(B, 1, F, T)`` with any strides, crop ``(B, 4)``; a new contiguous tensor of the same rank.
 
     Raises:
-        TypeError: wrong dtypes. ValueError: shapes, devices, sizes or an unknown interpolation; boxes that leave the
-        canvas (checked on the CPU; on other devices they are moved inside it, never read out of bounds).
+        TypeError: wrong dtypes. ValueError: wrong shapes, devices or sizes, an unknown interpolation, boxes that leave
+        the canvas (checked on the CPU; other devices move them inside and never read out of bounds).
 
     Numerics:
         Tap positions are exact integer fractions, more accurate than ``F.interpolate``'s float32 positions. Half
@@ -163,7 +175,7 @@ def without_channel(name: str, x: Tensor) -> Tensor:
 
 
 def pair(name: str, value: Sequence[int], minimum: tuple[int, int]) -> tuple[int, int]:
-    """Return two integers (mels, frames), each at least what is asked."""
+    """Return two integers (mels, frames), each at least its minimum and below 2^31."""
     if (
         not isinstance(value, Sequence)
         or len(value) != 2
@@ -176,10 +188,10 @@ def pair(name: str, value: Sequence[int], minimum: tuple[int, int]) -> tuple[int
 
 
 def size_range(name: str, length: int, scale: Sequence[float]) -> tuple[int, int]:
-    """Return (base, slope), with which ``(base + slope * u24) >> 40`` is ``int(U(*scale) * length)``.
+    """Return (base, slope) such that ``(base + slope * u24) >> 40`` is ``int(U(*scale) * length)``.
 
-    The largest draw stays below ``scale[1] * length``, as with a half-open uniform. Each size's probability differs
-    from the exact one by less than 2^-16 of a bin.
+    The largest draw stays below ``scale[1] * length``, like a half-open uniform. Each size's probability differs from
+    the exact one by less than 2^-16 of a bin.
     """
     if not check.is_pair(scale) or not 0 <= scale[0] <= scale[1] < math.inf or scale[1] == 0:
         raise ValueError(f"{name}: expected (min, max) with 0 <= min <= max, max > 0 and finite, got {scale}")
@@ -191,7 +203,7 @@ def size_range(name: str, length: int, scale: Sequence[float]) -> tuple[int, int
 
 
 def weights_in_range(mixup_ratio: float, fader_gain: float) -> None:
-    """Refuse bounds of the draws that make no weight and no gain."""
+    """Require a mixup_ratio in [0, 1] and a finite fader_gain of at least 0."""
     if not 0 <= mixup_ratio <= 1:
         raise ValueError(f"mixup_ratio: expected a weight in [0, 1], got {mixup_ratio}")
     if not 0 <= fader_gain < math.inf:
@@ -216,15 +228,15 @@ def draw_params(
     """Draw the parameters of two views of a batch, bit-identical on every device and backend.
 
     ``lam = mixup_ratio U(0, 1)``; ``h = clip(int(U(*freq_scale) F), 1, canvas)``, ``w`` likewise with T; ``i`` and
-    ``j`` uniform over every position that fits; ``head, tail = fader_gain U(-1, 1)``; the partner uniform over the
-    bank's filled rows or, while there are none, over the pool's rows except the sample's own.
+    ``j`` uniform over all positions that fit; ``head, tail = fader_gain U(-1, 1)``; the partner uniform over the bank's
+    filled rows or, while there are none, over the pool's rows except the sample's.
 
     Args:
-        rng: seed and step on the device of the result.
+        rng: seed and step, on the device of the result.
         batch: B.
         input_size: (F, T).
-        bank_count: rows filled in the bank, on the device; None without a bank.
-        pool: rows of the pool that partners come from while the bank is empty; B by default.
+        bank_count: number of filled rows in the bank, on the device; None without a bank.
+        pool: number of rows in the pool, which partners come from while the bank is empty; B by default.
         pool_offset: row of the batch's first sample in the pool.
         sample_offset: number of the batch's first sample in the global batch.
 
@@ -240,7 +252,7 @@ def draw_params(
         integer arithmetic, lam and fader with one float32 rounding each.
 
     Source:
-        BYOL-A, arXiv:2103.06695, for what is drawn; Salmon et al., SC 2011, for how.
+        BYOL-A, arXiv:2103.06695, for the parameters; Salmon et al., SC 2011, for the generator.
     """
     check.require_integer("rng", rng, (torch.int64,))
     check.require_shape("rng", rng, (2,))
@@ -285,14 +297,14 @@ def augment_views(
     out: Tensor | None = None,
     mode: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make both views of a batch in one pass: pre-normalise, mix, crop and resize, fade; and sum them up.
+    """Make both views of a batch in one pass (pre-normalise, mix, crop and resize, fade), and their sums.
 
     Args:
         x: log-mel spectrograms.
         lam, bank_index, crop, fader, rng: from ``draw_params``, or replayed.
-        pool: rows to mix in while the bank is empty; x itself by default.
+        pool: rows to mix in while the bank is empty; x by default.
         bank: past pre-normalised inputs, float32 or float16.
-        bank_count: rows filled in the bank; at 0 the pool is used.
+        bank_count: number of filled rows in the bank; at 0 the pool is used.
         stats: mean and std of the pre-normalisation; None for none.
         sample_offset: number of the first sample in the global batch (Gaussian noise depends on it).
         size, canvas, interpolation, mode: as in ``resize_crop``.
@@ -304,16 +316,16 @@ def augment_views(
         x, sums ``(2, B, 3)`` float64: count, sum and sum of squares of each view of each sample, for ``normalize``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together. RuntimeError: ``out=`` where x requires a gradient.
+        TypeError, ValueError: arguments that do not match. RuntimeError: ``out=`` while x or stats requires a gradient.
 
     Numerics:
-        As the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Values of bank
-        rows that no index names do not matter. Deterministic, and independent of the number of threads. Parameters out
-        of range are moved inside (crop), taken as the last row (bank_index) or used as they are (lam), and nothing is
-        read out of bounds; ``augment`` checks replayed ones on the CPU, but not on a GPU, which would take a sync.
+        Like the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Bank rows
+        without an index in ``bank_index`` have no effect. Deterministic, and independent of the number of threads.
+        Out of range, a crop is moved inside the canvas, a bank_index reads the last row, and lam is used unchanged;
+        nothing is read out of bounds. ``augment`` checks replayed parameters on the CPU; on a GPU that needs a sync.
 
     Autograd:
-        To x (through partners that are rows of x too) and stats; not to the bank.
+        To x (also through partners that are rows of x) and stats; not to the bank.
 
     Source:
         BYOL-A, arXiv:2103.06695; the fader, arXiv:2204.07402.
@@ -355,12 +367,12 @@ def augment_views(
     check_out(out, x, size, pool=pool, bank=bank)
     check.require_no_grad("augment_views with out=", x=x, stats=stats)
     sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, interpolation, mixup, out)
-    increment_version(out)  # kernels write past autograd, which must know of it
+    increment_version(out)  # autograd does not see the kernels' writes
     return out, sums
 
 
 def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor | None) -> None:
-    """Refuse an ``out`` that the views of ``x (B, F, T)`` cannot be written to."""
+    """Require an ``out`` that can hold the views of ``x (B, F, T)`` and shares no memory with inputs."""
     check.require_shape("out", out, (2, x.shape[0], *size))
     check.require_same_dtype("out", out, "x", x)
     check.require_same_device("out", out, "x", x)
@@ -373,16 +385,16 @@ def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor |
 
 
 def sample_sums(x: Tensor) -> Tensor:
-    """Return count, sum and sum of squares of each sample: what statistics and ``normalize`` are made of.
+    """Return count, sum and sum of squares of each sample, the input of ``normalize`` and of statistics.
 
     Args:
-        x: spectrograms or anything else, samples along the first axis.
+        x: spectrograms or other values, samples along the first axis.
 
     Shape:
         x ``(B, ...)`` with any strides; ``(B, 3)`` float64 (float32 on MPS).
 
     Numerics:
-        Added up in float64. NaN and inf stay in their own sample. The same for any number of threads.
+        Summed in float64. NaN and inf stay in their own sample. The same for any number of threads.
 
     Autograd:
         To x.
@@ -402,7 +414,7 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
 
     Args:
         x: views of any shape.
-        sums: counts, sums and sums of squares of what the statistics are taken over; every leading axis is added up.
+        sums: counts, sums and sums of squares from ``sample_sums`` or ``augment_views``; all leading axes are summed.
         inplace: write to x instead of a new tensor.
 
     Shape:
@@ -412,7 +424,7 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
         Statistics in float64, the result in float32 (float64 for float64) and rounded once. One NaN makes all NaN.
 
     Autograd:
-        To x and sums; none with ``inplace=True``, which says so.
+        To x and sums; with ``inplace=True`` an error if they require a gradient.
 
     Source:
         The post-normalisation of BYOL-A, arXiv:2103.06695.
@@ -439,18 +451,18 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
 
     Args:
         rows: the ring, float32 or float16 (or any float dtype).
-        cursor: next row to write, rows filled, samples refused because not finite; int64, on the device of rows.
-        x: log-mel spectrograms. A batch larger than the ring leaves its last N finite samples.
+        cursor: next row to write, rows filled, number of samples refused as not finite; int64, on the device of rows.
+        x: log-mel spectrograms. Of a batch larger than the ring, the last N finite samples remain.
         stats: mean and std of the pre-normalisation; None for none.
 
     Shape:
         rows ``(N, F, T)`` and cursor ``(3,)`` contiguous, x ``(B, F, T)`` with any strides, stats ``(2,)``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together.
+        TypeError, ValueError: arguments that do not match.
 
     Numerics:
-        Never syncs: the count of finite samples stays on the device. Shapes do not depend on it.
+        Never syncs: the count of finite samples stays on the device, and no shape depends on it.
 
     Autograd:
         None; the bank holds data.
@@ -478,28 +490,27 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
     Args:
         target: tensors to update, all on one device; none may share memory with another tensor of either list.
         online: as many tensors of the same shapes; of the target's dtype, or float16 or bfloat16 for float32 targets.
-        decay: in [0, 1]; a number, or a 0-d tensor on the CPU or on the targets' device. The latter is neither synced
-            nor checked; a replayed CUDA graph reads it anew, whereas it keeps a number that it was captured with.
+        decay: in [0, 1]; a number, or a 0-d tensor on the CPU or on the targets' device. A tensor on a GPU is neither
+            synced nor checked, and a replayed CUDA graph reads its current value; a number is fixed at capture.
 
     Shape:
-        Any mix of shapes, strides and alignments, empty tensors and lists included. Tensors whose elements leave gaps
-        or lie in another order than their twin's are copied on the way.
+        Any mix of shapes, strides and alignments, empty tensors and lists included. Tensors with gaps between their
+        elements, or with another order of elements than their twin, are copied first.
 
     Raises:
-        TypeError: dtypes that are not as above (keep half-precision networks' targets in float32: a bfloat16 weight
-        would never move). ValueError: lists, shapes or devices that do not match, shared memory, a freed storage, a
-        decay outside [0, 1]. All of it is found before anything is written.
+        TypeError: other dtypes than above (keep half-precision networks' targets in float32: updates this small round
+        to zero in bfloat16). ValueError: lists, shapes or devices that do not match, shared memory, a freed storage, a
+        decay outside [0, 1]. Everything is checked before anything is written.
 
     Numerics:
         With w = 1 - decay: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``, in the target's dtype; three
         roundings, never fused, the same on every backend. ``decay`` 0 copies and 1 keeps, exactly.
 
     Autograd:
-        None; in place on data. A backward pass that had saved a target hears of it.
+        None; in place on data. A backward pass that saved a target raises an error.
 
     Backends:
-        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Each checks the lists itself, in
-        C++ where there are a thousand of them.
+        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Each backend checks the lists.
 
     Source:
         BYOL, arXiv:2006.07733, eq. (1).
@@ -523,7 +534,7 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
 
 
 def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
-    """Return the decay of ``ema_update_`` as a tensor, or refuse it."""
+    """Check the decay of ``ema_update_`` and return it as a tensor."""
     if isinstance(decay, Tensor):
         check.require_shape("decay", decay, ())
     elif not isinstance(decay, (int, float)):

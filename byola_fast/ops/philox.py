@@ -1,7 +1,7 @@
-"""Philox4x32-10 counter-based random numbers, on Python integers and on int64 tensors alike.
+"""Philox4x32-10 counter-based random numbers, on Python integers or int64 tensors.
 
-One call turns a 128-bit counter and a 64-bit key into four 32-bit words, and nothing else enters: a draw depends on
-where it is used, never on what was drawn before. The layout is fixed, and every backend follows it:
+One call turns a 128-bit counter and a 64-bit key into four 32-bit words. There is no state: a draw depends on its
+counter and key only, never on earlier draws. The layout is fixed, and every backend follows it:
 
     key     = (seed mod 2^32, seed div 2^32)
     counter = (step, sample, view, slot), each mod 2^32
@@ -19,11 +19,11 @@ Word = TypeVar("Word", int, torch.Tensor)
 
 SLOT_CROP = 0  # words: mels, frames, mel position, frame position
 SLOT_RATIO = 1  # word 0: lam
-SLOT_PARTNER = 2  # word 0: the row mixed in
+SLOT_PARTNER = 2  # word 0: the row to mix in
 SLOT_FADER = 3  # words 0 and 1: head, tail
-SLOT_SEGMENT = 4  # word 0: where a clip's segment starts (step = epoch, sample = clip, view = draw)
+SLOT_SEGMENT = 4  # word 0: start of a clip's segment (step = epoch, sample = clip, view = draw)
 SLOT_ORDER = 5  # words 0 and 1: seed of an epoch's order of clips (step = epoch)
-SLOT_REPLACEMENT = 6  # word 0: the clip in place of a broken one (step = epoch, sample = its number, view = attempt)
+SLOT_REPLACEMENT = 6  # word 0: the replacement of a broken clip (step = epoch, sample = its number, view = attempt)
 SLOT_NOISE = 1 << 16  # plus n: four standard normals, elements 4 n to 4 n + 3 of the sample
 
 MASK32 = 0xFFFFFFFF
@@ -32,7 +32,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(word: Word, multiplier: int) -> tuple[Word, Word]:
-    """Return the high and the low 32 bits of a 32 x 32 bit product, no intermediate above 2^49, int64 being signed."""
+    """Return the high and low 32 bits of a 32 x 32 bit product; int64 is signed, so intermediates stay below 2^49."""
     upper = word * (multiplier >> 16)
     lower = word * (multiplier & 0xFFFF)
     high = (upper + (lower >> 16)) >> 16
@@ -41,7 +41,7 @@ def _multiply(word: Word, multiplier: int) -> tuple[Word, Word]:
 
 
 def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
-    """Return the four 32-bit words of one counter and key; all arguments in [0, 2^32), tensors broadcast.
+    """Return the four 32-bit words of one counter and key; arguments in [0, 2^32), tensors broadcast.
 
     >>> [hex(word) for word in philox4x32(0, 0, 0, 0, 0, 0)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -82,13 +82,13 @@ def view_words(
 
 
 def segment_u24(seed: int, epoch: int, index: Word, draw: int | torch.Tensor = 0) -> Word:
-    """Return the 24-bit draw that places a segment of a clip in an epoch.
+    """Return the 24-bit draw that determines the start of a clip's segment in an epoch.
 
     Args:
         seed: key of the random numbers.
         epoch: at least 0.
-        index: number of the clip, or an int64 tensor of many.
-        draw: number of the segment among those that the clip gives in this epoch; a tensor broadcasts with ``index``.
+        index: number of the clip, or an int64 tensor of numbers.
+        draw: number of the segment among the clip's segments in this epoch; a tensor broadcasts with ``index``.
     """
     key: Any = seed & MASK32, (seed >> 32) & MASK32
     counter: Any = epoch & MASK32, index & MASK32, draw & MASK32, SLOT_SEGMENT

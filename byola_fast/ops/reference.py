@@ -1,6 +1,6 @@
-"""Plain PyTorch twin of every op: the definition that backends are tested against. Any device, any float dtype.
+"""The plain PyTorch definition of every op, for any device and float dtype. Backends are tested against it.
 
-Half precision is computed in float32 and rounded once at the end; float64 stays float64. Nothing here is tuned.
+Half precision is computed in float32 and rounded once at the end; float64 stays float64. Nothing is tuned for speed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from byola_fast.ops.philox import SLOT_CROP, SLOT_FADER, SLOT_NOISE, SLOT_PARTNER, SLOT_RATIO, view_words
 
-EPS = torch.finfo(torch.float32).eps  # the paper's epsilon, whatever the dtype
+EPS = torch.finfo(torch.float32).eps  # the paper's epsilon, for every dtype
 CUBIC_A = -0.75  # the cubic convolution coefficient of torch.nn.functional.interpolate
 SIZE_SHIFT = 40  # sizes are (base + slope * u24) >> SIZE_SHIFT
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which tensors of ``dtype`` are computed."""
+    """Return the compute dtype for tensors of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -36,12 +36,12 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def num_frames_reference(samples: int, n_fft: int, hop_length: int, center: bool) -> int:
-    """Return the number of frames T: whole windows of ``n_fft``, after ``n_fft // 2`` on either side if centred."""
+    """Return the number of frames T: whole windows of ``n_fft``; ``center`` pads ``n_fft // 2`` on both sides."""
     return 1 + (samples + (n_fft // 2 * 2 if center else 0) - n_fft) // hop_length
 
 
 def _spectra(wav: Tensor, window: Tensor, n_fft: int, hop_length: int, center: bool) -> Tensor:
-    """``(B, samples)`` float or int16 to ``(B, n_fft // 2 + 1, T)`` complex; reflect padding where centred."""
+    """Return the STFT ``(B, n_fft // 2 + 1, T)`` of ``(B, samples)`` float or int16; ``center`` pads by reflection."""
     dtype = compute_dtype(wav.dtype)
     wav = wav.to(dtype) if wav.is_floating_point() else wav.to(dtype) / 2**15
     window = window.to(dtype)
@@ -58,13 +58,13 @@ def log_mel_reference(
     hop_length: int,
     center: bool,
 ) -> Tensor:
-    """log(filter_bank |STFT(wav)|^2 + eps), pre-normalised with ``stats``; ``(B, samples)`` to ``(B, F, T)``."""
+    """Return log(filter_bank |STFT(wav)|^2 + eps), pre-normalised with ``stats``: ``(B, samples)`` to ``(B, F, T)``."""
     frames = num_frames_reference(wav.shape[1], n_fft, hop_length, center)
     dtype = wav.dtype if wav.is_floating_point() else torch.float32
     if wav.shape[0] == 0:
         return wav.new_empty(0, filter_bank.shape[0], frames, dtype=dtype)
     spectra = _spectra(wav, window, n_fft, hop_length, center)
-    power = spectra.real.square() + spectra.imag.square()  # abs() would go through hypot, which is slow
+    power = spectra.real.square() + spectra.imag.square()  # abs() calls hypot, which is slow
     lms = (filter_bank.to(power.dtype) @ power + EPS).log()
     return pre_norm_reference(lms, stats).to(dtype).contiguous()
 
@@ -80,7 +80,7 @@ def log_mel_backward_reference(
     hop_length: int,
     center: bool,
 ) -> Tensor:
-    """Return the gradient of ``wav``: the logarithm's and the power's, then the transpose of the transform."""
+    """Return the gradient of ``wav``: through logarithm and power, then the transpose of the transform."""
     if wav.shape[0] == 0:
         return torch.empty_like(wav)
     spectra = _spectra(wav, window, n_fft, hop_length, center)
@@ -109,7 +109,7 @@ def _around(length: int, n_fft: int) -> list[int]:
 
 
 def log_mixup_exp_reference(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
-    """y = log((1 - lam) exp(x) + lam exp(z) + eps)."""
+    """Return y = log((1 - lam) exp(x) + lam exp(z) + eps)."""
     dtype = compute_dtype(x.dtype)
     weight = _per_sample(lam, x.to(dtype))
     y = ((1 - weight) * x.to(dtype).exp() + weight * z.to(dtype).exp() + EPS).log()
@@ -117,7 +117,7 @@ def log_mixup_exp_reference(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
 
 
 def log_mixup_exp_backward_reference(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """dy/dx = (1 - lam) exp(x) / exp(y), dy/dz = lam exp(z) / exp(y)."""
+    """Return the gradients: dy/dx = (1 - lam) exp(x) / exp(y), dy/dz = lam exp(z) / exp(y)."""
     dtype = compute_dtype(x.dtype)
     weight = _per_sample(lam, x.to(dtype))
     of_x = (1 - weight) * x.to(dtype).exp()
@@ -132,8 +132,8 @@ def log_mixup_exp_backward_reference(grad: Tensor, x: Tensor, z: Tensor, lam: Te
 def _taps(size: int, extent: Tensor, interpolation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the taps along one axis, corners aligned: positions in the crop and weights, ``(B, size, taps)``.
 
-    Output o lies at o * (extent - 1) / (size - 1). The quotient and the remainder of that integer division are exact,
-    so no backend can disagree about a tap; only the fraction is rounded, once.
+    Output o is at o * (extent - 1) / (size - 1). The quotient and remainder of this integer division are exact, so all
+    backends choose the same taps; only the fraction is rounded, once.
     """
     position = torch.arange(size, device=extent.device) * (extent[:, None] - 1)
     steps = max(size - 1, 1)
@@ -146,7 +146,7 @@ def _taps(size: int, extent: Tensor, interpolation: str, dtype: torch.dtype) -> 
         offsets, weights = (0, 1), (1 - t, t)
     else:
         offsets = (-1, 0, 1, 2)
-        s = 1 - t  # the outer weights, a (d - 1) (d - 2)^2 at distances d of 1 + t and 2 - t, without cancellation
+        s = 1 - t  # the outer weights a (d - 1) (d - 2)^2, with d = 1 + t and d = 2 - t, without cancellation
         weights = (
             a * t * s * s,
             ((a + 2) * t - (a + 3)) * t * t + 1,
@@ -160,7 +160,7 @@ def _taps(size: int, extent: Tensor, interpolation: str, dtype: torch.dtype) -> 
 def _axis_taps(
     size: int, start: Tensor, extent: Tensor, length: int, canvas: int, interpolation: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row numbers in the input, their weights, and whether they lie in the input rather than in the margin."""
+    """Return row numbers in the input, their weights, and whether they are in the input or in the margin."""
     extent = extent.long().clamp(1, canvas)
     start = start.long().clamp_min(0).minimum(canvas - extent)
     taps, weights = _taps(size, extent, interpolation, dtype)
@@ -169,7 +169,7 @@ def _axis_taps(
 
 
 def _resize_rows(x: Tensor, rows: Tensor, weights: Tensor, inside: Tensor) -> Tensor:
-    """Resize ``x (B, rows, columns)`` along its rows; taps in the margin read zero, not zero times a neighbour."""
+    """Resize ``x (B, rows, columns)`` along its rows; taps in the margin read zero (0 times a NaN would be NaN)."""
     y = x.new_zeros(x.shape[0], rows.shape[1], x.shape[2])
     for k in range(rows.shape[2]):
         picked = x.gather(1, rows[:, :, k, None].expand(-1, -1, x.shape[2]))
@@ -186,7 +186,7 @@ def _resize_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, inside: T
 
 
 def resize_crop_reference(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], interpolation: str) -> Tensor:
-    """Cut ``crop`` from the zero canvas on which ``x`` lies centred and resize it, one axis at a time."""
+    """Cut ``crop`` from a zero canvas with ``x`` at its centre and resize it, one axis at a time."""
     dtype = compute_dtype(x.dtype)
     i, j, h, w = crop.unbind(1)
     mels = _axis_taps(size[0], i, h, x.shape[1], canvas[0], interpolation, dtype)
@@ -199,7 +199,7 @@ def resize_crop_reference(x: Tensor, crop: Tensor, size: list[int], canvas: list
 def resize_crop_backward_reference(
     grad: Tensor, crop: Tensor, input_size: list[int], canvas: list[int], interpolation: str
 ) -> Tensor:
-    """Apply the transpose of ``resize_crop``: scatter each output's gradient to the taps that made it."""
+    """Apply the transpose of ``resize_crop``: scatter each output's gradient to its taps."""
     dtype = compute_dtype(grad.dtype)
     i, j, h, w = crop.unbind(1)
     mels = _axis_taps(grad.shape[1], i, h, input_size[0], canvas[0], interpolation, dtype)
@@ -224,9 +224,9 @@ def draw_params_reference(
     mixup_ratio: float,
     fader_gain: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw lam, bank_index, crop and fader of both views: integer arithmetic, and one rounding for each float.
+    """Draw lam, bank_index, crop and fader of both views: integer arithmetic, one rounding per float.
 
-    ``mels`` and ``frames`` are (base, slope): a crop has ``clip((base + slope * u24) >> 40, 1, canvas)`` of them.
+    ``mels`` and ``frames`` are (base, slope): a crop's size is ``clip((base + slope * u24) >> 40, 1, canvas)``.
     """
 
     def u24(slot: int) -> list[Tensor]:
@@ -242,9 +242,9 @@ def draw_params_reference(
     lam = (u24(SLOT_RATIO)[0].float() * 2.0**-24) * mixup_ratio
 
     partner = u24(SLOT_PARTNER)[0]
-    own = torch.arange(batch, device=rng.device) + pool_offset
+    sample_row = torch.arange(batch, device=rng.device) + pool_offset
     in_pool = (partner * max(pool - 1, 0)) >> 24
-    in_pool = torch.where(in_pool >= own, in_pool + 1, in_pool)
+    in_pool = torch.where(in_pool >= sample_row, in_pool + 1, in_pool)  # never the sample itself
     bank_index = in_pool if pool > 1 else torch.full_like(in_pool, -1)
     if bank_count is not None:
         bank_index = torch.where(bank_count > 0, (partner * bank_count) >> 24, bank_index)
@@ -255,7 +255,7 @@ def draw_params_reference(
 
 
 def standard_normal_reference(rng: Tensor, batch: int, sample_offset: int, count: int) -> Tensor:
-    """Return ``(2, B, count)`` float64 standard normals by Box and Muller's transform; four share one Philox call."""
+    """Return ``(2, B, count)`` float64 standard normals by the Box-Muller transform; four share one Philox call."""
     blocks = torch.arange(-(-count // 4), device=rng.device) + SLOT_NOISE
     dtype = sums_dtype(rng.device)
     a, b, c, d = ((word >> 8).to(dtype) * 2.0**-24 for word in view_words(rng, batch, sample_offset, blocks))
@@ -276,7 +276,7 @@ def noise_reference(x: Tensor, rng: Tensor, sample_offset: int) -> Tensor:
 
 
 def pre_norm_reference(x: Tensor, stats: Tensor | None) -> Tensor:
-    """(x - mean) / max(std, eps) in the compute dtype; ``stats (2,)`` is mean and std."""
+    """Return (x - mean) / max(std, eps) in the compute dtype; ``stats (2,)`` is mean and std."""
     x = x.to(compute_dtype(x.dtype))
     if stats is None:
         return x
@@ -287,7 +287,7 @@ def pre_norm_reference(x: Tensor, stats: Tensor | None) -> Tensor:
 def partners_reference(
     x: Tensor, bank: Tensor | None, bank_count: Tensor | None, stats: Tensor | None, index: Tensor
 ) -> Tensor:
-    """Return the pre-normalised rows ``(B, F, T)`` to mix in: of the bank, or of the pool ``x`` while that is empty."""
+    """Return the pre-normalised rows ``(B, F, T)`` to mix in: from the bank, or while it is empty from pool ``x``."""
     dtype = compute_dtype(x.dtype)
     rows = pre_norm_reference(x[index.clamp(0, x.shape[0] - 1)] if x.shape[0] else x, stats)
     if bank is None or bank_count is None:
@@ -367,10 +367,10 @@ def augment_views_backward_reference(
     mixup: str,
     resize_crop_backward: Callable[..., Tensor] = resize_crop_backward_reference,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` and of ``stats`` (zeros where there are none) for ``grad (2, B, *size)``.
+    """Return the gradients of ``x`` and ``stats`` (zeros if ``stats`` is None) for ``grad (2, B, *size)``.
 
-    Partners that come from the batch itself (no bank, or an empty one) pass their gradient on to their own rows. Most
-    of the work is the resize's, for which the op is given a backend's.
+    If partners come from the batch (no bank, or an empty one), their gradient is added to their rows. Most of the time
+    goes to ``resize_crop_backward``, for which the op passes the backend's kernel.
     """
     clean = pre_norm_reference(x, stats)
     total = torch.zeros_like(clean)
@@ -424,7 +424,7 @@ def mean_std_reference(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_stats_reference(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return mean and std of what ``sums`` describe, ``(2,)``; of nothing, 0 and 1."""
+    """Return the mean and std that follow from ``sums``, ``(2,)``; 0 and 1 if the count is 0."""
     mean, std = mean_std_reference(sums)
     some = sums.reshape(-1, 3)[:, 0].sum() > 0
     return torch.stack([mean, torch.where(some, std, 1)]).to(dtype)
@@ -435,8 +435,8 @@ def running_stats__reference(
 ) -> Tensor:
     """Merge a batch's ``sums (B, 3)`` into running statistics, all 0-d, and return mean and unbiased std, ``(2,)``.
 
-    Chan's merge with an integer count; samples that are not finite are left out, and so are batches after
-    ``max_updates`` (of at least 0). ``variance`` is the biased one. Mean 0 and std 1 while nothing was seen.
+    Chan's merge with an integer count. Samples that are not finite are left out; with ``max_updates`` of at least 0, so
+    are later batches. ``variance`` is biased. Returns mean 0 and std 1 while the count is 0.
     """
     kept = torch.where(sums.isfinite().all(1, keepdim=True), sums, 0).sum(0)
     of_batch, squares = (kept[1:] / kept[0].clamp_min(1)).unbind()
@@ -458,7 +458,7 @@ def running_stats__reference(
 
 
 def normalize_reference(x: Tensor, sums: Tensor) -> Tensor:
-    """(x - mean) / std with the joint statistics that ``sums`` describe."""
+    """Return (x - mean) / std, with the joint statistics of ``sums``."""
     mean, std = mean_std_reference(sums)
     wide = x.to(compute_dtype(x.dtype))
     return ((wide - mean.to(wide.dtype)) / std.to(wide.dtype)).to(x.dtype).contiguous()
@@ -475,8 +475,8 @@ def normalize__reference(x: Tensor, sums: Tensor) -> None:
 def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
     """Write the finite samples of ``x``, pre-normalised, to the ring ``rows (N, F, T)`` and advance ``cursor (3,)``.
 
-    ``cursor`` is (next row, rows filled, samples refused). Shapes may not depend on how many samples are finite, so
-    their order is sorted to the front and surplus writes repeat the last one (or, with none, the row that is there).
+    ``cursor`` is (next row, rows filled, samples refused). Shapes must not depend on the number of finite samples: they
+    are sorted to the front, and surplus writes repeat the last one (or, if there is none, the row already in place).
     """
     n_memory, batch = rows.shape[0], x.shape[0]
     if batch == 0:
@@ -501,11 +501,11 @@ def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor 
 
 
 def ema_update__reference(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
-    """target <- decay * target + (1 - decay) * online, computed as an interpolation between the two.
+    """Set target to decay * target + (1 - decay) * online, computed as an interpolation.
 
-    With w = 1 - decay rounded to the compute dtype: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``; the
-    difference, the product and the sum are rounded once each, never fused. So a target equal to its online twin stays,
-    and decays of 0 and 1 copy and keep exactly.
+    With w = 1 - decay rounded to the compute dtype: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``. The
+    difference, product and sum are rounded once each, never fused. So a target equal to its online twin does not
+    change, decay 0 copies exactly, and decay 1 keeps exactly.
     """
     for t, o in zip(target, online, strict=True):
         dtype = compute_dtype(t.dtype)

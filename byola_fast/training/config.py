@@ -1,4 +1,4 @@
-"""The settings of a pre-training run: their meaning, defaults and bounds, and the names that others give them."""
+"""The settings of a pre-training run: meaning, defaults and bounds."""
 
 from __future__ import annotations
 
@@ -26,61 +26,57 @@ class PretrainConfig(FrontEnd, ViewSettings):
     Attributes:
         audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, or
             a store made by ``byola-fast pack``, which is read many times as fast.
-        out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings is
-            continued.
-        demo: synthesise a small corpus into OUT/demo_audio and train on it for about a minute, instead of audio_dir.
-        resume: continue the run in OUT; an error where there is none. Without it, a run found there is continued too.
-        restart: start anew, replacing the run that OUT may hold.
-        objective: what is learnt from the views: "byol" (the method), or for comparison "simclr", "moco" or "cola"
-            (two segments of each clip); or your own learner, as package.module:Class.
+        out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings resumes.
+        demo: train for about a minute on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
+        resume: require a run in OUT to resume. Without this flag, a run found there resumes too.
+        restart: start over and replace the run in OUT.
+        objective: "byol" (the method); for comparison "simclr", "moco" or "cola" (two segments of each clip); or your
+            own learner, as package.module:Class.
         preset: "byola-v1" (mixup up to 0.4, lr 3e-4, AudioNTT2020) or "byola-v2" (mixup up to 0.2, a random linear
             fader, lr 1e-4, AudioNTT2022).
-        encoder: network that is trained: "AudioNTT2020", "AudioNTT2022", or your own, as package.module:Class; by
-            default the preset's, but AudioNTT2020 for a feature_d of up to 1024, which AudioNTT2022 cannot have.
-        feature_d: width of the embedding; more is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default) in
-            the papers. AudioNTT2022: 3072.
+        encoder: "AudioNTT2020", "AudioNTT2022", or your own, as package.module:Class; by default the preset's, or
+            AudioNTT2020 for a feature_d of up to 1024, which AudioNTT2022 cannot have.
+        feature_d: width of the embedding; wider is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default)
+            in the papers. AudioNTT2022: 3072.
         proj_size: width of the projection that the loss compares; by default the objective's, 256 (cola: 512).
         proj_dim: hidden width of projector and predictor; by default 4096. cola has none.
-        temperature: of the softmax of simclr (by default 0.1) and moco (0.07).
-        queue_size: past keys that moco compares with; by default 65536.
+        temperature: of the softmax of simclr (default 0.1) and moco (0.07).
+        queue_size: number of past keys that moco compares with; default 65536.
         epochs: passes over the data; each takes one random segment of every clip.
-        steps: stop after so many optimiser steps in all, if the epochs have not ended before.
-        batch_size: samples per step over all processes; more is steadier and needs more memory.
+        steps: maximum number of optimiser steps, counted over all parts of the run.
+        batch_size: samples per step over all processes; larger is steadier and needs more memory.
         lr: learning rate of Adam; by default the preset's, 3e-4 (byola-v1) or 1e-4 (byola-v2).
         lr_schedule: "constant" (published), or "cosine": falls to 0 at the end of the run.
         warmup_steps: steps over which the learning rate rises from 0 to lr.
-        ema_decay: share of the target network kept at each step, in [0, 1]; nearer to 1 is slower and steadier. By
+        ema_decay: share of the target network kept at each step, in [0, 1]; closer to 1 is slower and steadier. By
             default the objective's: byol 0.99, moco 0.999.
         ema_schedule: "constant" (published), or "cosine": ema_decay rises to 1 at the end of the run.
         unit_sec: length of a segment, in seconds; shorter clips are padded with silence.
-        stats_segments: random segments that mean and std of the log-mels are taken of beforehand; 0 for running
+        stats_segments: number of random segments that give mean and std of the log-mels before training; 0 for running
             statistics (first version of the paper).
-        stats: JSON file of mean and std that ``byola-fast stats`` wrote, in place of stats_segments.
-        n_memory: past inputs kept to be mixed in, in samples; 24 KB each. 0 mixes in others of the same batch.
+        stats: JSON file from ``byola-fast stats``, instead of stats_segments.
+        n_memory: number of past inputs kept as mixing partners, 24 KB each; 0 mixes within the batch.
         post_norm: normalise both views jointly to mean 0 and std 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one, each process its own.
-        dtype: "float32", or "bfloat16": networks under bfloat16 autocast; by default bfloat16 on a GPU.
-        compile: fuse the networks' operations by torch.compile, which takes a minute at first; by default on a GPU.
-        cuda_graph: replay the whole step as one CUDA graph; by default on a GPU that trains alone.
-        channels_last: keep images as (B, F, T, channels), which convolutions are faster with.
-        joint_batch: pass both views through the online network as one batch, so that BatchNorm takes its statistics
-            over both; not published.
-        sync_batchnorm: let BatchNorm take its statistics over all processes (GPUs only); by default each has its own.
-        workers: processes that decode audio, for each training process; by default one fewer than there are CPU cores,
-            at most 8. A store is read by one thread; 0 for none.
-        store_on_gpu: keep the whole store in GPU memory, 115 MB an hour; by default where it takes less than a quarter
-            of what is free.
-        threads: CPU threads of the networks; by default torch's choice, all cores. Fewer are faster where other
-            programs keep some of the cores busy, as threads then wait for each other.
-        timeout_min: minutes that a process of several waits for the others before it gives up.
-        log_every: steps between two lines of log.jsonl, each of which waits for the GPU; by default 1 on a CPU and 20
-            on a GPU.
+        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one, a different one for each process.
+        dtype: "float32", or "bfloat16" (autocast); by default bfloat16 on a GPU.
+        compile: use torch.compile, which takes a minute at first; by default on a GPU.
+        cuda_graph: replay the whole step as one CUDA graph; by default on a single GPU.
+        channels_last: keep images as (B, F, T, channels), which is faster for convolutions.
+        joint_batch: pass both views through the online network as one batch, so that BatchNorm's statistics cover both
+            views; not published.
+        sync_batchnorm: compute BatchNorm's statistics over all processes (GPUs only).
+        workers: processes that decode audio, per training process; by default one fewer than CPU cores, at most 8. A
+            store is read by one thread instead; 0 for none.
+        store_on_gpu: keep the whole store in GPU memory, 115 MB an hour; by default if it takes less than a quarter of
+            the free memory.
+        threads: CPU threads of the networks; by default all cores. Fewer are faster if other programs keep cores busy.
+        timeout_min: minutes that one process waits for the others before it gives up.
+        log_every: steps between two lines of log.jsonl; each waits for the GPU. By default 1 on a CPU and 20 on a GPU.
         save_every: steps between two checkpoints; by default only save_minutes counts.
-        keep_every: steps between two copies of the encoder that stay, as OUT/encoder-STEP.pth, to see how it gets
-            better; by default none.
-        save_minutes: minutes between two checkpoints. At the end, at Ctrl-C and at SIGTERM one is written anyway.
-        tensorboard: write OUT/tensorboard too, where tensorboard is installed.
+        keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; by default none.
+        save_minutes: minutes between two checkpoints. One is also written at the end, at Ctrl-C and at SIGTERM.
+        tensorboard: write OUT/tensorboard too, if tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
     """
 
@@ -130,10 +126,10 @@ class PretrainConfig(FrontEnd, ViewSettings):
     profile: bool = False
 
     def check(self) -> None:
-        """Refuse values out of range that nothing further down would name.
+        """Refuse values out of range that no later check names.
 
         Raises:
-            ValueError: a value out of range; names the field.
+            ValueError: names the setting.
         """
         if not self.demo and self.audio_dir is None:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
@@ -162,7 +158,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
                 raise ValueError(f"{name}: expected {what} above 0, got {value}")
 
     def resolved(self, device_type: str) -> PretrainConfig:
-        """Return the settings with every default that depends on others, or on the device, filled in."""
+        """Return the settings with all defaults filled in that depend on other settings or on the device."""
         on_gpu = device_type == "cuda"
         preset = PRESETS[self.preset]
         encoder, feature_d = self.encoder or preset.encoder, self.feature_d
@@ -186,7 +182,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         return replace(self, **filled)
 
     def learner(self, steps: int) -> dict[str, Any]:
-        """Return what ``make_learner`` takes of these, for a run of so many steps."""
+        """Return the arguments of ``make_learner`` for a run of so many steps."""
         names = ("proj_size", "proj_dim", "temperature", "queue_size", "joint_batch")
         decay: Any = self.ema_decay
         if decay is not None and self.ema_schedule == "cosine":
@@ -194,10 +190,10 @@ class PretrainConfig(FrontEnd, ViewSettings):
         return {name: getattr(self, name) for name in names} | {"ema_decay": decay}
 
 
-# What --demo changes. One thread takes as long on a busy machine as on an idle one; two would save 15 s there.
+# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 15 s.
 DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
 
-# A run may go on with other values of these: how long it is, where things lie, and what changes no more than rounding.
+# Settings that a resumed run may change: its length, paths, and what changes rounding at most.
 MAY_CHANGE = {
     *("epochs", "steps", "audio_dir", "out", "resume", "restart", "device", "compile", "cuda_graph", "channels_last"),
     *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "keep_every"),
@@ -206,7 +202,7 @@ MAY_CHANGE = {
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under today's names: ``precision: bf16`` is ``dtype: bfloat16``, in runs of version 0.1.
+    """Return the settings of a run of version 0.1 under today's names: ``precision: bf16`` is ``dtype: bfloat16``.
 
     >>> renamed({"precision": "bf16", "lr": 0.1})
     {'lr': 0.1, 'dtype': 'bfloat16'}
@@ -219,7 +215,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(before: Mapping[str, Any], now: PretrainConfig) -> list[str]:
-    """Name the settings, of those that a run must keep, in which two configurations differ.
+    """Name the settings that differ and that a resumed run must keep.
 
     >>> differing_settings({"lr": 0.1, "steps": 3, "seed": 0}, PretrainConfig(lr=0.2, steps=9))
     ['lr: 0.1 there, 0.2 now']

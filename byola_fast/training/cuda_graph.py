@@ -1,4 +1,4 @@
-"""How a training step is run and timed: as one CUDA graph where that is possible, stage by stage where asked for."""
+"""A training step as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP_STEPS = 3  # before a capture, so that every kernel is compiled and every buffer is there
-UNTIMED_STEPS, TIMED_STEPS = 3, 200
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def use_graph(asked: bool | None, device: torch.device, *, processes: int, profile: bool) -> bool:
-    """Decide whether steps are replayed as one CUDA graph: where nothing speaks against it, unless told otherwise.
+    """Decide whether steps are replayed as one CUDA graph.
 
     Args:
-        asked: None leaves the choice to this function.
+        asked: True or False; None takes a graph whenever possible.
         device: that trains.
-        processes: that train together.
-        profile: whether stages are to be timed.
+        processes: number of processes that train together.
+        profile: whether the stages of a step are timed.
 
     Raises:
-        ValueError: a graph is asked for where there cannot be one; says why.
+        ValueError: a graph is asked for but impossible; says why.
     """
     why = None
     if device.type != "cuda":
@@ -40,17 +39,17 @@ def use_graph(asked: bool | None, device: torch.device, *, processes: int, profi
 def graph_step(step: Step, wav: Tensor, networks: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Step:
     """Capture a training step as one CUDA graph and return what replays it.
 
-    The warm-up trains for real, so everything that it moves is put back in place: weights, buffers, the optimiser's
-    state and torch's generator. Tensors keep their addresses, which the graph holds.
+    The warm-up really trains, so weights, buffers, the optimiser's state and torch's generator are restored afterwards.
+    Tensors keep their addresses, because the graph holds them.
 
     Args:
-        step: waveforms to (loss, projection); reads no value back from the GPU.
-        wav: waveforms of the shape and dtype of every batch to come, on the GPU.
+        step: waveforms to (loss, projection), without reading any value back from the GPU.
+        wav: waveforms on the GPU, with the shape and dtype of every later batch.
         networks: all modules whose parameters and buffers a step changes.
         optimizer: with ``capturable=True``.
 
     Returns:
-        A step that copies its waveforms into the graph's input; what it returns is overwritten by the next one.
+        A step that copies its waveforms into the graph's input. The next call overwrites what it returns.
     """
     static = wav.clone()
     held = {id(x): (x, x.detach().clone()) for x in _changed(networks, optimizer)}
@@ -62,7 +61,7 @@ def graph_step(step: Step, wav: Tensor, networks: Iterable[nn.Module], optimizer
             step(static)
     torch.cuda.current_stream(wav.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Threads that read ahead pin memory meanwhile, which "global", the default, would take for an error of the capture.
+    # Threads that read ahead pin memory during the capture; the default mode "global" would call that an error.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         loss, projection = step(static)
     with torch.no_grad():

@@ -16,8 +16,8 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str 
 
     Args:
         path: picture to write; its suffix is the format.
-        log: lines of ``log.jsonl``: step, loss and spread each, and refused (samples kept out of the bank so far).
-        loss: what the loss is.
+        log: lines of ``log.jsonl``, with step, loss, spread and refused (samples kept out of the bank so far).
+        loss: title of the loss.
 
     Raises:
         ImportError: matplotlib is missing; says how to install it. ValueError: an empty log.
@@ -45,7 +45,7 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str 
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Return a centred moving average over a twentieth of the values to each side; shorter at the ends."""
+    """Return a centred moving average over a twentieth of the values on each side, shorter at the ends."""
     reach, sums = len(values) // 20, [0.0, *accumulate(values)]
     ends = ((max(0, k - reach), min(len(values), k + reach + 1)) for k in range(len(values)))
     return [(sums[last] - sums[first]) / (last - first) for first, last in ends]

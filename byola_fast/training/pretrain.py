@@ -40,7 +40,7 @@ from byola_fast.views.pictures import draw_views
 
 logger = logging.getLogger("byola_fast")
 
-PICTURED_FROM = 16  # segments of the last batch that views.png takes its samples and partners from
+PICTURED_FROM = 16  # segments of the last batch that views.png shows or mixes in
 
 Source = SegmentFolder | SegmentStore | DeviceStore
 Pair = tuple[float, float]  # mean and std
@@ -51,10 +51,10 @@ class PretrainResult(NamedTuple):
 
     Attributes:
         out: folder of the results.
-        steps: done so far, in all parts of the run.
-        loss: last logged.
-        spread: last logged spread of the projections, 1 is healthy.
-        stopped_by: number of the signal that stopped it early; 0 where it came to its end.
+        steps: done so far, over all parts of the run.
+        loss: last logged loss.
+        spread: last logged spread of the projections; 1 is healthy.
+        stopped_by: number of the signal that stopped the run early; 0 if it reached its end.
     """
 
     out: Path
@@ -67,25 +67,25 @@ class PretrainResult(NamedTuple):
 def pretrain(config: PretrainConfig) -> PretrainResult:
     """Pre-train an encoder on a folder of audio: data -> log-mel -> views -> networks -> loss -> Adam -> EMA.
 
-    Writes to ``config.out``: ``log.jsonl`` (a line per ``log_every`` steps), ``checkpoint.pt`` (all that a run goes on
-    from), ``encoder.pth`` (the encoder alone), ``training.png`` and ``views.png`` (with matplotlib only). A run found
-    there with the same settings goes on where its checkpoint was written. Ctrl-C and SIGTERM end the step in progress,
-    write everything and leave. Under torchrun every process calls this. Seeds torch's default generators and, where
-    asked for, sets torch's number of threads.
+    Writes to ``config.out``: ``log.jsonl`` (a line per ``log_every`` steps), ``checkpoint.pt`` (everything that a run
+    needs to resume), ``encoder.pth`` (the encoder alone), ``training.png`` and ``views.png`` (with matplotlib). A run
+    found there with the same settings resumes from its checkpoint. Ctrl-C and SIGTERM finish the current step, save and
+    leave. Under torchrun every process calls this function. It seeds torch's default generators and, if asked, sets
+    torch's number of threads.
 
     Args:
         config: see ``PretrainConfig``.
 
     Raises:
         FileNotFoundError: no such folder. AudioError: no file in it can be read. ValueError: settings out of range or
-        other than those of the run in the folder, views too small for the encoder, or a loss that is not finite; the
-        last good checkpoint is then whole. CheckpointError: the folder cannot be written to, or its checkpoint not be
+        different from those of the run in the folder, views too small for the encoder, or a loss that is not finite;
+        the last good checkpoint stays whole. CheckpointError: the folder cannot be written, or its checkpoint cannot be
         read. RankError: another process of the run died.
 
     Numerics:
-        On one CPU, the same seed and number of threads give the same losses, whatever the number of workers; a run
-        stopped at any moment and resumed equals one never stopped, bit for bit. Views do not depend on the number of
-        processes; BatchNorm's statistics do, which are each process's own.
+        On one CPU, the same seed and number of threads give the same losses for any number of workers. A run stopped at
+        any moment and resumed equals an uninterrupted one bit for bit. Views do not depend on the number of processes;
+        BatchNorm's statistics do, because each process has its own.
 
     Source:
         BYOL-A, arXiv:2103.06695 and arXiv:2204.07402. Differs: as ``Augment``.
@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with (
         join(device, config.timeout_min) as world,
         closing(RunFolder(config.out)) as run,
-        name_lost_rank(world, run.message),
+        name_lost_rank(world, run.resume_hint),
     ):
         return _train(config.resolved(device.type), world, run)
 
@@ -109,7 +109,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     saved = world.broadcast(lambda: run.open(config))
     torch.manual_seed(config.seed)
 
-    # Data: one random segment of every clip in each epoch (cola: two), and this process's part of each global batch.
+    # Data: random segments of every clip in each epoch, and this process's part of each global batch.
     source = _open_source(config, world, run)
     segments = find_learner(config.objective).segments
     batches = Batches(
@@ -130,14 +130,14 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     total = min(config.epochs * batches.steps_per_epoch, config.steps or sys.maxsize)
     to_lms = LogMel(**config.front_end()).to(device)
 
-    # Networks, and with them the last settings that may be wrong; only then statistics, which take a while.
+    # Networks check the last settings; statistics take a while and come after them.
     encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
     shape = _check_shape(config, encoder, to_lms, source)
     learner: Learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
     network = _prepare(learner, config, world)
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
     stats, broken = (saved["stats"], {}) if saved else world.broadcast(lambda: _take_stats(source, to_lms, config))
-    batches.broken.update(broken)  # reported already
+    batches.broken.update(broken)  # already reported
 
     # Views, optimiser.
     aug = Augment(
@@ -152,14 +152,14 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
-    data = {"clips": clips, "listing": batches.listing}  # by which a resumed run knows its data
+    data = {"clips": clips, "listing": batches.listing}  # a resumed run compares its data with these
     if world.rank:
         torch.manual_seed(config.seed + (world.rank << 32))  # dropout differs between processes
     if saved is not None:
         if saved["clips"] != clips:
             raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
         if world.first and saved.get("listing", data["listing"]) != data["listing"]:
-            logger.warning("%s holds other files than the run began with; going on with them", config.audio_dir)
+            logger.warning("%s holds other files than at the start of the run; resuming with them", config.audio_dir)
         step, epoch = state.restore(saved)
 
     times = StageTimes(device, on=config.profile)
@@ -187,7 +187,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         return {"config": config_now, "stats": _stats_now(aug, stats)}
 
     def save(last: bool) -> None:
-        state.check_finite(step, run.message())
+        state.check_finite(step, run.resume_hint())
         content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
         if world.first:
             run.save(content, encoder, **described(), last=last)
@@ -208,7 +208,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             if world.first and config.keep_every and step % config.keep_every == 0:
                 run.keep(step, encoder, **described())
             if watch.due(step):
-                watch.tell(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
+                watch.after_step(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
                 if watch.saving:
                     save(last=watch.ending)
                 if watch.ending:
@@ -225,15 +225,15 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
 
 def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, source: Source) -> tuple[int, int]:
-    """Return (mels, frames) of the segments, or refuse settings that do not go with them.
+    """Return (mels, frames) of the segments, or refuse settings that do not fit them.
 
-    A user's own encoder is tried on one input: an output of another shape costs no hours.
+    A user's own encoder is tried once, so that a wrong output shape is found before the statistics are computed.
     """
     stride: Any = getattr(encoder, "frame_stride", 1)
     minimum = max(to_lms.n_fft // 2 + 1, (stride - 1) * to_lms.hop_length)
     if source.num_samples < minimum:
         needed = f"{minimum} samples, {minimum / config.sample_rate:.3g} s"
-        raise ValueError(f"unit_sec: expected at least {needed}, which {config.encoder} takes, got {config.unit_sec}")
+        raise ValueError(f"unit_sec: expected at least {needed}, for {config.encoder}, got {config.unit_sec}")
     shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
     if not isinstance(encoder, AudioNTT):
         require_embeddings(encoder, shape)
@@ -243,9 +243,9 @@ def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, sou
 
 def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: int, clips: int) -> str:
     if step >= total:
-        return f"nothing to do: {step} steps are done, of {total}; more --epochs or --steps lengthen the run"
+        return f"nothing to do: {step} of {total} steps are done; raise --epochs or --steps to train longer"
     if step:
-        return f"going on at step {step} of {total}"
+        return f"resuming at step {step} of {total}"
     width = "" if config.feature_d is None else f", {config.feature_d}-d"
     what = f"{config.encoder}{width}, on {device}"
     return f"training {what}: {total} steps of {config.batch_size} segments, from {clips} clips"
@@ -267,7 +267,7 @@ def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source
 
 
 def _take_stats(source: Source, to_lms: LogMel, config: PretrainConfig) -> tuple[Pair | None, dict[Path, str]]:
-    """Return mean and std of the log-mels, as ``byola-fast stats`` would take them, and the files found broken."""
+    """Return mean and std of the log-mels, as ``byola-fast stats`` computes them, and the broken files."""
     if config.stats is not None:
         return read_stats(config.stats, to_lms)[:2], {}
     if not config.stats_segments:
@@ -294,10 +294,10 @@ def _stats_now(aug: Augment, stats: Pair | None) -> Pair | None:
 
 
 def _prepare(learner: nn.Module, config: PretrainConfig, world: World) -> nn.Module:
-    """Return the module to call: the learner, made faster, and with gradients averaged over all processes."""
+    """Return the module to call: the learner, compiled if asked, with gradients averaged over all processes."""
     if config.sync_batchnorm:
         if world.device.type != "cuda":
-            raise ValueError("sync_batchnorm: expected GPUs, as SyncBatchNorm has no CPU form, got the CPU")
+            raise ValueError("sync_batchnorm: expected GPUs, because SyncBatchNorm has no CPU version, got the CPU")
         nn.SyncBatchNorm.convert_sync_batchnorm(learner)
     if config.channels_last:
         learner.to(memory_format=torch.channels_last)
@@ -314,12 +314,12 @@ def _make_optimizer(learner: nn.Module, config: PretrainConfig, graphed: bool) -
 
 
 def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pair | None) -> None:
-    """Draw the curves and, of a batch, some views; where that fails, say so and go on."""
+    """Draw the curves and some views of a batch; warn if that fails."""
     if not run.lines:
         return
     try:
         draw_training(run.path / "training.png", run.lines, find_learner(config.objective).loss_name)
-        if lms is not None and config.mixup == "log":  # others leave steps that are not drawn
+        if lms is not None and config.mixup == "log":  # the picture has no panel for the other mixers
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
             given |= config.view_settings()

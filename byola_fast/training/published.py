@@ -26,12 +26,12 @@ PUBLISHED_SHAPES = ("shape", "image_size")
 
 
 def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under our names, of a ``config.yaml`` under ours or the published ones.
+    """Return the settings of a ``config.yaml`` with our names or the published ones, under our names.
 
-    ``shape: [64, 96]`` becomes n_mels and the unit_sec that has so many frames; ``resume`` may hold null.
+    ``shape: [64, 96]`` becomes n_mels and the unit_sec that gives so many frames. ``resume`` may be null.
 
     Raises:
-        ValueError: an unknown key, two keys of one meaning, or a shape that is no (mels, frames).
+        ValueError: an unknown key, two keys of one meaning, or a shape other than (mels, frames).
 
     >>> from_published({"bs": 128, "shape": [64, 96], "lr": 0.0003})
     {'batch_size': 128, 'lr': 0.0003, 'n_mels': 64, 'unit_sec': 0.95}
@@ -59,7 +59,7 @@ def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape_settings(shape: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return n_mels and unit_sec of ``[mels, frames]``, checked against those given beside it."""
+    """Return n_mels and unit_sec of ``[mels, frames]``, checked against the settings given with it."""
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
         raise ValueError(f"shape: expected [mels, frames], got {shape}")
     hop, rate = (settings.get(name, getattr(PretrainConfig, name)) for name in ("hop_length", "sample_rate"))

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, whether a run may go on there, and how nothing in it is ever lost."""
+"""The folder of a run: checkpoint, encoder, log and lock, each written whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("byola_fast")
 CHECKPOINT, ENCODER, CONFIG = "checkpoint.pt", "encoder.pth", "config.yaml"
 LOG, LOCK = "log.jsonl", ".lock"
 CURVES_SEC = 60.0  # at least, between two drawings of the curves
-COMPUTED = ("lr", "fused", "foreach", "capturable")  # of Adam: how, not what
+COMPUTED = ("lr", "fused", "foreach", "capturable")  # options of Adam that change how it computes, not what
 
 
 class RunFolder:
@@ -36,8 +36,8 @@ class RunFolder:
         path: the folder; ``open`` makes it.
 
     Attributes:
-        saved_step: of the checkpoint on disk; None where there is none.
-        lines: of the log, those of earlier parts of the run included.
+        saved_step: step of the checkpoint on disk; None if there is none.
+        lines: of the log, including earlier parts of the run.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,15 +53,15 @@ class RunFolder:
         self._board: Any = None
 
     def open(self, config: PretrainConfig) -> dict[str, Any] | None:
-        """Make the folder, keep other runs out of it, and return the checkpoint to go on from.
+        """Make and lock the folder, and return the checkpoint to resume from.
 
         Raises:
-            CheckpointError: the folder cannot be written to, or its checkpoint cannot be read. ValueError: the
-            checkpoint belongs to a run with other settings, or there is none and ``resume`` asks for one.
+            CheckpointError: the folder cannot be written, or its checkpoint cannot be read. ValueError: the checkpoint
+            belongs to a run with other settings, or ``resume`` is set and there is none.
         """
         checkpoint = self.path / CHECKPOINT
         if config.resume and not checkpoint.exists():
-            raise CheckpointError(f"{checkpoint}: no such file to resume; leave out resume to begin a run")
+            raise CheckpointError(f"{checkpoint}: no such file to resume; leave out resume to start a run")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -74,7 +74,7 @@ class RunFolder:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; give another out, or restart to replace it") from error
         if not {"model", "optimizer", "augment", "rng", "config", "step"} <= saved.keys():
-            raise CheckpointError(f"{checkpoint}: nothing to go on from; give another out, or restart to replace it")
+            raise CheckpointError(f"{checkpoint}: no state to resume from; give another out, or restart to replace it")
         if not isinstance(saved["config"], Mapping) or type(saved["step"]) is not int:
             raise CheckpointError(f"{checkpoint}: damaged; give another out, or restart to replace it")
         if differing := differing_settings(saved["config"], config):
@@ -86,10 +86,7 @@ class RunFolder:
         return saved
 
     def begin(self, step: int, config: PretrainConfig) -> None:
-        """Keep the lines of the log up to a step, drop later ones, which will come again, and open it for more.
-
-        The settings are noted in a file that ``--config`` takes.
-        """
+        """Truncate the log after a step, open it for appending, and write the settings for ``--config``."""
         import yaml
 
         path = self.path / LOG
@@ -103,13 +100,15 @@ class RunFolder:
                     if line["step"] <= step:
                         kept.append(line)
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # cut short by a kill, or damaged
+                    continue  # truncated by a kill, or damaged
         self.lines = kept
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
         try:
             write_whole(path, lambda file: file.write(content))
-            noted = json.loads(json.dumps(asdict(config) | {"resume": False, "restart": False}))  # tuples become lists
-            write_whole(self.path / CONFIG, lambda file: file.write(yaml.safe_dump(noted, sort_keys=False).encode()))
+            settings = json.loads(
+                json.dumps(asdict(config) | {"resume": False, "restart": False})
+            )  # tuples become lists
+            write_whole(self.path / CONFIG, lambda file: file.write(yaml.safe_dump(settings, sort_keys=False).encode()))
             self._log = os.open(path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -118,7 +117,7 @@ class RunFolder:
             self._open_board(step)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line; where the disk is full, say so once, go on, and write it when there is room again."""
+        """Append a line. If the disk is full, warn once and write the line as soon as there is room."""
         self.lines.append(line)
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._write_log()
@@ -131,25 +130,27 @@ class RunFolder:
         assert self._log is not None
         try:
             written = os.write(self._log, self._unwritten)
-            if written < len(self._unwritten):  # no half line stays
+            if written < len(self._unwritten):  # leave no partial line
                 os.ftruncate(self._log, self._size)
                 raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
             if not self._failed:
-                logger.warning("%s: cannot be written: %s; going on", self.path / LOG, error.strerror or error)
+                logger.warning(
+                    "%s: cannot be written: %s; training continues", self.path / LOG, error.strerror or error
+                )
             self._failed = True
             return
         self._size += written
         self._unwritten, self._failed = b"", False
 
     def save(self, content: Mapping[str, Any], encoder: nn.Module, *, last: bool, **described: Any) -> None:
-        """Replace checkpoint and encoder. Where that fails the old ones stay whole, and the run goes on.
+        """Replace checkpoint and encoder. If that fails, the old ones stay whole and the run continues.
 
         Args:
             content: of the checkpoint.
-            encoder: the part that is of use afterwards.
-            last: nothing comes after, so that a failure is an error.
-            described: as ``save_encoder`` takes it.
+            encoder: saved in a file of its own.
+            last: whether this is the last checkpoint, so that a failure is an error.
+            described: config and stats for ``save_encoder``.
 
         Raises:
             CheckpointError: the last checkpoint cannot be written.
@@ -161,26 +162,26 @@ class RunFolder:
         except CheckpointError as error:
             if last:
                 raise
-            logger.warning("%s; going on, and trying again in a while", error)
+            logger.warning("%s; training continues, and the next checkpoint is tried later", error)
         self._saved_at = time.monotonic()
 
     def keep(self, step: int, encoder: nn.Module, **described: Any) -> None:
-        """Write a copy of the encoder that stays, as ``encoder-STEP.pth``; where that fails, say so and go on."""
+        """Write a copy of the encoder, ``encoder-STEP.pth``; warn if that fails."""
         try:
             save_encoder(self.path / f"encoder-{step}.pth", encoder, **described)
         except CheckpointError as error:
-            logger.warning("%s; going on", error)
+            logger.warning("%s; training continues", error)
 
-    def message(self) -> str:
-        """Say what is safe on disk and how to go on."""
+    def resume_hint(self) -> str:
+        """Return a sentence on what is saved and how to resume."""
         checkpoint = self.path / CHECKPOINT
         if self.saved_step is None and not checkpoint.exists():
-            return "nothing had been saved yet"
-        what = "a checkpoint" if self.saved_step is None else f"step {self.saved_step}"  # known to rank 0
-        return f"{what} is safe in {checkpoint}, and the same command (or with --resume) goes on from there"
+            return "nothing was saved yet"
+        what = "a checkpoint" if self.saved_step is None else f"step {self.saved_step}"  # only rank 0 knows the step
+        return f"{what} is safe in {checkpoint}; the same command (or --resume) resumes there"
 
     def curves_due(self) -> bool:
-        """Return whether the curves should be drawn again: once in a while."""
+        """Return whether it is time to draw the curves again."""
         due = time.monotonic() - self._drawn_at >= CURVES_SEC
         if due:
             self._drawn_at = time.monotonic()
@@ -188,11 +189,11 @@ class RunFolder:
 
     @property
     def minutes_since_save(self) -> float:
-        """Minutes since the last checkpoint, or since the beginning."""
+        """Minutes since the last checkpoint, or since the start."""
         return (time.monotonic() - self._saved_at) / 60
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Close the log and unlock the folder."""
         if self._log is not None:
             os.close(self._log)
             self._log = None
@@ -218,7 +219,7 @@ class RunFolder:
 
 
 class RunState(NamedTuple):
-    """Everything that a run goes on from: networks, Adam's moments, memory bank, statistics, random numbers."""
+    """Everything that a run resumes from: networks, Adam's moments, memory bank, statistics, random state."""
 
     world: World
     learner: nn.Module
@@ -226,7 +227,7 @@ class RunState(NamedTuple):
     augment: nn.Module
 
     def collect(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state with more plain values; every rank must call it, as each has torch generators of its own."""
+        """Return the state and more plain values. Every rank must call this, because each has its own generators."""
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
@@ -234,9 +235,9 @@ class RunState(NamedTuple):
         return {name: part.state_dict() for name, part in parts.items()} | {"rng": self.world.gather(rng)} | dict(more)
 
     def restore(self, saved: Mapping[str, Any]) -> tuple[int, int]:
-        """Put back what ``collect`` returned, and return the steps done and the epoch.
+        """Restore what ``collect`` returned; return the steps done and the epoch.
 
-        How Adam is computed stays as it is here, so that a run of a GPU goes on on a CPU.
+        Adam keeps its options of computation (fused, capturable), so that a run of a GPU resumes on a CPU.
 
         Raises:
             CheckpointError: the state does not fit.
@@ -245,16 +246,16 @@ class RunState(NamedTuple):
         try:
             optimizer = dict(saved["optimizer"])
             groups = zip(optimizer["param_groups"], here, strict=True)
-            optimizer["param_groups"] = [dict(group) | own for group, own in groups]
+            optimizer["param_groups"] = [dict(group) | options for group, options in groups]
             self.learner.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(optimizer)
             self.augment.load_state_dict(saved["augment"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{CHECKPOINT}: does not fit this run: {' '.join(str(error).split())}") from error
-        for group, own in zip(self.optimizer.param_groups, here, strict=True):
-            group["lr"] = own["lr"]  # a CUDA graph holds this very tensor
+        for group, options in zip(self.optimizer.param_groups, here, strict=True):
+            group["lr"] = options["lr"]  # a CUDA graph holds this very tensor
         if self.world.size != len(saved["rng"]):
-            message = "%d processes go on with what %d began: dropout and BatchNorm's batches differ from then on"
+            message = "%d processes resume a run of %d: dropout and BatchNorm's batches differ from now on"
             logger.warning(message, self.world.size, len(saved["rng"]))
         if self.world.rank < len(saved["rng"]):
             rng = saved["rng"][self.world.rank]
@@ -267,7 +268,7 @@ class RunState(NamedTuple):
         """Refuse to save weights that are not finite.
 
         Raises:
-            ValueError: one is not.
+            ValueError: a weight is NaN or infinite.
         """
         norms = torch._foreach_norm([parameter.detach() for parameter in self.learner.parameters()])
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):

@@ -28,10 +28,10 @@ def learning_rate(config: PretrainConfig, step: int, total: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int, total: int) -> float:
-    """Give an optimiser the learning rate of a step, in place where it is a tensor, and return it."""
+    """Set the learning rate of a step, in place if it is a tensor, and return it."""
     lr = learning_rate(config, step, total)
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # which a CUDA graph holds
+        if isinstance(group["lr"], Tensor):  # a CUDA graph holds it
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from byola_fast.training.cuda_graph import TIMED_STEPS, UNTIMED_STEPS
+UNTIMED_STEPS, TIMED_STEPS = 3, 200
 
 
 class StageTimes:
-    """Time the stages of steps: on a GPU by events on its stream, which makes no stage wait for another.
+    """Time the stages of steps; on a GPU by events, so that no stage waits for another.
 
     Args:
-        device: that the stages run on.
-        on: measure; otherwise all of this costs nothing.
+        device: where the stages run.
+        on: False makes everything a no-op.
 
     >>> times = StageTimes(torch.device("cpu"), on=True)
     >>> for _ in range(5):
@@ -40,7 +40,7 @@ class StageTimes:
         return self._measure(stage) if self.on else nullcontext()
 
     def each(self, stage: str, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield what an iterable yields, and time how long each takes to come."""
+        """Yield the items of an iterable and time how long each takes."""
         waiting = iter(batches)
         while True:
             begun = time.perf_counter()
@@ -70,7 +70,7 @@ class StageTimes:
             spans.append(span)
 
     def medians(self) -> dict[str, float]:
-        """Return each stage's median time in seconds, in the order that they were met; the first steps do not count."""
+        """Return each stage's median time in seconds, without the first steps."""
         if self.events:
             torch.cuda.synchronize()
         return {stage: statistics.median(map(_seconds, _warm(spans))) for stage, spans in self.spans.items() if spans}
@@ -80,8 +80,8 @@ class StageTimes:
 
         Args:
             path: file to write.
-            samples: in each step, of this process.
-            described: what else the file should say.
+            samples: samples per step of this process.
+            described: more entries of the file.
         """
         medians = self.medians()
         total = sum(medians.values())

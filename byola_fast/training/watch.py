@@ -1,4 +1,4 @@
-"""What happens between two steps of training: lines of the log, warnings, and when to save and to stop."""
+"""Log, warn, and decide when to save and stop."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from byola_fast.training.run_folder import RunFolder
 
 logger = logging.getLogger("byola_fast")
 
-COLLAPSED = 0.1  # spread of the projections, of which 1 is healthy
-COLLAPSED_LINES = 5  # in a row, before it is said
+COLLAPSED = 0.1  # spread of the projections; 1 is healthy
+COLLAPSED_LINES = 5  # in a row, before the warning
 STOPPING = "\nbyola-fast: stopping after this step, then saving; Ctrl-C again goes back to the last checkpoint\n"
 
 
 class Watch:
-    """Look at a run between its steps: log, show, warn, and decide when to save and to stop.
+    """Log, show, warn, and decide when to save and stop.
 
-    All processes decide alike: they tell each other of signals, on the CPU, where a dead process is noticed at once.
+    All processes decide alike: they exchange signals on the CPU, where a dead process is noticed at once.
 
     Args:
-        config: resolved.
-        world: this process among all.
-        run: where rank 0 writes.
-        step: done so far.
-        total: of the whole run.
+        config: resolved settings.
+        world: the processes of the run.
+        run: folder that rank 0 writes to.
+        step: steps done so far.
+        total: steps of the whole run.
 
-    Attributes:
-        saving: after ``tell``: a checkpoint is due.
-        ending: after ``tell``: it is the last one.
-        stopped_by: after ``tell``: the signal that ends the run now, 0 for none.
+    Attributes, set by ``after_step``:
+        saving: a checkpoint is due.
+        ending: it is the last one.
+        stopped_by: number of the signal that ends the run now, 0 for none.
     """
 
     def __init__(self, config: PretrainConfig, world: World, run: RunFolder, step: int, total: int) -> None:
@@ -68,19 +68,21 @@ class Watch:
         return self._stack.__exit__(*exception)
 
     def due(self, step: int) -> bool:
-        """Return whether ``tell`` must be called after a step; cheap, as it waits for no GPU and no process."""
+        """Return whether ``after_step`` must be called; waits for no GPU and no process."""
         every = (self.config.log_every or 1, self.config.save_every or self.total)
         return step == self.total or any(step % n == 0 for n in every) or (self.world.size == 1 and bool(self._stop))
 
-    def tell(self, step: int, epoch: int, loss: Tensor, projection: Tensor, *, lr: float, refused: Tensor) -> None:
-        """Log a step, and decide what is due after it.
+    def after_step(
+        self, step: int, epoch: int, loss: Tensor, projection: Tensor, *, lr: float, refused: Tensor
+    ) -> None:
+        """Log a step and decide what is due.
 
         Args:
-            step: steps done. epoch: that the last one was in.
+            step: steps done. epoch: of the last step.
             loss: 0-d, of this process.
             projection: ``(b, proj_size)``, of this process.
             lr: learning rate of the step.
-            refused: 0-d, samples kept out of the bank so far.
+            refused: 0-d, number of samples kept out of the bank so far.
 
         Raises:
             ValueError: the mean loss over processes is not finite.
@@ -89,19 +91,21 @@ class Watch:
         self.ending = bool(self.stopped_by) or step == self.total
         self.saving = self.ending or bool(late) or step % (self.config.save_every or self.total) == 0
 
-        own = [loss.item(), spread(projection).item()]
+        local_values = [loss.item(), spread(projection).item()]
         if self.saving:
-            own.append(effective_rank(projection).item())
-        values = self.world.mean(*own)
+            local_values.append(effective_rank(projection).item())
+        values = self.world.mean(*local_values)
         now = time.perf_counter()
         if not math.isfinite(values[0]):
-            message = f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.message()}"
+            message = (
+                f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.resume_hint()}"
+            )
             raise ValueError(message)
         line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "spread": values[1]}
         if self.saving:
             line["effective_rank"] = values[2]
         line["samples_per_s"] = round((step - self.last) * self.config.batch_size / (now - self._logged), 1)
-        line |= {"refused": int(refused), "lr": lr}  # not finite, and so kept out of the bank
+        line |= {"refused": int(refused), "lr": lr}
         self.last, self._logged = step, now
         if self._progress is not None:
             self.run.log(line)
@@ -115,14 +119,14 @@ class Watch:
 
 
 class CollapseWatch:
-    """Tell when representations have collapsed: the spread of the projections stays near 0."""
+    """Warn of collapsed representations: projections whose spread stays near 0."""
 
     def __init__(self) -> None:
         self.low = 0
         self.warned = False
 
     def __call__(self, line: Mapping[str, Any]) -> str | None:
-        """Return a warning at the line that makes it certain, once until the spread recovers."""
+        """Return a warning after several collapsed lines, once until the spread recovers."""
         self.low = self.low + 1 if line["spread"] < COLLAPSED else 0
         if not self.low:
             self.warned = False
@@ -134,15 +138,15 @@ class CollapseWatch:
 
 
 class StopSignal:
-    """Note Ctrl-C and SIGTERM, so that the step in progress ends, everything is saved, and the run leaves in order.
+    """Record Ctrl-C and SIGTERM, so that the run ends after the current step with everything saved.
 
-    A second Ctrl-C, a second or more after the first, interrupts at once.
+    A second Ctrl-C, at least a second after the first, interrupts at once.
 
     Args:
-        told: said on stderr at the first signal, as the step may be long.
+        message: printed on stderr at the first signal.
 
     Attributes:
-        number: the signal received, 0 for none.
+        number: of the signal received, 0 for none.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -169,6 +173,6 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.number and self.message:
             with suppress(OSError):
-                os.write(2, self.message.encode())  # print may be in the middle of a line, and is not entered twice
+                os.write(2, self.message.encode())  # not print, which the signal may have interrupted
         self.number = self.number or number
         self._received = now

@@ -162,7 +162,7 @@ def test_work_of_other_settings_is_refused_and_stays(weights, corpus, tmp_path):
         with pytest.raises(Killed):
             run_embed(config(weights, corpus, tmp_path / "e.npz"))
     before = sorted(os.listdir(tmp_path / "e.npz.parts"))
-    with pytest.raises(ValueError, match=r"e.npz.parts: holds the work of a run that was stopped, with other frames"):
+    with pytest.raises(ValueError, match=r"e.npz.parts: holds the work of a stopped run with other frames"):
         run_embed(config(weights, corpus, tmp_path / "e.npz", frames=True))
     assert sorted(os.listdir(tmp_path / "e.npz.parts")) == before
 

@@ -225,11 +225,11 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         evaluate(tmp_path / "none.csv", tmp_path, features="melstats")
 
 
-def tasks(parts: list[str], labels: list[tuple[str, ...]]) -> Task:
-    folds = [] if set(parts) & {"train", "test"} else sorted(set(parts))
+def tasks(splits: list[str], labels: list[tuple[str, ...]]) -> Task:
+    folds = [] if set(splits) & {"train", "test"} else sorted(set(splits))
     classes = sorted({label for own in labels for label in own})
     return Task(
-        "t", [f"{n}" for n in range(len(parts))], labels, parts, classes, folds, any(len(x) > 1 for x in labels)
+        "t", [f"{n}" for n in range(len(splits))], labels, splits, classes, folds, any(len(x) > 1 for x in labels)
     )
 
 
@@ -250,8 +250,8 @@ def test_rounds():
 
     folds = tasks([("x", "y", "z", "w")[n // 2 % 4] for n in range(40)], labels)
     for plan, fold in zip(rounds(folds, 3), folds.folds, strict=True):
-        assert {folds.parts[n] for n in plan.test} == {fold}
-        assert len({folds.parts[n] for n in plan.valid}) == 1  # a whole fold, another one
+        assert {folds.splits[n] for n in plan.test} == {fold}
+        assert len({folds.splits[n] for n in plan.valid}) == 1  # a whole fold, another one
         assert sorted(plan.train + plan.valid + plan.test) == list(range(40))
     two = tasks([("x", "y")[n // 2 % 2] for n in range(40)], labels)
     for plan in rounds(two, 0):
@@ -295,7 +295,7 @@ def test_two_classes_and_one_alone():
     result = fit_probe(features, task, plan)
     assert headline(result.truth, result.scores, False) == 1
     only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
-    with pytest.raises(ValueError, match="one class alone"):
+    with pytest.raises(ValueError, match="one class only"):
         fit_probe(features, task, only)
 
 

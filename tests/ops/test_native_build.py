@@ -64,7 +64,7 @@ def test_a_build_is_announced_timed_and_cached(tiny, capsys):
     message = capsys.readouterr().err.splitlines()
     assert len(message) == 2
     assert message[0].startswith("byola_fast: compiling the C++ kernels for this machine, once, into ")
-    assert message[0].endswith(" (half a minute or so)")
+    assert message[0].endswith(" (about half a minute)")
     assert message[1].startswith("byola_fast: compiled in ")
     assert cpu.prepare() == library
     assert capsys.readouterr().err == ""

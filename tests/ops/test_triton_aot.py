@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks.gpu import kernels
-from byola_fast.ops import _triton
+from byola_fast.ops import _schemas, _triton
 
 # kernel: registers of a thread and bytes of shared memory at most, programs of an SM at least; for all architectures
 BUDGETS = {
@@ -58,7 +58,7 @@ def test_resources(name, architecture):
 def test_every_kernel_has_a_budget():
     assert set(BUDGETS) == set(kernels.variants())
     compiled = {variant.kernel for variant in kernels.variants().values()}
-    for file in set(_triton.LAUNCHERS.values()):
+    for file in set(_schemas.LAUNCHERS.values()):
         source = sys.modules.get(f"byola_fast.ops._triton.{file}") or __import__(
             f"byola_fast.ops._triton.{file}", fromlist=["_"]
         )

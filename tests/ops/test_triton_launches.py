@@ -11,7 +11,7 @@ import importlib
 import pytest
 import torch
 
-from byola_fast.ops import _triton
+from byola_fast.ops import _schemas, _triton
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +49,7 @@ def launched(monkeypatch):
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for file in sorted(set(_triton.LAUNCHERS.values())):
+    for file in sorted(set(_schemas.LAUNCHERS.values())):
         module = importlib.import_module(f"byola_fast.ops._triton.{file}")
         for kernel in (value for value in vars(module).values() if isinstance(value, JITFunction)):
             kernel.device_caches.clear()  # of a real GPU
@@ -58,7 +58,7 @@ def launched(monkeypatch):
         if hasattr(module, "resident_programs"):
             monkeypatch.setattr(module, "resident_programs", lambda x, per_sm: 132 * per_sm)
     yield seen
-    for file in set(_triton.LAUNCHERS.values()):
+    for file in set(_schemas.LAUNCHERS.values()):
         for kernel in vars(importlib.import_module(f"byola_fast.ops._triton.{file}")).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()

@@ -1,4 +1,4 @@
-"""Files stay short and importing stays cheap; lint-imports checks the layers (pyproject.toml)."""
+"""Files stay short and imports stay cheap; lint-imports checks the layers (pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "byola_fast"
 
-LIGHT = {"torch", "triton", "ninja"}  # what the ops may import
+LIGHT = {"torch", "triton", "ninja"}  # packages that the ops may import
 
 
 def imports(path: Path) -> set[str]:
-    """Return the absolute names of everything a file imports."""
+    """Return the absolute names that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: contenders that agree, the gate, the timer's statistics, records and tables."""
+"""The machinery of the benchmarks: contenders, the correctness gate, the timer, records and tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks import contenders as c
 from benchmarks import measure as m
 from benchmarks import readme_table
 from benchmarks.bench_ema import MODELS
+from benchmarks.chart import speed_chart
 from benchmarks.tables import markdown_table, terminal_table
 
 ONE = m.Place("cpu", 1)
@@ -56,7 +57,7 @@ def test_view_contenders_pass_the_gate() -> None:
     assert m.gate(m.Group("two_views", "small", made, ())) == {}
 
 
-def test_encoder_and_projector_have_their_size() -> None:
+def test_encoder_and_projector_have_the_published_size() -> None:
     shapes = MODELS["AudioNTT2020 d = 2048 and projector"]
     assert sum(torch.Size(shape).numel() for shape in shapes) == 5_321_856 + 9_449_728
 
@@ -105,7 +106,7 @@ def test_only_an_optional_contender_may_be_missing() -> None:
 
 
 class FakeClock:
-    """A stopwatch for calls that say themselves how long they take."""
+    """A stopwatch for calls that set their own duration."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -136,7 +137,7 @@ def test_interleaved_takes_turns_and_repeats_short_calls() -> None:
     assert clock.order.count("quick") >= 4 * 10
 
 
-def test_interleaved_keeps_its_budget_and_its_least_rounds() -> None:
+def test_interleaved_keeps_its_budget_and_its_minimum_of_rounds() -> None:
     clock = FakeClock()
     group = [fake("slow", clock.work("slow", lambda k: 2.0))]
     assert len(m.interleaved(group, budget_s=10.5, stopwatch=clock)["slow", 1].samples) == 5
@@ -168,7 +169,7 @@ def measured() -> m.Measured:
     return m.measure(m.Group("op", "small", made, ("loop", "copy"), floor="copy"), budget_s=0.01)
 
 
-def test_records_say_what_was_measured() -> None:
+def test_records_describe_what_was_measured() -> None:
     found = measured()
     record = found.records["byola_fast", 2]
     loop, alone = found.records["loop", 2], found.records["byola_fast", 1]
@@ -188,13 +189,13 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert m.read_results(tmp_path / "new" / "cpu.json") == results
 
 
-def test_share_of_the_cpu_in_other_hands() -> None:
+def test_share_of_the_cpu_taken_by_other_processes() -> None:
     assert m._others_share((100.0, 50.0, 10.0), (120.0, 65.0, 20.0)) == 0.25
     assert m._others_share((100.0, 50.0, 10.0), (120.0, 60.0, 20.5)) == 0.0
     assert m._others_share(None, None) is None
 
 
-def test_backends_are_named_with_what_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_named_with_the_ops_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"draw_params": "reference", "augment_views_out": "cpp", "normalize_": "cpp"}
     monkeypatch.setattr(c, "backend_in_use", lambda key, op: (answers[op], ""))
     assert c.backend_of("cpu", ["augment_views_out", "normalize_"]) == "cpp"
@@ -235,3 +236,13 @@ def test_readme_markers_must_pair_and_exist(tmp_path: Path, text: str) -> None:
     m.write_results(tmp_path / "cpu.json", m.Results("pytest", "2026-01-31", list(measured().records.values())))
     with pytest.raises(ValueError, match=r"without its partner|no record"):
         readme_table.regenerate(text, tmp_path)
+
+
+def test_the_chart_holds_the_multiples_of_the_records() -> None:
+    results = m.read_results(readme_table.ROOT / "benchmarks" / "results" / "cpu.json")
+    svg = speed_chart(results)
+    for record in results.records:
+        if record.op == "two_views" and record.threads == 1 and record.contender == "byola_fast":
+            assert f'class="ours">{record.ratios["loop"]:.1f} x</text>' in svg
+    with pytest.raises(ValueError, match="no record of two_views"):
+        speed_chart(m.Results("pytest", "2026-01-31", list(measured().records.values())))

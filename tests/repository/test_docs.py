@@ -1,4 +1,4 @@
-"""Every command and script in README and docs runs as it is printed there, but for what keeps it small."""
+"""Every command and script in README and docs runs as printed, with settings that keep it small."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHERS = (
 
 
 def commands() -> list[str]:
-    """Return what is indented as a command on any page, in order, once each; && joins two."""
+    """Return the commands indented on any page, in order, once each; && joins two."""
     found: dict[str, None] = {}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -39,7 +39,7 @@ def commands() -> list[str]:
 
 
 def scripts() -> list[str]:
-    """Return the blocks of Python that are no doctests, and run on what the commands leave."""
+    """Return the Python blocks that are not doctests; they run after the commands, on their output."""
     blocks = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
     return [block for block in blocks if ">>>" not in block]
 
@@ -60,7 +60,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     ran = set()
     for command in commands():
         first, *rest = shlex.split(command)
-        if first == "byola-fast" and "W.pth" not in command:  # the tree of its task holds no sound
+        if first == "byola-fast" and "W.pth" not in command:  # its task folder holds empty files
             if "--demo" in rest:
                 rest += ["--batch-size=4"]
             code = cli.main([*rest, *MORE.get(rest[0], [])])

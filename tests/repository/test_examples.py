@@ -1,4 +1,4 @@
-"""Every example runs, on tiny data, and does what its page says."""
+"""Every example runs on tiny data and does what its docstring says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"}
 
 
-def test_every_example_is_a_page_and_is_run_here():
+def test_every_example_fits_on_a_page_and_runs_here():
     files = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
     assert set(files) == CHECKED
     for name, text in files.items():

@@ -1,16 +1,19 @@
-"""The GPU check on a machine that may have none: every stage in miniature, failures kept apart, no table of nothing."""
+"""The GPU check without a GPU: every stage in miniature, isolated failures, no table from a dry run."""
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check, readme_table
+from benchmarks.gpu.missing import unloadable_tests
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +21,19 @@ QUICK = [name for name in gpu_check.STAGES if name not in ("tests", "sanitizers"
 ROOT = gpu_check.ROOT
 
 
-def test_a_dry_run_exercises_every_stage_and_says_what_it_left_out(tmp_path, capsys):
+def waiting_for_a_gpu():
+    """Return file and name of every test that is skipped without a GPU."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
+                if "needs_gpu" in marks or "cuda.is_available" in marks:
+                    found.append((str(path.relative_to(ROOT)), node.name))
+    return found
+
+
+def test_a_dry_run_exercises_every_stage_and_lists_what_it_skipped(tmp_path, capsys):
     assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", *QUICK]) == 0
     whole = json.loads((tmp_path / "gpu.json").read_text())
     assert whole["dry_run"]
@@ -27,9 +42,9 @@ def test_a_dry_run_exercises_every_stage_and_says_what_it_left_out(tmp_path, cap
         assert alone == whole["stages"][name]
         assert "error" not in alone
     goals = [row["goal"] for found in whole["stages"].values() for row in found.get("rows", [])]
-    assert len(goals) == 13  # on a GPU 14, with the trainer's
+    assert len(goals) == 13  # 14 on a GPU, with the trainer's
     message = capsys.readouterr().out
-    assert "left out: capturing a CUDA graph" in message
+    assert "skipped without a GPU: capturing a CUDA graph" in message
     assert "dry run: nothing was measured" in message
     with pytest.raises(ValueError, match="a dry run measures nothing"):
         gpu_check.table(whole)
@@ -43,21 +58,16 @@ def test_the_stage_of_tests_finds_the_tests(tmp_path):
 
 
 def test_the_stage_of_tests_takes_every_test_that_waits_for_a_gpu():
-    """By name: one of its words in the name of the file or of the test."""
+    """pytest -k selects them by a word in the name of the file or the test."""
     wanted = re.findall(r"\w+", gpu_check.ON_CUDA.partition(")")[0].replace(" or ", " "))
     assert "cuda" in wanted
-    found = []
-    for path in (ROOT / "tests").glob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
-                if "needs_gpu" in marks or "cuda.is_available" in marks:
-                    found.append(f"{path.name}::{node.name}")
+    found = [f"{Path(path).name}::{name}" for path, name in waiting_for_a_gpu()]
     assert len(found) >= 4
     assert [name for name in found if not any(word in name for word in wanted)] == []
+    assert all((ROOT / "tests" / "ops" / f"test_{name}.py").exists() for name in gpu_check.SANITIZED)
 
 
-def test_stages_of_several_commands_end_in_one_file(tmp_path, capsys):
+def test_stages_of_several_commands_are_joined(tmp_path, capsys):
     for stage in ("ceilings", "environment"):
         assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", stage]) == 0
     (tmp_path / "gpu.json").unlink()
@@ -68,7 +78,7 @@ def test_stages_of_several_commands_end_in_one_file(tmp_path, capsys):
     assert "expected stages of" in capsys.readouterr().err
 
 
-def test_a_stage_apart_is_stopped_at_its_limit_or_dies_alone(tmp_path, monkeypatch):
+def test_a_stage_in_its_own_process_is_stopped_at_its_limit_or_dies_alone(tmp_path, monkeypatch):
     found = gpu_check.run(["ceilings"], tmp_path, "cpu", apart=True)["stages"]["ceilings"]
     assert "error" not in found
     assert found["copy_gb_s"] > 0
@@ -83,13 +93,13 @@ def test_a_stage_apart_is_stopped_at_its_limit_or_dies_alone(tmp_path, monkeypat
     whole = gpu_check.run(["views", "ema"], tmp_path, "cpu", apart=True)["stages"]
     assert set(whole) == {"ceilings", "views", "ema"}
     assert whole["views"]["error"] == "stopped after 2 s"
-    assert whole["views"]["part"] == 1  # what it had kept
+    assert whole["views"]["part"] == 1  # partial results
     assert whole["views"]["output"] == "so far\n"
     assert whole["ema"]["error"] == "its process ended with exit code 7"
     assert "illegal memory access" in whole["ema"]["output"]
 
 
-def test_a_command_that_takes_too_long_leaves_its_log_and_no_process(tmp_path):
+def test_a_command_over_its_limit_leaves_its_log_and_no_process(tmp_path):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(61.5)'])"
     found = gpu_check._logged([sys.executable, "-c", f"print('begun', flush=True); {child}"], tmp_path / "log", 2.0)
     assert found == {"returncode": 124, "summary": "begun", "stopped_after_s": 2.0}
@@ -97,7 +107,7 @@ def test_a_command_that_takes_too_long_leaves_its_log_and_no_process(tmp_path):
     assert "time.sleep(61.5)" not in processes
 
 
-def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
     def broken(context):
         raise RuntimeError("no such kernel")
 
@@ -109,7 +119,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert "failed: ceilings" in capsys.readouterr().err
 
 
-def test_readme_tells_of_a_gpu_only_what_was_measured(tmp_path):
+def test_readme_has_only_measured_gpu_figures(tmp_path):
     text = "<!-- benchmarks:gpu/goals begin -->\n<!-- benchmarks:gpu/goals end -->"
     assert readme_table.NOT_MEASURED in readme_table.regenerate(text, tmp_path)
     row = {"work": "two views", "measured": "12.0 us", "goal": "< 11 us"}
@@ -117,8 +127,27 @@ def test_readme_tells_of_a_gpu_only_what_was_measured(tmp_path):
     assert "| two views | 12.0 us | < 11 us |" in readme_table.regenerate(text, tmp_path)
 
 
-def test_files_whose_packages_are_missing_are_left_out_with_those_that_import_them():
-    names = {path.name for path in gpu_check.files_that_import(["soundfile"])}
-    assert {"test_pretrain.py", "test_cli.py"} <= names  # the second imports the first
+def test_files_without_their_packages_are_left_out_with_their_importers():
+    names = {path.name for path in unloadable_tests(["soundfile"])}
+    assert {"runs.py", "test_cli.py"} <= names  # the second imports the first
+    assert "test_quality.py" in names  # imports benchmarks.quality.__main__
     assert "test_resize_crop.py" not in names
-    assert gpu_check.files_that_import([]) == []
+    assert unloadable_tests([]) == []
+
+
+def test_the_stage_of_tests_selects_the_tests_on_cuda_without_audio_packages(tmp_path, monkeypatch):
+    """A GPU machine may lack soundfile, soxr and jsonargparse; files that need them must not stop the others."""
+    lacking = ["jsonargparse", "soundfile", "soxr"]
+    plugin = f"import sys; sys.modules.update(dict.fromkeys({lacking}))"
+    (tmp_path / "without_packages.py").write_text(plugin)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTEST_PLUGINS", "without_packages")
+    for name in lacking:
+        monkeypatch.setitem(sys.modules, name, None)
+    found = gpu_check.run(["tests"], tmp_path, "cpu")["stages"]["tests"]
+    assert found["missing_packages"] == ["soundfile"]  # the others are imported inside functions alone
+    assert "tests/training/test_pretrain.py" in found["files_left_out"]
+    assert found["returncode"] == 0, (tmp_path / "tests.log").read_text()
+    collected = (tmp_path / "tests.log").read_text()
+    for path, name in waiting_for_a_gpu():
+        assert f"{path}::{name}" in collected or f"SKIPPED [2] {path}" in collected

@@ -1,4 +1,4 @@
-"""What is installed: a path alone for a checkout that is worked on, and all sources of kernels in a wheel."""
+"""What is installed: only a path for an editable checkout, and all kernel sources in a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A clone of its own, in a folder of the name that git gives it."""
+    """A copy of the checkout, in a folder with the name that git clone gives it."""
     folder = tmp_path_factory.mktemp("code") / "byola_fast"
     folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "setup.py"):
@@ -35,10 +35,11 @@ def build(checkout, kind, out):
     return zipfile.ZipFile(wheel)
 
 
-def test_a_checkout_is_found_from_the_folder_it_lies_in(checkout, tmp_path):
-    """A finder of modules would lose to that folder's ``byola_fast``, which Python takes for a package without a file.
+def test_a_checkout_is_found_from_its_parent_folder(checkout, tmp_path):
+    """An editable install must add a path, not a module finder.
 
-    ``python train.py`` beside the clone then said "module 'byola_fast' has no attribute 'augment'".
+    In the parent folder Python takes the clone for a namespace package. That beats a finder ("module 'byola_fast' has no
+    attribute 'augment'" from ``python train.py`` beside the clone), but not a regular package on the path.
     """
     with build(checkout, "editable", tmp_path) as wheel:
         names = [name for name in wheel.namelist() if "dist-info" not in name]

@@ -1,4 +1,4 @@
-"""The study of representations: it runs, goes on where it was, shares its work, and makes its tables."""
+"""The study of representations: it runs, resumes, shares its work, and makes its tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KNOWN = {"tones": 75.0}
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Return what runs a study of two rows and three steps on one task of tones, which is the corpus as well."""
+    """Return a function that runs a study of two rows and three steps on one task of tones, also used as corpus."""
     labels = [name for _ in range(5) for name in PITCHES]
     make_task(tmp_path / "tasks" / "tones", labels, lambda n: ("train", "train", "valid", "test")[n // 3 % 4], HEADER)
     rows = [Study("byol-v1", "BYOL-A", scored=(1, 3), seeds=2), Study("simclr", "SimCLR", scored=(1,), settings=SIMCLR)]
@@ -48,14 +48,14 @@ HEADER = "file_name,label,split"
 SIMCLR = (("objective", "simclr"),)
 
 
-def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, monkeypatch):
+def test_every_run_writes_its_scores_and_none_is_repeated(study, tmp_path, monkeypatch):
     assert study("--only", "byol*", "--seeds", "0") == 0
     results = tmp_path / "quality"
     first = json.loads((results / "byol-v1-0.json").read_text())
     assert [point["step"] for point in first["curve"]] == [1, 3]
     assert [point["samples"] for point in first["curve"]] == [6, 18]
     assert first["settings"]["audio_dir"] == "corpus"
-    cut = first | {"curve": first["curve"][:1]}  # as if it had been stopped between two evaluations
+    cut = first | {"curve": first["curve"][:1]}  # as after a stop between two evaluations
     (results / "byol-v1-0.json").write_text(json.dumps(cut))
     assert study() == 0
     assert sorted(path.stem for path in results.iterdir()) == [
@@ -69,15 +69,15 @@ def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, mon
     assert again["curve"][0] == first["curve"][0]
     assert again["curve"][1]["scores"] == first["curve"][1]["scores"]
 
-    monkeypatch.setattr(quality, "pretrain", None)  # nothing is left to do
+    monkeypatch.setattr(quality, "pretrain", None)  # no training may be left
     assert study() == 0
 
     table = quality_tables.study_table(results)
-    assert table.count("\n| SimCLR |  |  |  | 1 |") == 1  # what stands for the start of training
+    assert table.count("\n| SimCLR |  |  |  | 1 |") == 1  # the row for the start of training
     assert table.count("\n| BYOL-A | 3 | 0 | 0 | 2 |") == 1
-    assert "| BYOL-A, AudioSet |  | 5,000 an epoch |  | 1 | 75.0 | 75.0 |" in table
+    assert "| BYOL-A, AudioSet |  | 5,000 per epoch |  | 1 | 75.0 | 75.0 |" in table
     assert table.count("±") >= 3  # random, and both steps of byol-v1
-    (results / "byol-v1-1.json").write_text(json.dumps(cut | {"seed": 1}))  # the other seed has not come as far
+    (results / "byol-v1-1.json").write_text(json.dumps(cut | {"seed": 1}))  # the other seed is not as far
     summary = quality_tables.summary_table(results)
     assert "\n| BYOL-A | 1 | 0 | 0 | 2 |" in summary
     assert "\n| BYOL-A | 3 | 0 | 0 | 1 |" in summary
@@ -89,18 +89,18 @@ def test_every_run_leaves_its_scores_and_none_is_done_twice(study, tmp_path, mon
     assert "| SimCLR | 1 |" in page.read_text()
 
 
-def test_training_here_and_scoring_there(study, tmp_path, monkeypatch):
+def test_training_and_scoring_on_different_machines(study, tmp_path, monkeypatch):
     corpus = str(tmp_path / "tasks" / "tones" / "audio")
     alone = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "quality"), "--only", "simclr"]
     assert quality.main([corpus, *alone]) == 0
     assert not (tmp_path / "quality").exists()
-    (tmp_path / "work" / "runs" / "simclr-0" / "checkpoint.pt").unlink()  # stays where it was trained
+    (tmp_path / "work" / "runs" / "simclr-0" / "checkpoint.pt").unlink()  # stays on the machine that trained
     monkeypatch.setattr(quality, "pretrain", None)
     assert study("--only", "simclr") == 0
     assert (tmp_path / "quality" / "simclr-0.json").exists()
 
 
-def test_what_needs_a_gpu_is_left_out_without_one():
+def test_rows_for_a_gpu_are_skipped_without_one():
     names = [row.name for row, _seed in quality._chosen([], None, gpu=False)]
     assert "byol-v1-2048" not in names
     assert names.count("byol-v1") == 3
@@ -108,7 +108,7 @@ def test_what_needs_a_gpu_is_left_out_without_one():
     assert [row.name for row, _seed in quality._chosen(["*2048"], [1], gpu=False)] == ["byol-v1-2048"]
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeypatch):
+def test_a_run_of_another_process_is_left_alone(study, tmp_path, monkeypatch):
     busy_error = OSError(errno.EBUSY, "another run is writing there")
 
     def busy(config):
@@ -119,12 +119,12 @@ def test_a_run_that_another_process_is_at_is_left_to_it(study, tmp_path, monkeyp
     assert not (tmp_path / "quality").exists()
 
 
-def test_every_row_is_a_run_that_can_be():
+def test_every_row_has_valid_settings():
     for row in STUDIES.values():
         PretrainConfig(audio_dir="x", **quality.COMMON | dict(row.settings)).resolved("cpu").check()
         assert list(row.scored) == sorted(set(row.scored))
 
 
-def test_before_any_run_the_tables_say_so(tmp_path):
+def test_without_runs_the_tables_say_so(tmp_path):
     assert quality_tables.study_table(tmp_path) == quality_tables.NO_RUNS
     assert quality_tables.ablation_table(tmp_path) == quality_tables.NO_RUNS

@@ -1,4 +1,4 @@
-"""The types that a user's own code sees: a small file under mypy --strict."""
+"""The types that users see: a small file under mypy --strict."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_small_file_of_a_user(tmp_path):
     path = tmp_path / "train.py"
     path.write_text(GOOD + "\n".join(BAD) + "\n")
     command = [sys.executable, "-m", "mypy", "--strict", "--python-version=3.10", "--no-incremental", str(path)]
-    config = tmp_path / "mypy.ini"  # a user's own, which knows nothing of this project's settings
+    config = tmp_path / "mypy.ini"  # a user has none of this project's settings
     config.write_text("[mypy]\nfollow_imports = silent\n")
     done = subprocess.run([*command, f"--config-file={config}"], cwd=PACKAGE.parent, capture_output=True, text=True)
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]

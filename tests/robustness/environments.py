@@ -1,10 +1,10 @@
-"""Install the wheel elsewhere and use it where things are missing or odd: ``python tests/robustness/environments.py``.
+"""Install the wheel in fresh environments and use it when something is missing or odd. Run by hand.
 
     python tests/robustness/environments.py --pythons python3.10 python3.13 --torch 2.11 2.14
 
-By hand, as each environment takes 5 GB and some minutes. The wheel is built once, from a copy of this checkout, and
-installed with the package index's own torch into a folder whose name has a space and letters beyond ASCII. Then each
-situation below must end as it says. Prints a table in Markdown.
+Each environment takes 5 GB and some minutes. The wheel is built once, from a copy of this checkout, and installed with
+torch from the package index into a folder whose name has a space and non-ASCII letters. Then each situation below must
+end as expected. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ VIEWS = """
 import sys, torch, byola_fast
 view1, view2 = byola_fast.augment(torch.randn(8, 64, 96), seed=0)
 assert view1.shape == (8, 64, 96) and bool(view1.isfinite().all())
-told = byola_fast.doctor()
-assert told.backends["CPU", "augment_views_out"] == WANTED, told
+report = byola_fast.doctor()
+assert report.backends["CPU", "augment_views_out"] == WANTED, report
 """
 WITHOUT_TRITON = 'import sys; sys.modules["triton"] = None\n'
 
 
 @dataclass
 class Situation:
-    """Something that is missing or odd.
+    """Something missing or odd.
 
     Attributes:
-        name: of the row.
+        name: row of the table.
         code: for ``python -c``; must exit with 0.
-        wanted: words that must be on stderr.
-        unwanted: words that must not be there.
-        change: of the environment variables; None removes one.
-        before: called with the folder made for it.
+        wanted: words that stderr must contain.
+        unwanted: words that stderr must not contain.
+        change: environment variables to set; None removes one.
+        before: called first, with the temporary folder.
     """
 
     name: str
@@ -57,7 +57,7 @@ def views(backend: str) -> str:
 
 
 def situations(folder: Path, cache: Path) -> list[Situation]:
-    """Return all of them; the first fills the cache that some others use."""
+    """Return all situations; the first fills the cache that some others use."""
     missing = str(folder / "no such")
     shared: dict[str, str | None] = {"BYOLA_FAST_CACHE": str(cache)}
     no_nvcc: dict[str, str | None] = {"CUDA_HOME": missing, "CUDA_PATH": missing, "PATH": "/bin:/usr/bin"}
@@ -69,7 +69,7 @@ def situations(folder: Path, cache: Path) -> list[Situation]:
 
     def seal(_: Path) -> None:
         for path in [cache, *cache.rglob("*")]:
-            path.chmod(path.stat().st_mode & ~0o222)  # root, whom this does not keep out, writes nothing either
+            path.chmod(path.stat().st_mode & ~0o222)  # root could still write, but nothing here does
 
     found = "compiling"
     return [
@@ -80,13 +80,13 @@ def situations(folder: Path, cache: Path) -> list[Situation]:
         Situation("no nvcc", views("cpp"), change=shared | no_nvcc),
         Situation("no Triton", WITHOUT_TRITON + views("cpp"), change=shared),
         Situation("HOME unset", views("cpp"), change=shared | no_home),
-        Situation("neither home nor cache can be written to", views("cpp"), "using", change=nowhere),
-        Situation("three steps of training under such a path", demo, change=shared),
+        Situation("home and cache not writable", views("cpp"), "using", change=nowhere),
+        Situation("three training steps under such a path", demo, change=shared),
     ]
 
 
 def run(python: Path, situation: Situation, folder: Path) -> tuple[str, float]:
-    """Return "ok" or what went wrong, and the seconds that it took."""
+    """Return "ok" or what went wrong, and the seconds taken."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BYOLA")}
     environment["PYTHONPATH"] = ""
     for name, value in situation.change.items():
@@ -109,8 +109,8 @@ def run(python: Path, situation: Situation, folder: Path) -> tuple[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Try all environments; return 1 where any situation went wrong."""
-    parser = argparse.ArgumentParser(description="Install the wheel elsewhere and use it where things are missing.")
+    """Try all environments; return 1 if any situation went wrong."""
+    parser = argparse.ArgumentParser(description="Use the wheel in fresh environments with things missing.")
     parser.add_argument("--pythons", nargs="+", default=[sys.executable])
     parser.add_argument("--torch", nargs="+", default=["2.14"], help="a version for each Python, or one for all")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""Break running jobs by hand and count what is lost, which must be nothing; prints what was done and what was found.
+"""Break running jobs and compare their results with undisturbed ones: nothing may be lost. Run by hand.
 
     python tests/robustness/faults.py [--only kill_pack kill_pretrain ...] [--kills 50]
 
-Jobs are the command line (``byola_fast.cli.main``) in processes forked from this one, which has imported everything, so
-that a random moment is one of the work and not of the imports. Each scenario compares with an undisturbed job.
+Jobs run the command line (``byola_fast.cli.main``) in forks of this process, which has imported everything, so that a
+random moment falls in the work and not in the imports. Prints what was done and what was found.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import torch
 
 from byola_fast import cli
 from byola_fast.audio.store import SegmentStore
-from byola_fast.embedding import embed_files
+from byola_fast.embedding import unfinished
 from byola_fast.networks.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RATE = 16000
-ERROR = 2  # the exit code of an error that is told
+ERROR = 2  # exit code of a reported error
 BUSY = re.compile("another (process|run) is")  # workers of a killed process hold its lock until they notice
 PRETRAIN = (
     "--feature_d 16 --n_mels 16 --proj_size 8 --proj_dim 16 --batch_size 8 --n_memory 32 --stats_segments 16 "
@@ -44,10 +44,10 @@ PRETRAIN = (
 
 
 class Job:
-    """A command in a process of its own.
+    """A command in its own process.
 
     Attributes:
-        said: what it wrote, once it has ended.
+        output: everything it wrote to stdout and stderr.
     """
 
     def __init__(self, arguments: Sequence[object], log: Path) -> None:
@@ -58,11 +58,11 @@ class Job:
             code = 70
             try:
                 os.setsid()
-                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
                 torch.set_num_threads(1)
-                embed_files.KEEP_SEC = 0.1  # 15 s: more than a whole job here
+                unfinished.KEEP_SEC = 0.1  # the default of 15 s outlasts a whole job here
                 code = cli.main([str(argument) for argument in arguments])
             except SystemExit as exit:
                 code = exit.code if isinstance(exit.code, int) else 1
@@ -74,34 +74,34 @@ class Job:
                 os._exit(code)
 
     def end(self, seconds: float = 300.0) -> int:
-        """Wait, and return the exit code; minus the signal of one that was killed."""
+        """Wait and return the exit code, or minus the signal that killed the job."""
         deadline = time.monotonic() + seconds
         while (done := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
-                raise AssertionError(f"hung: {self.said}")
+                raise AssertionError(f"hung: {self.output}")
             time.sleep(0.01)
         return os.waitstatus_to_exitcode(done[1])
 
     def kill_after(self, seconds: float) -> int:
         time.sleep(seconds)
-        os.kill(self.pid, signal.SIGKILL)  # a zombie, if it has ended by itself
+        os.kill(self.pid, signal.SIGKILL)  # still a zombie if it has ended by itself
         return self.end()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace").replace("\r", "\n")
 
     def wait_for(self, found: Callable[[], object], seconds: float = 60.0) -> Any:
-        """Wait for something to be seen while it runs."""
+        """Wait until ``found`` returns something true, while the job runs."""
         deadline = time.monotonic() + seconds
         while not (answer := found()):
-            assert time.monotonic() < deadline, f"never seen: {self.said}"
+            assert time.monotonic() < deadline, f"never seen: {self.output}"
             time.sleep(0.01)
         return answer
 
     def outlived(self, seconds: float = 3.0) -> int:
-        """Wait for the processes of its group; return how many are still there, and end them."""
+        """Wait for the processes of its group to end; kill those that remain and return their number."""
         deadline, left = time.monotonic() + seconds, [0]
         while left and time.monotonic() < deadline:
             left = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _group(path) == self.pid]
@@ -116,7 +116,7 @@ class Job:
 
 
 def _group(stat: Path) -> int:
-    """The process group of a process that lives; 0 of one that does not."""
+    """Return the process group of a live process, or 0."""
     try:
         state, _parent, group = stat.read_text().rpartition(")")[2].split()[:3]
     except OSError:
@@ -139,7 +139,7 @@ def write_audio(folder: Path, count: int = 40, seconds: float = 3.0) -> Path:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal bit for bit, through dicts and lists."""
+    """Compare bit for bit, through dicts and lists; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape and bool((a == b).logical_or((a != a) & (b != b)).all())
     if isinstance(a, dict):
@@ -156,7 +156,7 @@ def leftovers(*folders: Path) -> list[str]:
 
 
 class Scenarios:
-    """Each takes the counter of what it did and raises where something was lost."""
+    """Each scenario counts what it did in ``seen`` and raises if something was lost."""
 
     def __init__(self, work: Path, kills: int) -> None:
         self.work, self.kills, self.random = work, kills, random.Random(0)
@@ -166,14 +166,14 @@ class Scenarios:
     def run(self, *arguments: object) -> str:
         job = Job(arguments, self.log)
         code = job.end()
-        expect(code == 0, f"exit {code}: {job.said}")
-        return job.said
+        expect(code == 0, f"exit {code}: {job.output}")
+        return job.output
 
     def fails(self, wanted: str, job: Job) -> None:
         code = job.end()
-        expect(code == ERROR, f"exit {code}: {job.said}")
-        expect(re.search(wanted, job.said), f"expected {wanted!r}, got {job.said}")
-        expect("Traceback" not in job.said, f"a traceback: {job.said}")
+        expect(code == ERROR, f"exit {code}: {job.output}")
+        expect(re.search(wanted, job.output), f"expected {wanted!r}, got {job.output}")
+        expect("Traceback" not in job.output, f"a traceback: {job.output}")
 
     def pack(self, out: Path, *more: object) -> list[object]:
         return ["pack", self.audio, out, *more]
@@ -191,18 +191,18 @@ class Scenarios:
         return out / "encoder.pth"
 
     def until_done(self, seen: Counter[str], command: Sequence[object], longest: float) -> str:
-        """Run and kill at random moments until a run ends by itself; return what it said."""
+        """Run and kill at random moments until a run ends by itself; return its output."""
         while True:
             job = Job(command, self.log)
             code = job.kill_after(self.random.uniform(0, longest))
             if code == 0:
                 seen["ended"] += 1
-                return job.said
-            if code == ERROR and BUSY.search(job.said):
-                seen["runs that found the lock of a killed one's workers"] += 1
+                return job.output
+            if code == ERROR and BUSY.search(job.output):
+                seen["runs that met the lock of a killed run's workers"] += 1
                 time.sleep(0.5)
                 continue
-            expect(code == -signal.SIGKILL, f"exit {code}: {job.said}")
+            expect(code == -signal.SIGKILL, f"exit {code}: {job.output}")
             seen["kill -9"] += 1
             seen["processes that outlived their job"] += job.outlived()
 
@@ -223,7 +223,7 @@ class Scenarios:
                 more = ("--force",) if seen["stores compared"] else ()
                 command = self.pack(out, "--parts", 3, "--part", part, "--workers", workers, *more)
                 self.until_done(seen, command, 2 * took)
-                if seen["stores compared"]:  # what was packed before was whole all along
+                if seen["stores compared"]:  # the old store stays whole all along
                     SegmentStore(out).verify()
             found = {path.name: path.read_bytes() for path in out.iterdir()}
             expect(found == wanted, f"{sorted(found)} instead of {sorted(wanted)}, or other bytes")
@@ -267,7 +267,7 @@ class Scenarios:
             error = np.abs(found["embeddings"] - wanted["embeddings"]).max()
             expect(error < 1e-5, f"embeddings differ by {error}")
 
-    # a disk that is full
+    # a full disk
 
     def full_disk(self, seen: Counter[str]) -> None:
         disk = self.work / "disk"
@@ -327,10 +327,10 @@ class Scenarios:
         self.same_table(table, plain)
         expect(not leftovers(disk), str(leftovers(disk)))
 
-    # files that change under a run
+    # files that change during a run
 
     def vanishing_files(self, seen: Counter[str]) -> None:
-        """Audio removed or cut short under a run is named, left out, and nothing stops."""
+        """Runs skip and report audio that is removed or cut short meanwhile, and end well."""
         for kind in ("pack", "pretrain", "embed"):
             folder = self.work / f"vanishing_{kind}"
             shutil.copytree(self.audio, folder)
@@ -349,12 +349,12 @@ class Scenarios:
                     os.truncate(path, self.random.choice([0, 20, 100, 2000]))
                     seen["files cut short"] += 1
             code = job.end()
-            expect(code == 0, f"{kind}: exit {code}: {job.said}")
+            expect(code == 0, f"{kind}: exit {code}: {job.output}")
             seen["runs that ended well"] += 1
-            seen["files reported"] += job.said.count("skipping ")
+            seen["files reported"] += job.output.count("skipping ")
 
     def changing_store(self, seen: Counter[str]) -> None:
-        """A data file that is cut short or written to under a run is an error; one put in its place does no harm."""
+        """A data file that is cut short or written to during a run is an error; replacing the file does no harm."""
         store = self.work / "changing"
         self.run(*self.pack(store))
         data = next(store.glob("*.int16"))
@@ -373,16 +373,16 @@ class Scenarios:
                 os.replace(data.with_name("new"), data)
             seen[f"stores {change}"] += 1
             if change == "replaced":
-                expect(job.end() == 0, job.said)
+                expect(job.end() == 0, job.output)
             else:
                 self.fails(rf"{data.name}: {change} since the store was opened", job)
                 load_checkpoint(out / "checkpoint.pt")
             data.write_bytes(content)
 
-    # processes that are killed
+    # killed processes
 
     def killed_workers(self, seen: Counter[str]) -> None:
-        """A decoder killed is an error with a name; running again gives what an undisturbed run gives."""
+        """A killed decoder is a clear error; the rerun gives the result of an undisturbed run."""
         plain = self.work / "plain_workers"
         self.run(*self.train(plain, 40))
         self.run(*self.pack(self.work / "store_workers"))
@@ -401,18 +401,18 @@ class Scenarios:
                     seen["too late"] += 1
                 code = job.end()
                 if code:
-                    expect(code == ERROR, f"exit {code}: {job.said}")
-                    expect("a process that reads audio was killed" in job.said, job.said)
-                    seen["workers killed, and said"] += 1
+                    expect(code == ERROR, f"exit {code}: {job.output}")
+                    expect("a process that reads audio was killed" in job.output, job.output)
+                    seen["workers killed, and reported"] += 1
                 else:
-                    seen["workers killed that had nothing left to do"] += 1
+                    seen["workers killed after their work"] += 1
                 self.run(*command)
             self.same_run(out / "run", plain, load_checkpoint(plain / "checkpoint.pt"))
             self.same_table(out / "e.npz", self.work / "workers.npz")
             SegmentStore(out).verify()
 
     def killed_rank(self, seen: Counter[str]) -> None:
-        """One of two processes of torchrun is killed: torchrun ends with an error, and the same command goes on."""
+        """One of two torchrun processes is killed: torchrun ends with an error, and the same command resumes."""
         plain, out = self.work / "plain_ranks", self.work / "ranks"
 
         def torchrun(folder: Path) -> subprocess.Popen[str]:
@@ -433,18 +433,18 @@ class Scenarios:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             ranks = [pid for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
             os.kill(int(ranks[turn % 2]), signal.SIGKILL)
-            _, said = process.communicate(timeout=120)
-            expect(process.returncode != 0, said)
+            _, message = process.communicate(timeout=120)
+            expect(process.returncode != 0, message)
             seen["ranks killed"] += 1
-            seen["said by the other rank"] += "another process of this run" in said or "safe in" in said
-            seen["said by torchrun"] += "SIGKILL" in said or "Signal 9" in said
+            seen["reported by the other rank"] += "another process of this run" in message or "safe in" in message
+            seen["reported by torchrun"] += "SIGKILL" in message or "Signal 9" in message
         process = torchrun(out)
         expect(process.wait() == 0, process.stderr.read() if process.stderr else "")
         self.same_run(out, plain, load_checkpoint(plain / "checkpoint.pt"))
         seen["runs compared"] += 1
 
     def first_imports(self, seen: Counter[str]) -> None:
-        """Ten processes that first use the kernels at once, with an empty cache, compile once between them."""
+        """Ten processes use the kernels for the first time at once, with an empty cache, and compile once in all."""
         code = (
             "import torch, byola_fast\nassert byola_fast.augment(torch.randn(2, 8, 12))[0].isfinite().all()\n"
             "print(byola_fast.doctor().backends['CPU', 'resize_crop'])"
@@ -455,7 +455,7 @@ class Scenarios:
         answers = [process.communicate() for process in together]
         expect([out.strip() for out, _ in answers] == ["cpp"] * 10, str(answers))
         seen["processes"] = len(together)
-        seen["compilations"] = sum(said.count("compiling the C++ kernels") for _, said in answers)
+        seen["compilations"] = sum(message.count("compiling the C++ kernels") for _, message in answers)
         expect(seen["compilations"] == 1, str(answers))
 
 
@@ -466,9 +466,9 @@ SCENARIOS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Break running jobs and count what is lost.")
+    parser = argparse.ArgumentParser(description="Break running jobs and check that nothing is lost.")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
-    parser.add_argument("--kills", type=int, default=50, help="of each command, at least")
+    parser.add_argument("--kills", type=int, default=50, help="minimum number of kills of each command")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0

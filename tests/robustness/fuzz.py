@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of everything that reads a file, by hand, with Google's atheris (pip install atheris).
+"""Coverage-guided fuzzing of every file reader with Google's atheris (pip install atheris). Run by hand.
 
     python tests/robustness/fuzz.py --seconds 300 [--only audio checkpoint] [--out fuzz_findings]
 
-Each target gets damaged bytes of a kind of file and may answer in two ways: with a result, or with the error that is
-documented. Anything else (another exception, a crash, a hang of 30 s, more than 4 GiB, code run from a file) is a
-finding; its input stays in OUT/TARGET, one for each place in the code. Targets run one after the other in a process of
-their own, which is started again where a crash ended it.
+Each target gets damaged bytes of one kind of file. It must return a result or raise the documented error. Anything else
+(another exception, a crash, a hang of 30 s, more than 4 GiB, code run from a file) is a finding; its input stays in
+OUT/TARGET, one for each place in the code. Targets run one after the other, each in a process that restarts after a
+crash.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MEMORY = 4 << 30  # bytes beyond what the imports take
+MEMORY = 4 << 30  # bytes on top of the imports
 HANG_SEC = 30
 RUNS_CODE = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "shutil.rmtree", "os.remove")
 SECRET = "atheris found nothing here"
@@ -40,11 +40,11 @@ class Target(NamedTuple):
     """A kind of file.
 
     Attributes:
-        run: reads the file of this path, checks what comes back, and returns a word for the outcome.
-        allowed: errors that are documented.
-        seeds: contents of small files to begin with.
-        name: of the file.
-        wrap: makes the file's bytes of those that are fuzzed.
+        run: reads the file at this path, checks the result, and returns a word for the outcome.
+        allowed: documented errors.
+        seeds: contents of small files to start from.
+        name: file name.
+        wrap: turns fuzzed bytes into the file's bytes.
     """
 
     run: Callable[[Path], str]
@@ -81,7 +81,7 @@ def audio_seeds() -> list[bytes]:
 def read_audio_file(path: Path) -> str:
     import torch
 
-    from byola_fast.audio import reading
+    from byola_fast.audio import reading, segments
 
     way = zlib.crc32(path.read_bytes()) % 4
     if way == 0:
@@ -92,7 +92,7 @@ def read_audio_file(path: Path) -> str:
         wav = torch.cat(list(reading.read_blocks(path, 16000, block_sec=0.01)))
     else:
         assert reading.audio_duration(path) > 0
-        wav = reading.SegmentFolder([path], unit_sec=0.02).read(0, 0)
+        wav = segments.SegmentFolder([path], unit_sec=0.02).read(0, 0)
         assert len(wav) == 320
     assert wav.dim() == 1
     assert len(wav)
@@ -118,7 +118,7 @@ def header_seeds() -> list[bytes]:
 
 
 def with_checksum(content: bytes) -> bytes:
-    """A header's first line, which holds the checksum of the others; without it nothing else would be looked at."""
+    """Prepend the checksum line of a header; without it the reader looks no further."""
     import hashlib
 
     if zlib.crc32(content) % 16 == 0:
@@ -215,17 +215,17 @@ def list_seeds() -> list[bytes]:
 
 
 def read_list(path: Path) -> str:
-    """A list of what a stopped run of embed has done, and the table made of it."""
-    from byola_fast.embedding import embed_files, tables
+    """Read the list of finished clips of a stopped embed run, and write its table."""
+    from byola_fast.embedding import tables, unfinished
 
     path.with_suffix(".f32").write_bytes(bytes(36))
-    embed_files.fingerprint = lambda _path: (10, 99)  # type: ignore[assignment]
-    parts = embed_files._Parts(path.parent, {}, 0)
-    clips = parts.clips({"a.wav": Path("a.wav"), "b.wav": Path("b.wav")})
-    parts.broken()
+    unfinished.fingerprint = lambda _path: (10, 99)
+    done = unfinished.Unfinished(path.parent, {}, 0)
+    clips = done.clips({"a.wav": Path("a.wav"), "b.wav": Path("b.wav")})
+    done.broken()
     if not clips:
         return "empty"
-    out = path.parent / f"table{tables.FORMATS[zlib.crc32(path.read_bytes()) % 3]}"
+    out = path.parent / f"table{tables.TABLE_FORMATS[zlib.crc32(path.read_bytes()) % 3]}"
     tables.write_table(out, list(clips.items()), first_ms=0.0, period_ms=80.0)
     return f"written to {out.suffix}"
 
@@ -247,7 +247,7 @@ def read_log(path: Path) -> str:
             assert json.loads(line)["step"] <= 4
     finally:
         run.close()
-    return f"went on with {min(len(run.lines), 3)} lines"
+    return f"resumed with {min(len(run.lines), 3)} lines"
 
 
 # weights
@@ -281,7 +281,7 @@ def checkpoint_seeds(suffix: str = ".pth") -> list[bytes]:
     return seeds
 
 
-class Evil:
+class Malicious:
     def __reduce__(self) -> Any:
         return os.system, (f"echo {SECRET}",)
 
@@ -291,11 +291,11 @@ def pickle_seeds() -> list[bytes]:
     for content in checkpoint_seeds()[:1]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             seeds.append(next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")))
-    return [*seeds, pickle.dumps({"state_dict": Evil()}, protocol=2)]
+    return [*seeds, pickle.dumps({"state_dict": Malicious()}, protocol=2)]
 
 
 def with_records(content: bytes) -> bytes:
-    """An archive as torch writes it, right but for its pickle: checksums and tables are those of the fuzzed one."""
+    """Return torch's archive around a fuzzed pickle, with checksums and tables that match it."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(_first_checkpoint())) as old, zipfile.ZipFile(file, "w") as new:
         for record in old.infolist():
@@ -341,7 +341,7 @@ def run_seeds() -> list[bytes]:
 
 
 def open_run(path: Path) -> str:
-    """A run's checkpoint, by whoever wants to go on from it."""
+    """Resume from a run's checkpoint."""
     import torch
 
     from byola_fast import AudioNTT2020, Augment, make_learner
@@ -359,7 +359,7 @@ def open_run(path: Path) -> str:
         RunState(world, learner, torch.optim.Adam(parameters), Augment(n_memory=2)).restore(saved)
     finally:
         run.close()
-    return "went on"
+    return "resumed"
 
 
 def _error(module: str, name: str) -> Callable[[], tuple[type[Exception], ...]]:
@@ -375,13 +375,14 @@ def _value_error() -> tuple[type[Exception], ...]:
     return (ValueError,)
 
 
-CHECKPOINT_ERROR = _error("checkpoint", "CheckpointError")
+CHECKPOINT_ERROR = _error("networks.checkpoint", "CheckpointError")
+STORE_ERROR = _error("audio.store_format", "StoreError")
 TARGETS = {
-    "audio": Target(read_audio_file, _error("audio", "AudioError"), audio_seeds, "a.wav"),
+    "audio": Target(read_audio_file, _error("audio.reading", "AudioError"), audio_seeds, "a.wav"),
     "store": Target(
-        read_store_or_json, _error("parts", "StoreError"), header_seeds, "part-00000-of-00001.json", with_checksum
+        read_store_or_json, STORE_ERROR, header_seeds, "part-00000-of-00001.json", with_checksum
     ),
-    "task": Target(read_task_file, _error("tasks", "TaskError"), task_seeds, "task.csv"),
+    "task": Target(read_task_file, _error("evaluation.tasks", "TaskError"), task_seeds, "task.csv"),
     "results": Target(read_results, _value_error, results_seeds, "results.csv"),
     "stats": Target(read_stats_file, _value_error, stats_seeds, "stats.json"),
     "list": Target(read_list, _value_error, list_seeds, "0-0.json"),
@@ -396,7 +397,7 @@ TARGETS = {
 
 
 def fuzz(name: str, seconds: int, out: Path) -> None:
-    """Fuzz one target in this process until its time is up; counts go to a file as they grow."""
+    """Fuzz one target in this process for some seconds; counts go to a file as they grow."""
     import atheris
 
     target = TARGETS[name]
@@ -419,7 +420,7 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
 
     def watch(event: str, _args: Any) -> None:
         if inside and event in RUNS_CODE[:-2]:
-            raise SystemError(f"code of a file is run: {event}")
+            raise SystemError(f"a file ran code: {event}")
 
     sys.addaudithook(watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -442,7 +443,7 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
             outcome = target.run(path)
         except allowed as error:
             named = any(part in str(error) for part in (path.name, path.parent.name))
-            outcome = type(error).__name__ if named else f"FINDING {type(error).__name__} that names no file"
+            outcome = type(error).__name__ if named else f"FINDING {type(error).__name__} without a file name"
             if not named:
                 keep(outcome, path, error)
         except BaseException as error:
@@ -474,11 +475,11 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz everything that reads a file.")
+    parser = argparse.ArgumentParser(description="Fuzz every file reader.")
     parser.add_argument("--seconds", type=int, default=300, help="for each target")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--out", type=Path, default=Path("fuzz_findings"), help="folder for failing inputs")
-    parser.add_argument("--in_process", action="store_true", help="fuzz one target in this very process")
+    parser.add_argument("--in_process", action="store_true", help="fuzz one target in this process")
     options = parser.parse_args()
     out = options.out.absolute()
     if options.in_process:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests of the CPU kernels under g++'s sanitizers, by hand; takes some minutes each.
+# Run the tests of the CPU kernels under g++'s sanitizers. By hand; each takes some minutes.
 #
 #     tests/robustness/sanitize.sh [asan|ubsan|tsan|all] [arguments of pytest]
 #
-# asan: nothing may be read or written out of bounds. ubsan: no overflow, bad shift, misaligned or null access.
-# tsan: no two threads may touch the same memory without a lock, one of them writing. OpenMP's library is not built for
-# it and would be taken for a race everywhere, so parallel loops run on plain threads there (sanitize_threads.h), which
-# it follows exactly; Python and torch, which are not built for it either, are left out, and no report is suppressed.
+# asan: no access out of bounds. ubsan: no overflow, bad shift, misaligned or null access.
+# tsan: no data race. OpenMP's library is not built for ThreadSanitizer and would look like a race everywhere, so parallel
+# loops run on plain threads (sanitize_threads.h), which it follows exactly. Python and torch are not built for it either
+# and are ignored; no report is suppressed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -16,7 +16,7 @@ tests=(
     tests/ops/test_log_mel.py tests/ops/test_fuzz_ops.py tests/ops/test_threads.py
 )
 
-check() {  # NAME LIBRARY FLAGS: build the kernels with these flags and run the tests on them
+check() {  # NAME LIBRARY FLAGS: build the kernels with these flags and run the tests
     local name=$1 library=$2 flags=$3
     shift 3
     local cache
@@ -24,7 +24,7 @@ check() {  # NAME LIBRARY FLAGS: build the kernels with these flags and run the 
     echo "$name:"
     BYOLA_FAST_CACHE="$cache" BYOLA_FAST_STRICT=1 CXX=g++ BYOLA_FAST_CXXFLAGS="-O1 -g $flags" \
         LD_PRELOAD="$(g++ -print-file-name="$library") $(g++ -print-file-name=libstdc++.so)" \
-        "${prefix[@]}" python -m pytest -q -x "${tests[@]}" "$@" || { rm -rf "$cache"; return 1; }
+        "${prefix[@]}" python -m pytest -q -x -m "slow or not slow" "${tests[@]}" "$@" || { rm -rf "$cache"; return 1; }
     rm -rf "$cache"
 }
 
@@ -34,14 +34,14 @@ prefix=()
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:report_bugs=1
 case $what in asan | all) check asan libasan.so "-fsanitize=address" "$@" ;; esac
-# vptr needs type information that torch's libraries do not share
+# vptr needs type information that torch's libraries do not export
 case $what in ubsan | all) check ubsan libubsan.so \
     "-fsanitize=undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all" "$@" ;; esac
 case $what in tsan | all)
     if setarch "$(uname -m)" -R true 2>/dev/null; then
-        prefix=(setarch "$(uname -m)" -R) # its memory map wants no random addresses
+        prefix=(setarch "$(uname -m)" -R) # tsan's memory map needs fixed addresses
     fi
-    # a forked child that starts threads is more than it can follow
+    # tsan cannot follow a forked child that starts threads
     check tsan libtsan.so "-fsanitize=thread -include $PWD/tests/robustness/sanitize_threads.h" -k "not dataloader" "$@" ;;
 asan | ubsan | all) ;;
 *)

@@ -1,7 +1,7 @@
-// Included before the kernels where they are built for ThreadSanitizer: parallel loops run on threads of their own.
+// Parallel loops on plain threads, included before the kernels in builds for ThreadSanitizer.
 //
-// OpenMP's library is not built for ThreadSanitizer, which therefore sees neither where its threads begin nor where they
-// end, and takes all that passes between them for races. Plain threads it knows, so that what it reports is real.
+// OpenMP's library is not built for ThreadSanitizer, so its threads seem to start and end without synchronisation and
+// every hand-over looks like a race. ThreadSanitizer follows plain threads, so its reports are real.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,10 +1,10 @@
-"""Does anything grow? Many calls, and a long run watched from outside: ``soak.py calls`` and ``watch``.
+"""Does memory, or the number of files or threads, grow over many calls or a long run? Run by hand.
 
     python tests/robustness/soak.py calls --count 10000
     python tests/robustness/soak.py watch --minutes 30 -- byola-fast pretrain my_store/ --out runs/soak
     python tests/robustness/soak.py watch --minutes 30 --pid 1234
 
-By hand. Memory is the resident set; what counts is the second half against the first, after everything is warm.
+Memory is the resident set. The second half is compared with the first, without the warm-up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 EVERY_SEC = 5.0
-GROWTH = 0.02  # of resident memory from one half to the other, which sampling alone may show
+GROWTH = 0.02  # relative growth from one half to the other that sampling alone may show
 
 
 def sample(pid: int) -> dict[str, float]:
-    """Return resident memory in MB, open file descriptors and threads of a process and its children."""
+    """Return resident memory in MB, open file descriptors and threads of a process and its descendants."""
     found = {"MB": 0.0, "files": 0.0, "threads": 0.0}
     for each in [pid, *children(pid)]:
         try:
@@ -37,14 +37,14 @@ def sample(pid: int) -> dict[str, float]:
 
 
 def children(pid: int) -> list[int]:
-    """Return all processes below one."""
+    """Return all descendants of a process."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
-    own = [int(word) for word in path.read_text().split()] if path.exists() else []
-    return own + [further for child in own for further in children(child)]
+    direct = [int(word) for word in path.read_text().split()] if path.exists() else []
+    return direct + [further for child in direct for further in children(child)]
 
 
 def report(samples: list[dict[str, float]]) -> int:
-    """Print each half's median of everything, the first tenth left out; return 1 where something grew."""
+    """Print each half's medians, without the first tenth; return 1 if something grew."""
     warm = samples[len(samples) // 10 :]
     halves = warm[: len(warm) // 2], warm[len(warm) // 2 :]
     grew = 0
@@ -53,12 +53,12 @@ def report(samples: list[dict[str, float]]) -> int:
         flat = second <= first * (1 + GROWTH)
         grew |= not flat
         maximum, message = max(one[name] for one in warm), "flat" if flat else "GREW"
-        print(f"{name:<8} {first:.1f} -> {second:.1f}  {message}  (most {maximum:.1f})")
+        print(f"{name:<8} {first:.1f} -> {second:.1f}  {message}  (maximum {maximum:.1f})")
     return int(grew)
 
 
 def calls(count: int) -> int:
-    """Make views of batches of random shapes, types and settings, and look at this process and its compiled kernels."""
+    """Make views of random shapes, dtypes and settings; report this process and its compiled kernels."""
     import torch
 
     import byola_fast
@@ -92,7 +92,7 @@ def calls(count: int) -> int:
 
 
 def watch(pid: int, minutes: float) -> int:
-    """Sample a process for so long, or until it ends."""
+    """Sample a process for some minutes, or until it ends."""
     samples, ends = [], time.monotonic() + 60 * minutes
     while time.monotonic() < ends and Path(f"/proc/{pid}").exists():
         samples.append(sample(pid))
@@ -103,7 +103,7 @@ def watch(pid: int, minutes: float) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Does anything grow?")
+    parser = argparse.ArgumentParser(description="Watch memory, files and threads for growth.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     many = kinds.add_parser("calls")
     many.add_argument("--count", type=int, default=10_000)

@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"steps": 0}, "steps: expected at least 1"),
         ({"lr": -1.0}, "lr"),
         ({"ema_decay": 2.0}, "ema_decay"),
-        ({"unit_sec": 0.04}, r"unit_sec: expected at least 1120 samples, 0\.07 s, which AudioNTT2020 takes, got 0\.04"),
+        ({"unit_sec": 0.04}, r"unit_sec: expected at least 1120 samples, 0\.07 s, for AudioNTT2020, got 0\.04"),
         ({"unit_sec": 0.01}, "unit_sec: expected at least 1120 samples"),
         ({"mixup_ratio": 2.0}, "mixup_ratio: expected a weight"),
         ({"freq_scale": (1.5, 0.6)}, r"freq_scale: expected \(min, max\)"),

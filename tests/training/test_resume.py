@@ -101,17 +101,17 @@ def test_other_objectives_resume_too(settings, tmp_path, changes):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_longer_run_goes_on_and_a_finished_one_has_nothing_to_do(settings, tmp_path, caplog):
+def test_a_longer_run_resumes_and_a_finished_one_has_nothing_to_do(settings, tmp_path, caplog):
     caplog.set_level("INFO", logger="byola_fast")
     pretrain(PretrainConfig(**settings | {"steps": 3}))
     pretrain(PretrainConfig(**settings | {"steps": 5, "log_every": 2, "resume": True}))
-    assert "going on at step 3 of 5" in caplog.text
+    assert "resuming at step 3 of 5" in caplog.text
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     for steps in (5, 4):
         result = pretrain(PretrainConfig(**settings | {"steps": steps}))
         assert (result.steps, result.stopped_by) == (5, 0)
-        assert f"nothing to do: 5 steps are done, of {steps}; more --epochs or --steps lengthen the run" in caplog.text
+        assert f"nothing to do: 5 of {steps} steps are done; raise --epochs or --steps to train longer" in caplog.text
         assert 0 < result.loss < 8
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
@@ -125,7 +125,7 @@ def test_going_on_with_other_files_is_said(settings, tmp_path, recordings, caplo
     first = min(path for path in moved.rglob("*") if path.is_file())
     first.rename(first.with_stem("renamed"))
     pretrain(PretrainConfig(**settings | {"steps": 3, "audio_dir": str(moved)}))
-    assert f"{moved} holds other files than the run began with; going on with them" in caplog.text
+    assert f"{moved} holds other files than at the start of the run; resuming with them" in caplog.text
 
 
 def test_another_configuration_is_named_and_nothing_is_touched(settings, tmp_path, recordings):
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_not_replaced(settings, tmp_path, content):
 def test_a_checkpoint_of_something_else_is_not_replaced(settings, tmp_path):
     (tmp_path / "run").mkdir()
     torch.save({"model": {}}, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="nothing to go on from"):
+    with pytest.raises(CheckpointError, match="no state to resume from"):
         pretrain(PretrainConfig(**settings))
 
 
@@ -257,7 +257,7 @@ def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplo
     pretrain(PretrainConfig(**settings | {"steps": 4, "save_every": 1}))
     warnings = [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
     assert len(warnings) == 2
-    assert all("checkpoint.pt: cannot be written" in line and "going on" in line for line in warnings)
+    assert all("checkpoint.pt: cannot be written" in line and "training continues" in line for line in warnings)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
     monkeypatch.setattr(

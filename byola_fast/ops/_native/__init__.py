@@ -1,1 +1,1 @@
-"""The C++ and CUDA kernels of csrc: building and loading them."""
+"""Build and load the C++ and CUDA kernels of csrc."""

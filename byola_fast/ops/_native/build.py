@@ -1,9 +1,8 @@
-"""Build the kernels of csrc once, in a cache folder, whatever happens to that folder.
+"""Build the kernels of csrc once, in a cache folder; safe against parallel starts, kills and unwritable folders.
 
-A build lives in a folder whose name holds everything it depends on: the versions of torch and Python, the CPU's
-instruction set and a hash of the sources and flags. Building is guarded by a lock that the system drops with its
-process, so that two processes that start together build once and a killed one leaves nothing to wait for; a build
-counts only once its marker is written, which is the last thing done.
+The name of a build's folder contains everything that it depends on: the versions of torch and Python, the CPU's
+instruction set, and a hash of the sources and flags. A file lock guards the build: two processes that start together
+build once, and the system releases the lock of a killed process. A marker, written last, makes a build valid.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MARKER = "complete"
 
 
 def source_folder() -> Path:
-    """Return the folder of the C++ sources: ``byola_fast/csrc``, which in a checkout is a link to ``csrc``."""
+    """Return the folder of the C++ sources: ``byola_fast/csrc``, in a checkout a link to ``csrc``."""
     folder = Path(__file__).parents[2] / "csrc"
     if not folder.is_dir():
         raise BackendError(f"the C++ sources are missing ({folder}); install from a checkout with 'pip install -e .'")
@@ -51,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def versioned_name(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
-    """Return the name of a build: all it depends on, headers and sources as a hash."""
+    """Return the name of a build: everything that it depends on, with headers and sources as a hash."""
     digest = hashlib.sha256(" ".join(build_flags).encode())
     headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
     for path in sorted([*headers, *compiled]):
@@ -62,13 +61,13 @@ def versioned_name(device: str, architecture: str, build_flags: list[str], compi
 
 
 def build_once(build: str, language: str, arguments: dict[str, Any], environment: Callable[[], dict[str, str]]) -> Path:
-    """Return the shared library ``arguments["name"]`` of a build, after making it if nobody has.
+    """Return the shared library ``arguments["name"]`` of a build; build it if the cache has none.
 
     Args:
         build: name of its folder in the cache.
-        language: of the kernels, for the line that announces a compilation.
+        language: of the kernels, for the message that announces a compilation.
         arguments: of ``torch.utils.cpp_extension.load``.
-        environment: returns the environment to build in, or raises ``BackendError``; only asked if needed.
+        environment: returns the environment to build in, or raises ``BackendError``; called only to build.
     """
     folder = cache_folder() / build
     name = f"{arguments['name']}.so"
@@ -83,11 +82,11 @@ def build_once(build: str, language: str, arguments: dict[str, Any], environment
 
 
 def _writable(folder: Path) -> Path:
-    """Return ``folder``, made, or one in the temporary folder where it cannot be written to or locked."""
+    """Create and return ``folder``, or one in the temporary folder if it cannot be written to or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # which some file systems refuse
+            fcntl.flock(file, fcntl.LOCK_EX)  # some file systems refuse locks
             return folder
     except OSError as error:
         other = Path(tempfile.gettempdir()) / f"byola_fast-{os.getuid()}" / folder.name
@@ -103,23 +102,23 @@ def _writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the system releases it if this one dies."""
+    """Hold a lock between processes; the system releases it if this process dies."""
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _build(folder: Path, language: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
-    """Build in a process of its own: loading is part of ``load``, and here the stubs must make room first."""
-    (folder / "lock").unlink(missing_ok=True)  # torch's own, which some versions wait for although its owner is dead
+    """Build in a subprocess, because ``load`` also loads the library, and here the stubs must be removed first."""
+    (folder / "lock").unlink(missing_ok=True)  # torch's; some versions wait for it even if its owner is dead
     arguments = arguments | {"build_directory": str(folder)}
-    code = (  # torch quotes all paths but this one, which has a space where the environment's folder has one
+    code = (  # torch quotes all paths but this one, and the environment's folder may contain a space
         "import json, shlex, sys; from torch.utils import cpp_extension as torchs; "
         "torchs.TORCH_LIB_PATH = shlex.quote(torchs.TORCH_LIB_PATH); torchs.load(**json.loads(sys.argv[1]))"
     )
     started = time.perf_counter()
     message = (
-        f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (half a minute or so)"
+        f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (about half a minute)"
     )
     print(message, file=sys.stderr, flush=True)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
@@ -129,15 +128,15 @@ def _build(folder: Path, language: str, arguments: dict[str, Any], environment: 
         lines = (done.stdout + done.stderr).splitlines()
         errors = [line for line in lines if " error: " in line] or [line for line in lines if line.strip()][-1:]
         reason = errors[0].strip() if errors else f"exit code {done.returncode}"
-        raise BackendError(f"compiling failed: {reason} (all of it in {folder / 'build.log'})")
+        raise BackendError(f"compiling failed: {reason} (full log: {folder / 'build.log'})")
     print(f"byola_fast: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
 def build_environment() -> dict[str, str]:
-    """Return the environment to build in: ninja on PATH (an unactivated environment has it nowhere else).
+    """Return the environment to build in, with ninja on PATH even if the virtual environment is not activated.
 
     Raises:
-        BackendError: no ninja or no compiler; says what would help.
+        BackendError: no ninja or no compiler; the message gives the remedy.
     """
     folders = [str(Path(sys.executable).parent)]
     if importlib.util.find_spec("ninja") is not None:
@@ -147,7 +146,7 @@ def build_environment() -> dict[str, str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
     if shutil.which("ninja", path=path) is None:
         raise BackendError("ninja was not found: pip install ninja")
-    compiler = os.environ.get("CXX", "c++")  # as torch chooses
+    compiler = os.environ.get("CXX", "c++")  # the same choice as torch's
     if shutil.which(compiler, path=path) is None:
         raise BackendError(f"the C++ compiler {compiler!r} was not found: install g++, or name one in CXX")
     return os.environ | {"PATH": path}

@@ -1,4 +1,4 @@
-"""The C++ kernels of csrc: sources, flags for this CPU, and the library that they are built into."""
+"""The C++ kernels of csrc: sources, compiler flags for this CPU, and loading of the library."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ from types import ModuleType
 
 import torch
 
-from byola_fast.ops import _dispatch
+from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend
 from byola_fast.ops._native import build
 
-CPU_OPS = (
-    "log_mel",
-    "log_mixup_exp",
-    "log_mixup_exp_backward",
-    "resize_crop",
-    "resize_crop_backward",
-    "draw_params",
-    "augment_views_out",
-    "sample_sums",
-    "normalize",
-    "normalize_",
-    "bank_push_",
-    "ema_update_",
-)
 NAME = "byola_fast_cpu"
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]  # never -ffast-math: it breaks NaN
 SIMD_FLAGS = {
@@ -39,29 +25,29 @@ _module: ModuleType | None = None
 
 
 def flags() -> list[str]:
-    """Return the compiler flags for this CPU, and whatever ``BYOLA_FAST_CXXFLAGS`` adds (sanitizers)."""
-    simd = []  # the portable path
+    """Return the compiler flags for this CPU, plus ``BYOLA_FAST_CXXFLAGS`` (for sanitizers)."""
+    simd = []  # portable code
     if platform.machine() in ("x86_64", "AMD64"):
         simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     return FLAGS + simd + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
 
 
 def sources() -> list[Path]:
-    """Return what is compiled for the CPU."""
+    """Return the source files for the CPU."""
     return sorted(path for path in build.source_folder().glob("*.cpp") if not path.stem.endswith("_cuda"))
 
 
 def build_name() -> str:
-    """Return the name of the build that fits this torch, Python, CPU and these sources."""
+    """Return the name of the build for this torch, Python, CPU and these sources."""
     simd = torch.backends.cpu.get_cpu_capability().replace(" ", "")
     return build.versioned_name("cpu", simd, flags(), sources())
 
 
 def prepare() -> Path:
-    """Return the shared library, after building it if there is none yet.
+    """Return the shared library; build it if there is none yet.
 
     Raises:
-        BackendError: it cannot be built; says why.
+        BackendError: it cannot be built; the message gives the reason.
     """
     arguments = {"name": NAME, "sources": [str(path) for path in sources()], "extra_cflags": flags()}
     return build.build_once(build_name(), "C++", arguments, build.build_environment)
@@ -78,10 +64,10 @@ def register(library: Path) -> None:
 
 
 def module() -> ModuleType | None:
-    """Return the Python face of the loaded kernels (``build_info()``, vector functions); None while none are loaded."""
+    """Return the Python module of the kernels (``build_info()``, vector functions), or None if they are not loaded."""
     return _module
 
 
 def install() -> None:
-    """Put the stubs of this backend in place; nothing is compiled or loaded yet."""
-    _dispatch.add_backend(Backend("cpp", "CPU", CPU_OPS, prepare, register))
+    """Register the stubs of this backend; compile and load nothing yet."""
+    _dispatch.add_backend(Backend("cpp", "CPU", _schemas.CPU_OPS, prepare, register))

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels: a build of their own, made like that of the CPU kernels where nvcc and a GPU are found.
+"""The CUDA C++ kernels: a separate build, like that of the CPU kernels, for machines with nvcc and a GPU.
 
-``BYOLA_FAST_CUDA_EXTENSION=1`` compiles and loads them without a GPU too (for tests), ``0`` leaves them out, so that
-Triton's are used. They are compiled for the GPUs that are here, or for ``TORCH_CUDA_ARCH_LIST``.
+``BYOLA_FAST_CUDA_EXTENSION=1`` compiles and loads them without a GPU too (for tests); ``0`` leaves them out, so that
+Triton's kernels are used. They are compiled for this machine's GPUs, or for ``TORCH_CUDA_ARCH_LIST``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from pathlib import Path
 
 import torch
 
-from byola_fast.ops import _dispatch
+from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend, BackendError
 from byola_fast.ops._native import build
 
-CUDA_OPS = ("ema_update_",)
 NAME = "byola_fast_cuda"
-FLAGS = ["-O3"]  # and no -ffast-math's like: the roundings are part of the contract
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where no GPU is here to ask
+FLAGS = ["-O3"]  # never --use_fast_math: the roundings are part of the contract
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # without a GPU
 VARIABLE = "BYOLA_FAST_CUDA_EXTENSION"
 
 
 def find_nvcc() -> Path | None:
-    """Return nvcc: that of ``CUDA_HOME`` or ``CUDA_PATH``, or the one on PATH, or the usual one."""
+    """Return nvcc from ``CUDA_HOME``, ``CUDA_PATH``, PATH or /usr/local/cuda, in this order."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable) and (found := Path(os.environ[variable]) / "bin" / "nvcc").exists():
             return found
@@ -35,14 +34,14 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_home(nvcc: Path) -> Path:
-    """Return the folder of the toolkit that an nvcc belongs to, wrapper scripts and links seen through."""
+    """Return the folder of an nvcc's toolkit, even if nvcc is a wrapper script or a link."""
     message = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", message, re.MULTILINE)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
 
 
 def architectures() -> str:
-    """Return what to compile for, in the form of ``TORCH_CUDA_ARCH_LIST``."""
+    """Return the GPU architectures to compile for, in the form of ``TORCH_CUDA_ARCH_LIST``."""
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if chosen:
         return chosen
@@ -51,31 +50,31 @@ def architectures() -> str:
 
 
 def flags() -> list[str]:
-    """Return the compiler flags, and whatever ``BYOLA_FAST_CXXFLAGS`` adds."""
+    """Return the compiler flags, plus ``BYOLA_FAST_CXXFLAGS``."""
     return FLAGS + os.environ.get("BYOLA_FAST_CXXFLAGS", "").split()
 
 
 def sources() -> list[Path]:
-    """Return what is compiled for CUDA."""
+    """Return the source files for CUDA."""
     folder = build.source_folder()
     return sorted([*folder.glob("*.cu"), *folder.glob("*_cuda.cpp")])
 
 
 def build_name() -> str:
-    """Return the name of the build that fits this torch, Python, GPUs and these sources."""
+    """Return the name of the build for this torch, Python, GPUs and these sources."""
     return build.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
 
 
 def prepare() -> Path:
-    """Return the shared library, after building it if there is none yet.
+    """Return the shared library; build it if there is none yet.
 
     Raises:
-        BackendError: it cannot be built; says why.
+        BackendError: it cannot be built; the message gives the reason.
     """
     if torch.version.cuda is None:
         raise BackendError("this torch was built without CUDA")
     if not torch.cuda.is_available() and os.environ.get(VARIABLE, "") != "1":
-        raise BackendError(f"no GPU is available to torch ({VARIABLE}=1 compiles the kernels all the same)")
+        raise BackendError(f"no GPU is available to torch ({VARIABLE}=1 compiles the kernels without one)")
     arguments = {
         "name": NAME,
         "sources": [str(path) for path in sources()],
@@ -92,16 +91,16 @@ def register(library: Path) -> None:
 
 
 def install() -> None:
-    """Put the stubs of this backend in place, before those of Triton; nothing is compiled or loaded yet."""
+    """Register the stubs of this backend, before those of Triton; compile and load nothing yet."""
     if os.environ.get(VARIABLE, "") != "0":
-        _dispatch.add_backend(Backend("cuda", "CUDA", CUDA_OPS, prepare, register))
+        _dispatch.add_backend(Backend("cuda", "CUDA", _schemas.CUDA_OPS, prepare, register))
 
 
 def build_environment() -> dict[str, str]:
     """Return the environment to build in.
 
     Raises:
-        BackendError: no nvcc, ninja or host compiler; says what would help.
+        BackendError: no nvcc, ninja or host compiler; the message gives the remedy.
     """
     nvcc = find_nvcc()
     if nvcc is None:

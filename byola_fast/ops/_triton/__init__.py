@@ -1,8 +1,8 @@
-"""The Triton backend: which op runs which launcher, and when the kernels are imported.
+"""The Triton backend: import of the kernels on the first call, and registration of the launchers.
 
-It serves CUDA tensors; under ``TRITON_INTERPRET=1``, where Triton runs kernels in Python, it serves CPU tensors, ahead
-of every other backend, so that the tests of the ops test the kernels on any machine. Nothing is imported before the
-first call of an op, and nothing is compiled before a kernel's first launch; Triton keeps what it compiled on disk.
+It serves CUDA tensors. Under ``TRITON_INTERPRET=1`` Triton runs kernels in Python, and this backend also serves CPU
+tensors, preferred to all others, so that the tests of the ops run the kernels on any machine. Triton is imported at the
+first call of an op; a kernel is compiled at its first launch and cached on disk.
 """
 
 from __future__ import annotations
@@ -19,23 +19,6 @@ from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend, BackendError
 
 OLDEST_CAPABILITY = (7, 5)
-
-LAUNCHERS = {  # op: the file it lives in
-    "log_mel": "log_mel",
-    "log_mixup_exp": "log_mixup_exp",
-    "log_mixup_exp_backward": "log_mixup_exp",
-    "resize_crop": "resize_crop",
-    "resize_crop_backward": "resize_crop",
-    "draw_params": "draw_params",
-    "augment_views_out": "augment_views",
-    "sample_sums": "normalize",
-    "batch_stats": "normalize",
-    "running_stats_": "normalize",
-    "normalize": "normalize",
-    "normalize_": "normalize",
-    "bank_push_": "bank_push",
-    "ema_update_": "ema_update",
-}
 
 _registered: list[torch.library.Library] = []
 
@@ -56,8 +39,10 @@ def prepare() -> dict[str, Callable[..., Any]]:
     if not interpreted() and (found := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
         wanted = ".".join(map(str, OLDEST_CAPABILITY))
         raise BackendError(f"Triton needs a GPU of compute capability {wanted} or later, found {found[0]}.{found[1]}")
-    files = {name: importlib.import_module(f"byola_fast.ops._triton.{name}") for name in set(LAUNCHERS.values())}
-    return {op: getattr(files[name], op) for op, name in LAUNCHERS.items()}
+    files = {
+        name: importlib.import_module(f"byola_fast.ops._triton.{name}") for name in set(_schemas.LAUNCHERS.values())
+    }
+    return {op: getattr(files[name], op) for op, name in _schemas.LAUNCHERS.items()}
 
 
 def _register(key: str) -> Callable[[dict[str, Callable[..., Any]]], None]:
@@ -71,6 +56,6 @@ def _register(key: str) -> Callable[[dict[str, Callable[..., Any]]], None]:
 
 
 def install() -> None:
-    """Put the stubs of this backend in place."""
+    """Register the stubs of this backend; import nothing yet."""
     for key in ("CUDA", *(["CPU"] if interpreted() else [])):
-        _dispatch.add_backend(Backend("triton", key, tuple(LAUNCHERS), prepare, _register(key)))
+        _dispatch.add_backend(Backend("triton", key, tuple(_schemas.LAUNCHERS), prepare, _register(key)))

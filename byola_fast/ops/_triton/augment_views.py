@@ -2,17 +2,17 @@
 """Both views of every sample in one launch: pre-norm, mix, crop and resize, fader, sums (BYOL-A, arXiv:2103.06695).
 
 y = resize(crop(log((1 - lam) exp(x) + lam exp(z) + eps))) + fader, and the sum and sum of squares of every view.
-Reads x and a partner for each view, writes two views and 48 bytes of sums a sample.
+Reads x and a partner for each view, writes two views and 48 bytes of sums per sample.
 
-Mixing is dear, so each element is mixed once, although two to sixteen taps read it. A program takes one view of one
-sample at a time: it mixes what the crop will read, and no more, into a scratch tile of its own, waits at a barrier for
-its other warps, and resizes from there. There are only as many programs as run at a time, so the tiles are few, are
-overwritten sample after sample, and live in the cache. A row and a column of zeros behind each tile stand for the
-margin of the canvas, so that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16
-bytes; at the taps, a warp handles 32 frames of one row, one to a thread, whose places fall into two or three lines of
-the cache and not eight. Blocks have one axis there: of two, Triton 3.6 would lay the mels along a warp. Bilinear
-outputs read their four taps directly; bicubic ones, with sixteen, go through a second tile, resized along time alone.
-benchmarks/NOTES.md has the designs that were compared, and their figures.
+Mixing is expensive, so each element is mixed once, although two to sixteen taps read it. A program processes one view
+of one sample at a time: it mixes only the elements that the crop reads into its scratch tile, waits at a barrier, and
+resizes from the tile. The number of programs is the number that the GPU runs at once, so the few tiles are reused for
+all samples and stay in the cache. A row and a column of zeros behind each tile stand for the margin of the canvas, so
+that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16 bytes. At the taps, a warp
+handles 32 frames of one row, one per thread, and touches two or three cache lines instead of eight. Blocks are 1-D
+there: with two axes, Triton 3.6 lays the mels along a warp. Bilinear outputs read their four taps from the tile;
+bicubic outputs, with sixteen taps, go through a second tile that is resized along time only.
+benchmarks/gpu/NOTES.md compares the designs, with figures.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from byola_fast.ops.reference import compute_dtype, sums_dtype
 
 SLOT_NOISE = tl.constexpr(philox.SLOT_NOISE)
 
-# Block shapes, chosen ahead of time from registers and occupancy (benchmarks/NOTES.md).
+# Block shapes, chosen ahead of time from registers and occupancy (benchmarks/gpu/NOTES.md).
 WARPS, PROGRAMS_PER_SM = 8, 4
-REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # of a thread, so that an SM holds as many programs
+REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # per thread, so that PROGRAMS_PER_SM fit on an SM
 STAGED_ROWS = 64 if INTERPRETED else 32
-ROWS = 64 if INTERPRETED else WARPS  # at the taps: one for each warp
-DIRECT = ("bilinear",)  # modes whose outputs read all their taps from the mixed tile, unless they are wide
-MOST_COLUMN_BLOCKS = 8  # whose taps are kept in registers; wider outputs go through the second tile
-# one variant for all values: a smaller last batch is to compile nothing anew
+ROWS = 64 if INTERPRETED else WARPS  # at the taps: one per warp
+DIRECT = ("bilinear",)  # interpolations with all taps read from the mixed tile, unless the output is wide
+MOST_COLUMN_BLOCKS = 8  # their taps stay in registers; wider outputs go through the second tile
+# one variant for all values, so that a smaller last batch compiles nothing
 RUNTIME = ["sample_offset", "batch", "pool_rows", "bank_rows"]
 
 
 @triton.jit
 def standard_normal(rng, sample, view, element, COMPUTE: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """One element of the noise of one view, by Box and Muller's transform; four share a Philox call."""
+    """Return elements of one view's noise by the Box-Muller transform; four share a Philox call."""
     slot = (element // 4 + SLOT_NOISE).to(tl.uint32)
     zero = tl.zeros_like(slot)
     step = tl.load(rng + 1).to(tl.uint32)
@@ -77,7 +77,7 @@ def standard_normal(rng, sample, view, element, COMPUTE: tl.constexpr, APPROXIMA
 
 @triton.jit
 def row_place(base, k: tl.constexpr, top, h, mels, stride, TAPS: tl.constexpr):
-    """Where in a tile tap ``k`` of some outputs finds its row; rows of the margin are in the row of zeros behind it."""
+    """Return the offset in a tile of the row of tap ``k``; rows in the margin map to the row of zeros."""
     row = top + tap_row(base, h, k, TAPS)
     return tl.where((row >= 0) & (row < mels), row, mels) * stride
 
@@ -87,7 +87,7 @@ def resize_along_time(
     tile, places, t, left, w, frames, out_frames, magic, shift,
     TAPS: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Output ``t`` of the tile's row that begins at ``places``, each."""
+    """Return outputs ``t`` of the tile's rows that start at ``places``."""
     base, rest = tap_base(t, w, out_frames, magic, shift, WIDE)
     fraction = tap_fraction(rest, out_frames, COMPUTE)
     y = tl.zeros((places.shape[0],), COMPUTE)
@@ -100,7 +100,7 @@ def resize_along_time(
 
 @triton.jit
 def finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE: tl.constexpr):
-    """Add the fader to output (o, t), write what lies in the view, and return it with zeros elsewhere."""
+    """Add the fader to outputs (o, t), write those inside the view, and return them with zeros outside it."""
     y += head + rise * (t.to(COMPUTE) * (1 / tl.maximum(out_frames - 1, 1).to(COMPUTE)))
     written = (o < out_mels) & (t < out_frames)
     tl.store(target + o * out_frames + t, y, written)
@@ -110,7 +110,7 @@ def finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE: tl.conste
 @triton.jit(do_not_specialize=RUNTIME)
 def augment_views_kernel(
     x,  # (B, F, T), any strides
-    pool,  # (P, F, T), any strides: partners while the bank is empty; x itself where there is no other
+    pool,  # (P, F, T), any strides: partners while the bank is empty; x if there is no other pool
     bank,  # (N, F, T), or absent
     bank_count,  # () int64, or absent
     stats,  # (2,) mean and std, or absent
@@ -142,8 +142,8 @@ def augment_views_kernel(
     mel_shift,
     frame_magic,
     frame_shift,
-    stride,  # of a row of the mixed tile: more than F
-    resized_stride,  # of a row of the second tile: out_frames at least
+    stride,  # of a row of the mixed tile: more than T
+    resized_stride,  # of a row of the second tile: at least out_frames, or 0 without one
     HAS_BANK: tl.constexpr,
     HAS_STATS: tl.constexpr,
     MIXUP: tl.constexpr,
@@ -154,7 +154,7 @@ def augment_views_kernel(
     STAGED_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,  # of an output; 0 where outputs go through the second tile
+    COLUMN_BLOCKS: tl.constexpr,  # of an output; 0 if outputs go through the second tile
 ):
     mean = tl.full((), 0, COMPUTE)
     scale = tl.full((), 1, COMPUTE)
@@ -177,7 +177,7 @@ def augment_views_kernel(
         tl.store(last, tl.zeros((COLUMNS,), COMPUTE), c < stride + resized_stride)
 
     for unit in range(tl.program_id(0), 2 * batch, tl.num_programs(0)):
-        view = unit % 2  # both views of a sample at about the same time: its second reading finds it in the cache
+        view = unit % 2  # both views of a sample run at about the same time: the second one reads it from the cache
         sample = unit // 2
         row = view.to(tl.int64) * batch + sample
         weight = tl.load(lam + row).to(COMPUTE)

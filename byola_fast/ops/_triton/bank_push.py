@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Append the finite samples of a batch to the ring of past inputs, pre-normalised, without a word to the host.
+"""Pre-normalise a batch and append its finite samples to the ring of past inputs, without a sync.
 
-Two launches. The first finds out which samples are finite: no sample may be placed before all in front of it are
-known. In the second each program counts those before its own sample, writes its row of the ring, and the program that
-comes last moves the cursor, so that all have read it by then. Reads x twice (the second time mostly from the cache),
-writes one row a sample.
+Two launches. The first flags the finite samples, because a sample's place depends on all samples before it. In the
+second, each program counts the finite samples before its own and writes its row of the ring; the last program to
+arrive moves the cursor, after all programs have read it. Reads x twice (the second time mostly from the cache), writes
+one row per sample.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def find_finite_kernel(
     x, stats, finite, done, rows, numel, frames, stride_b, stride_f, stride_t,
     HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """finite (B,): whether all of a sample's values are, as the ring would hold them; done (1,) starts at 0."""
+    """Flag in finite (B,) the samples with only finite values in the ring's dtype, and set done (1,) to 0."""
     sample = tl.program_id(0).to(tl.int64)
     bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, numel, BLOCK):
@@ -61,7 +61,7 @@ def bank_push_kernel(
         before += tl.where(n < sample, flag, 0)
     place = tl.sum(before)
     total = tl.sum(count)
-    next_row = (tl.load(cursor) % n_memory + n_memory) % n_memory  # of whatever a damaged checkpoint held
+    next_row = (tl.load(cursor) % n_memory + n_memory) % n_memory  # a damaged checkpoint may hold any value
     filled = tl.load(cursor + 1)
     refused = tl.load(cursor + 2)
     tl.debug_barrier()  # every warp has read the cursor
@@ -69,7 +69,7 @@ def bank_push_kernel(
         tl.store(cursor, (next_row + total) % n_memory)
         tl.store(cursor + 1, tl.minimum(filled + total, n_memory))
         tl.store(cursor + 2, refused + batch - total)
-    if (tl.load(finite + sample) != 0) & (total - place <= n_memory):  # of a batch beyond the ring's size, the last
+    if (tl.load(finite + sample) != 0) & (total - place <= n_memory):  # a batch larger than the ring: its last samples
         target = rows + ((next_row + place) % n_memory) * numel
         for start in range(0, numel, BLOCK):
             n = start + tl.arange(0, BLOCK)

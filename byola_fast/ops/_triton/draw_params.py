@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""Draw the parameters of two views: Philox4x32-10, integer arithmetic, and one rounding for each float.
+"""Draw the parameters of two views: Philox4x32-10, integer arithmetic, one rounding per float.
 
-Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4) and fader (2, B, 2). Every word equals the
-reference's: 24-bit draws, products below 2^63, and floats that are one multiplication each.
+Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4) and fader (2, B, 2). Bit-identical to the
+reference: 24-bit draws, products below 2^63, one rounded multiplication per float.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SLOT_RATIO = tl.constexpr(philox.SLOT_RATIO)
 SLOT_PARTNER = tl.constexpr(philox.SLOT_PARTNER)
 SLOT_FADER = tl.constexpr(philox.SLOT_FADER)
 SHIFT = tl.constexpr(SIZE_SHIFT)
-# one variant for all values: this kernel has nothing to gain from knowing them
+# one variant for all values: specialising gains nothing
 RUNTIME = ["batch", "pool", "pool_offset", "sample_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"]
 RUNTIME += ["canvas_mels", "canvas_frames"]
 
 
 @triton.jit
 def u24(seed, step, sample, view, SLOT: tl.constexpr):
-    """Four 24-bit draws of one slot, as int64."""
+    """Return four 24-bit draws of one slot, as int64."""
     slot = tl.full(sample.shape, SLOT, tl.uint32)
     a, b, c, d = tl.philox(seed, step + tl.zeros_like(sample), sample, view, slot)
     return (a >> 8).to(tl.int64), (b >> 8).to(tl.int64), (c >> 8).to(tl.int64), (d >> 8).to(tl.int64)

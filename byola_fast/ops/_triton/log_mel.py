@@ -1,20 +1,20 @@
 # mypy: ignore-errors
 """lms = log(filter_bank |STFT(wav)|^2 + eps), and (lms - mean) / std: waveforms to log-mels (BYOL-A, arXiv:2103.06695).
 
-Reads wav once, writes lms once. Scratch of fixed size: one tile's power spectra, and its samples, for each program.
+Reads wav once, writes lms once. Scratch of fixed size per program: one tile's samples and power spectra.
 
-A program takes a tile of neighbouring frames of one waveform at a time. Sample n = R2 n1 + n2 of a frame goes to lane
-n2, and frequency k = k1 + R1 k2 comes out of lane k1, so that both transforms, R1 real points over n1 and R2 complex
-points over n2, lie in the registers of one thread, every butterfly with constants: 1024 = 32 x 32, 8 frames, 4 warps.
-Between the two lies one exchange through shared memory, which Triton makes of join, permute and split. Rows k1 and
-R1 - k1 are conjugates, so k1 < R1 / 2 do, and the real rows 0 and R1 / 2 share one lane: together they are the even
-frequencies and the odd ones of a real transform of 2 R2 points, which a complex transform of R2 gives, taken apart at
-the end (`two_powers`). Power goes to the scratch tile, in the cache, [frequency][frame], from where a thread adds up a
-band of four frames at a time: one load for those, and one of a weight. Frames that look over an end of their waveform
-are first copied, reflected, to scratch, so that all others load with constant offsets. All arithmetic is float32's:
-benchmarks/GPU_NOTES.md compares products with DFT matrices on tensor cores.
+A program processes a tile of neighbouring frames of one waveform at a time. Sample n = R2 n1 + n2 of a frame goes to
+lane n2, and lane k1 computes frequency k = k1 + R1 k2. So both transforms, R1 real points over n1 and R2 complex points
+over n2, stay in the registers of one thread, and all butterflies have constant factors: 1024 = 32 x 32, 8 frames, 4
+warps. Between them is one exchange through shared memory, which Triton makes from join, permute and split. Rows k1 and
+R1 - k1 are conjugates, so rows k1 < R1 / 2 suffice. The real rows 0 and R1 / 2 share one lane: together they hold the
+even and odd frequencies of a real transform of 2 R2 points, computed as a complex transform of R2 points and separated
+at the end (`two_powers`). Powers go to the scratch tile [frequency][frame], which stays in the cache. From there a
+thread sums a band of four frames at a time, with one load for the frames and one for the weight. Frames that cross an
+end of their waveform are first copied to scratch with reflection, so that all others load with constant offsets. All
+arithmetic is float32: benchmarks/gpu/NOTES.md compares products with DFT matrices on tensor cores.
 """
-# ruff: noqa: RUF005, for Triton adds tuples but knows no (*x, y)
+# ruff: noqa: RUF005, because Triton adds tuples but does not support (*x, y)
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from byola_fast.ops.reference import _around, log_mel_reference, num_frames_refe
 
 RADICES = {64: (8, 8), 128: (16, 8), 256: (16, 16), 512: (32, 16), 1024: (32, 32), 2048: (64, 32)}  # n_fft: R1, R2
 WARPS = 4
-LANES = 32 * WARPS  # R1 / 2 rows of each frame of a tile
-COPIED = tl.constexpr(512)  # samples at a time
-UNROLLED = tl.constexpr(4)  # frequencies of a band at a time
+LANES = 32 * WARPS  # R1 / 2 rows for each frame of a tile
+COPIED = tl.constexpr(512)  # samples per step
+UNROLLED = tl.constexpr(4)  # frequencies of a band per step
 CIRCLE = tl.constexpr(128)
-# one variant for all values, from which nothing is gained: a compilation takes up to a minute, and lengths vary
+# one variant for all values: specialising gains nothing, a compilation takes up to a minute, and lengths vary
 RUNTIME = ["units", "tiles", "samples"]
 COSINES = tl.constexpr(tuple(math.cos(2 * math.pi * j / 128) for j in range(128)))
 
@@ -43,7 +43,7 @@ _tables: dict[tuple[int, torch.device], Tensor] = {}
 
 @triton.jit
 def turn(re, im, K: tl.constexpr, N: tl.constexpr):
-    """Times exp(-2 pi i K / N)."""
+    """Return (re + i im) exp(-2 pi i K / N)."""
     cos: tl.constexpr = COSINES[K * (CIRCLE // N) % CIRCLE]
     sin: tl.constexpr = COSINES[(K * (CIRCLE // N) + CIRCLE // 4) % CIRCLE]
     if K == 0:
@@ -56,7 +56,7 @@ def turn(re, im, K: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def dft(re, im):
-    """The transform of N complex numbers, a tuple of tensors each: decimation in time, unrolled by the compiler."""
+    """Return the transform of N complex numbers (two tuples of N tensors): decimation in time, unrolled."""
     N: tl.constexpr = len(re)
     if N == 1:
         return re, im
@@ -75,9 +75,10 @@ def dft(re, im):
 
 @triton.jit
 def real_dft(x):
-    """The transform of N real numbers at frequencies 0 to N / 2 - 1; as imaginary part of 0, that at N / 2 (both real).
+    """Return the transform of N real numbers at frequencies 0 to N / 2 - 1.
 
-    X[k] = E[k] + w^k O[k] and X[N / 2 - k] = conj(E[k] - w^k O[k]), E and O those of even and odd samples.
+    The imaginary part at frequency 0 holds the value at N / 2; both values are real. X[k] = E[k] + w^k O[k] and
+    X[N / 2 - k] = conj(E[k] - w^k O[k]), with E and O the transforms of the even and odd samples.
     """
     N: tl.constexpr = len(x)
     if N == 2:
@@ -98,7 +99,7 @@ def real_dft(x):
 
 @triton.jit
 def stack(x):
-    """A tuple of 2^n tensors as one tensor, with n axes of 2 behind its own; reshaping any earlier would cost moves."""
+    """Join a tuple of 2^n tensors into one tensor with n more axes of size 2; an earlier reshape would cost moves."""
     if len(x) == 1:
         return x[0]
     else:
@@ -107,7 +108,7 @@ def stack(x):
 
 @triton.jit
 def unstack(x):
-    """A tensor ``(A, N)`` as a tuple of N tensors ``(A,)``."""
+    """Split a tensor ``(A, N)`` into a tuple of N tensors ``(A,)``."""
     A: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     if N == 1:
@@ -124,7 +125,7 @@ def unstack(x):
 
 @triton.jit
 def exchange(rows, FRAMES: tl.constexpr, N: tl.constexpr):
-    """R tensors ``(FRAMES, N)`` as N tensors ``(R FRAMES,)``: what a thread held in registers goes to R threads."""
+    """Turn R tensors ``(FRAMES, N)`` into N tensors ``(R FRAMES,)``: one thread's registers go to R threads."""
     R: tl.constexpr = len(rows)
     x = tl.permute(tl.reshape(stack(rows), (FRAMES, N, R)), (2, 0, 1))
     return unstack(tl.reshape(x, (R * FRAMES, N)))
@@ -137,7 +138,7 @@ def square(re, im):
 
 @triton.jit
 def two_powers(re, im, other_re, other_im, packed, K: tl.constexpr, N: tl.constexpr):
-    """|Z[K]|^2 and |Z[N - K]|^2; where ``packed``, |X[K]|^2 and |X[N - K]|^2 of the real transform that Z / 2 holds.
+    """Return |Z[K]|^2 and |Z[N - K]|^2; if ``packed``, |X[K]|^2 and |X[N - K]|^2 of the real transform packed in Z.
 
     With E and O the transforms of even and odd samples and w = exp(-pi i / N): Z = (E + i O) / 2, X[K] = E + w^K O,
     X[N - K] = conj(E - w^K O).
@@ -151,7 +152,7 @@ def two_powers(re, im, other_re, other_im, packed, K: tl.constexpr, N: tl.conste
 
 @triton.jit(do_not_specialize=RUNTIME)
 def log_mel_kernel(
-    wav,  # (B, samples), the samples of a waveform side by side
+    wav,  # (B, samples), the samples of a waveform contiguous
     window,  # (n_fft,) float32
     table,  # (R1 / 2, 2, R2): cosine and sine of -2 pi k1 n2 / n_fft
     filter_bank,  # (F, bins)
@@ -159,11 +160,11 @@ def log_mel_kernel(
     stats,  # (2,) mean and std, or absent
     lms,  # (B, F, T)
     powers,  # (programs, bins, FRAMES)
-    pieces,  # (programs, room), as wav
+    pieces,  # (programs, room), in the dtype of wav
     units,  # tiles of all waveforms
-    tiles,  # of one
+    tiles,  # tiles of one waveform
     samples,
-    stride,  # of waveforms
+    stride,  # between waveforms
     room,
     mels,
     frames,
@@ -214,7 +215,7 @@ def log_mel_kernel(
             x = x + (tl.load(places + n1 * R2).to(tl.float32) * shape[None, :],)
         re, im = real_dft(x)
 
-        # Rows 0 and R1 / 2 are sum and difference of the 2 R2 samples whose even and odd ones are wanted, here over 2.
+        # Rows 0 and R1 / 2 are a + b and a - b. Store (a, b) / 2 as 2 R2 samples; read the even and odd ones.
         corner = power + (f * (2 * R2))[:, None] + n2[None, :]
         tl.store(corner, (re[0] + im[0]) * 0.25)
         tl.store(corner + R2, (re[0] - im[0]) * 0.25)
@@ -228,7 +229,7 @@ def log_mel_kernel(
         re, im = dft(exchange(rows_re, FRAMES, R2), exchange(rows_im, FRAMES, R2))
         tl.debug_barrier()
 
-        # Z[k] is frequency k1 + R1 k, Z[R2 - k] is R1 k - k1; packed, they are R1 / 2 k and n_fft / 2 - R1 / 2 k.
+        # Z[k] is frequency k1 + R1 k, Z[R2 - k] is R1 k - k1; if packed, they are R1 / 2 k and n_fft / 2 - R1 / 2 k.
         rising = power + lane
         falling = power + tl.where(packed, n_fft // 2 * FRAMES + lane, 2 * (lane % FRAMES) - lane)
         up = tl.where(packed, R1 // 2 * FRAMES, R1 * FRAMES)
@@ -269,17 +270,17 @@ def log_mel_kernel(
 
 
 def takes(dtype: torch.dtype, samples: int, n_fft: int, hop_length: int) -> bool:
-    """Return whether the kernel serves such a call: its lengths, float32 arithmetic, and pieces of a modest size."""
+    """Return whether the kernel supports these lengths and this dtype (float32 arithmetic)."""
     short = samples < 2**31 - 64 * max(RADICES)
     return n_fft in RADICES and dtype != torch.float64 and hop_length <= 2 * n_fft and short
 
 
 def turns(n_fft: int, device: torch.device) -> Tensor:
-    """Return the factors between the two transforms, made once for each length and device."""
+    """Return the factors between the two transforms, cached by length and device."""
     table = _tables.get((n_fft, device))
     if table is None:
-        # The copy from the host waits, so that any stream may read the table afterwards. A graph being captured takes
-        # no such copy: it makes a table of its own, at every replay.
+        # The copy from the host synchronises, so that any stream may read the table afterwards. A graph capture allows
+        # no such copy: the graph computes its table on the device, at every replay.
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         place = device if captured else torch.device("cpu")
         r1, r2 = RADICES[n_fft]
@@ -292,7 +293,7 @@ def turns(n_fft: int, device: torch.device) -> Tensor:
 
 
 def programs_per_sm(wav: Tensor) -> int:
-    """Return how many programs an SM holds: 128 registers a thread suffice on Hopper, elsewhere some kinds spill."""
+    """Return the number of programs per SM: 128 registers per thread suffice on Hopper; others spill some variants."""
     return 4 if wav.is_cuda and torch.cuda.get_device_capability(wav.device)[0] == 9 else 3
 
 

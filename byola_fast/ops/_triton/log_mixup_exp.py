@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """y = log((1 - lam) exp(x) + lam exp(z) + eps) and its gradients, elementwise (BYOL-A, arXiv:2103.06695).
 
-Forward reads x and z and writes y, 12 bytes an element in float32; backward reads the gradient too and writes two.
+Forward reads x and z and writes y, 12 bytes per element in float32; backward also reads the gradient and writes two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 1024
 
 @triton.jit
 def place(count, BLOCK: tl.constexpr):
-    """A program's sample and the elements of its chunk: in all, and in the sample of ``count``."""
+    """Return a program's sample and the elements of its chunk, numbered in the tensor and in the sample."""
     chunks = tl.cdiv(count, BLOCK)
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     n = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,10 +1,9 @@
 # mypy: ignore-errors
-"""Sums of samples, statistics of sums, and the normalising step (pre- and post-normalisation of BYOL-A, 2103.06695).
+"""Sums of samples, statistics of sums, and normalisation (pre- and post-normalisation of BYOL-A, arXiv:2103.06695).
 
-``sample_sums`` reads its input once. ``normalize`` reads sums and input and writes its output, 8 bytes an element in
-float32, most of them from and to the L2 cache, where the views have just been written. Every program adds the sums up
-for itself, in the same order: they are few, and a launch of their own would take longer. Where they are many, they are
-added up once, beforehand.
+``sample_sums`` reads its input once. ``normalize`` reads sums and input and writes its output, 8 bytes per element in
+float32, mostly in the L2 cache, because the views were written just before. Every program adds up all sums, in the same
+order, because few sums take less time than another launch. More than ``FEW_SUMS`` rows are added up once, beforehand.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from byola_fast.ops.reference import sums_dtype
 
 EPS = tl.constexpr(2.0**-23)
 BLOCK = 1024
-FEW_SUMS = 2048  # rows of sums that every program adds up for itself
+FEW_SUMS = 2048  # maximum number of rows of sums that every program adds up itself
 
 
 @triton.jit
 def sample_sums_kernel(x, sums, count, BLOCK: tl.constexpr):
-    """sums (B, 3) of x (B, count): count, sum and sum of squares in float64; one program for each sample."""
+    """Write sums (B, 3) of x (B, count): count, sum and sum of squares in float64; one program per sample."""
     sample = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
@@ -40,7 +39,7 @@ def sample_sums_kernel(x, sums, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def mean_and_std(sums, rows, BLOCK: tl.constexpr):
-    """Mean and unbiased std, at least eps, from ``rows`` counts, sums and sums of squares."""
+    """Return mean, unbiased std (at least eps) and count from ``rows`` counts, sums and sums of squares."""
     count = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
@@ -53,7 +52,7 @@ def mean_and_std(sums, rows, BLOCK: tl.constexpr):
     total_all = tl.sum(total)
     mean = total_all / tl.maximum(count_all, 1)
     variance = (tl.sum(squares) - total_all * mean) / tl.maximum(count_all - 1, 1)
-    variance = tl.where(variance < 0, 0, variance)  # not a maximum, which would lose NaN
+    variance = tl.where(variance < 0, 0, variance)  # not tl.maximum, which would lose NaN
     std = tl.sqrt(variance)
     return mean, tl.where(std < EPS, EPS, std), count_all
 
@@ -80,7 +79,7 @@ def batch_stats_kernel(sums, rows, stats, SUMS: tl.constexpr):
 def running_stats_kernel(
     mean, variance, count, updates, sums, rows, max_updates, stats, COMPUTE: tl.constexpr, SUMS: tl.constexpr
 ):
-    """Chan's merge of a batch into running statistics, all 0-d; one program. See the reference."""
+    """Merge a batch into running statistics (all 0-d) by Chan's formula; one program. See the reference."""
     counts = tl.zeros((SUMS,), tl.float64)
     totals = tl.zeros((SUMS,), tl.float64)
     squares = tl.zeros((SUMS,), tl.float64)

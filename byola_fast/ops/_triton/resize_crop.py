@@ -1,13 +1,13 @@
 # mypy: ignore-errors
-"""Cut one box per sample from a zero canvas and resize it, corners aligned; bilinear or bicubic (BYOL-A, 2103.06695).
+"""Cut one box per sample from a zero canvas and resize it, corners aligned; bilinear or bicubic (arXiv:2103.06695).
 
 Forward: y[b, o, t] = sum over taps (k, l) of wy_k(o) wx_l(t) x[b, row_k(o), column_l(t)], zeros outside the input.
-Taps are read where they lie: each input row is used by a few outputs, which find it in the first level of the cache.
+Taps are read straight from x: the few outputs that share an input row find it in the L1 cache.
 Reads x once, writes y once.
 
-Backward gathers, so it is deterministic: along one axis, input p takes from exactly those outputs whose taps include
-it. Their whole parts grow with o, so they are a run, whose ends are known. One kernel serves both axes, in two launches
-with a float32 (B, F, T) between them.
+Backward gathers, so it is deterministic: along one axis, input p sums the outputs with a tap on p. The whole parts of
+their positions grow with o, so these outputs are consecutive, with known ends. One kernel serves both axes, in two
+launches with a float32 (B, F, T) between them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def resize_crop_kernel(
     h, top = box_side(crop + 4 * sample, 0, mels, canvas_mels)
     w, left = box_side(crop + 4 * sample, 1, frames, canvas_frames)
 
-    lane = tl.arange(0, ROWS * COLUMNS)  # one axis: of two, Triton 3.6 lays the mels along a warp
+    lane = tl.arange(0, ROWS * COLUMNS)  # one axis: with two, Triton 3.6 lays the mels along a warp
     o = tl.program_id(0) % blocks * ROWS + lane // COLUMNS
     row_base, row_rest = tap_base(o, h, out_mels, mel_magic, mel_shift, WIDE)
     row_t = tap_fraction(row_rest, out_mels, COMPUTE)
@@ -91,7 +91,7 @@ def resize_crop_kernel(
 
 @triton.jit
 def first_output(p, extent, size, WIDE: tl.constexpr):
-    """The first output whose whole part is at least ``p``: o (extent - 1) // (size - 1) >= p."""
+    """Return the first output with a whole part of at least ``p``: o (extent - 1) // (size - 1) >= p."""
     steps = tl.maximum(size - 1, 1)
     if WIDE:
         reach = tl.maximum(extent - 1, 1).to(tl.int64)
@@ -104,7 +104,7 @@ def first_output(p, extent, size, WIDE: tl.constexpr):
 
 @triton.jit
 def resize_axis_backward_kernel(
-    grad,  # (B, O, N) or (B, N, O) as the strides tell: O outputs along the axis, N lines across it
+    grad,  # (B, O, N) or (B, N, O), by the strides: O outputs along the axis, N lines across it
     crop,  # (B, 4)
     to_x,  # (B, P, N) or (B, N, P)
     inputs,  # P

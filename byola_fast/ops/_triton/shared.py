@@ -1,10 +1,9 @@
 # mypy: ignore-errors
-"""What the Triton kernels share: taps of the resize, log-mixup-exp, and the host's choice of block shapes.
+"""Helpers of the Triton kernels: taps of the resize, exp and log, log-mixup-exp, launch settings.
 
-Launchers are plain functions of the ops' arguments. They launch on the current stream of their tensors' device, never
-synchronise and leave alignment and sizes to be told by their values: sizes are run-time arguments, so that a batch of
-another size compiles nothing anew (Triton makes a variant each for sizes that are 1, multiples of 16, and others).
-Programs are counted along the first axis of a grid alone: the others end at 65,535.
+Launchers are plain functions of the ops' arguments. They launch on the current stream of their tensors' device and
+never synchronise. Sizes are run-time arguments, so that another batch size compiles nothing (Triton compiles one
+variant each for sizes of 1, multiples of 16, and others). Grids have one axis, because the others end at 65,535.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 EPS = tl.constexpr(2.0**-23)
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # its time goes by the operation, whatever the tile's size
-COLUMNS = 64 if INTERPRETED else 32  # of a tile at the taps: one for each lane of a warp, which thus reads one row
-PROGRAMS_INTERPRETED = 4  # one after the other: few enough to take several turns each
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # it takes time per operation, not per element
+COLUMNS = 64 if INTERPRETED else 32  # of a tile at the taps: one per lane of a warp, so that a warp reads one row
+PROGRAMS_INTERPRETED = 4  # they run one after another: few, so that each takes several turns
 
 
 @triton.jit
 def box_side(box, AXIS: tl.constexpr, length, canvas):
-    """Extent of a box (i, j, h, w) along an axis, and where in the input of that length it starts.
+    """Return the extent of a box (i, j, h, w) along an axis, and its start relative to the input of ``length``.
 
-    The box is moved inside the canvas if it does not lie there, so that nothing is read out of bounds.
+    A box that leaves the canvas is moved inside, so that nothing is read out of bounds.
     """
     extent = tl.minimum(tl.maximum(tl.load(box + 2 + AXIS).to(tl.int32), 1), canvas)
     start = tl.minimum(tl.maximum(tl.load(box + AXIS).to(tl.int32), 0), canvas - extent)
@@ -37,10 +36,10 @@ def box_side(box, AXIS: tl.constexpr, length, canvas):
 
 @triton.jit
 def tap_base(o, extent, size, magic, shift, WIDE: tl.constexpr):
-    """Where output ``o`` of ``size`` lies in a crop of ``extent``, corners aligned: the whole part and the rest.
+    """Return the position of output ``o`` of ``size`` in a crop of ``extent``, corners aligned: whole part and rest.
 
-    o (extent - 1) / (size - 1), both exact. ``magic`` and ``shift`` are the divisor's, from ``division_magic``; where
-    the product needs more than 31 bits, ``WIDE`` divides instead.
+    o (extent - 1) / (size - 1), both parts exact. ``magic`` and ``shift`` are from ``division_magic(size)``; ``WIDE``
+    divides instead, for products of more than 31 bits.
     """
     steps = tl.maximum(size - 1, 1)
     if WIDE:
@@ -53,13 +52,13 @@ def tap_base(o, extent, size, magic, shift, WIDE: tl.constexpr):
 
 @triton.jit
 def tap_fraction(rest, size, COMPUTE: tl.constexpr):
-    """The fraction between two taps: rest / (size - 1)."""
+    """Return the fraction between two taps: rest / (size - 1)."""
     return rest.to(COMPUTE) * (1 / tl.maximum(size - 1, 1).to(COMPUTE))
 
 
 @triton.jit
 def tap_weight(t, K: tl.constexpr, TAPS: tl.constexpr):
-    """The weight of tap ``K`` at fraction ``t``: linear, or cubic convolution with a = -0.75 without cancellation."""
+    """Return the weight of tap ``K`` at fraction ``t``: linear, or cubic (a = -0.75) without cancellation."""
     s = 1 - t
     if TAPS == 2:
         weight = s if K == 0 else t
@@ -76,14 +75,14 @@ def tap_weight(t, K: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def tap_row(base, extent, K: tl.constexpr, TAPS: tl.constexpr):
-    """The row of the crop that tap ``K`` reads, clamped to the crop's edge."""
+    """Return the row of the crop that tap ``K`` reads, clamped to the crop's edge."""
     row = base + (K - (TAPS // 2 - 1))
     return tl.minimum(tl.maximum(row, 0), extent - 1)
 
 
 @triton.jit
 def exponential(x, APPROXIMATE: tl.constexpr):
-    """exp(x); ``APPROXIMATE`` takes the GPU's own power of two, 2^-22 from the truth and 0 below 2^-126."""
+    """Return exp(x); ``APPROXIMATE`` uses the GPU's ex2 instruction: relative error 2^-22, 0 below 2^-126."""
     if APPROXIMATE:
         scaled = x * 1.4426950408889634
         return tl.inline_asm_elementwise(
@@ -94,7 +93,7 @@ def exponential(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def logarithm(x, APPROXIMATE: tl.constexpr):
-    """log(x) of x >= eps; ``APPROXIMATE`` takes the GPU's own base-2 logarithm, 2^-22 from the truth (relative)."""
+    """Return log(x) for x >= eps; ``APPROXIMATE`` uses the GPU's lg2 instruction: relative error 2^-22."""
     if APPROXIMATE:
         y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
         return y * 0.6931471805599453
@@ -103,7 +102,7 @@ def logarithm(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def cosine(turns, APPROXIMATE: tl.constexpr):
-    """cos(2 pi turns) for turns in [-1, 1); ``APPROXIMATE`` takes the GPU's own cosine, within 5e-7 of the truth."""
+    """Return cos(2 pi turns) for turns in [-1, 1); ``APPROXIMATE`` uses the GPU's cos instruction: error below 5e-7."""
     turns -= tl.floor(turns + 0.5)
     angle = turns * 6.283185307179586
     if APPROXIMATE:
@@ -115,28 +114,28 @@ def cosine(turns, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def mix_log(x, z, lam, APPROXIMATE: tl.constexpr):
-    """log((1 - lam) exp(x) + lam exp(z) + eps)."""
+    """Return log((1 - lam) exp(x) + lam exp(z) + eps)."""
     of_x = (1 - lam) * exponential(x, APPROXIMATE)
     return logarithm(of_x + lam * exponential(z, APPROXIMATE) + EPS, APPROXIMATE)
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """Return the type in which tensors of ``dtype`` are computed."""
+    """Return the compute type for tensors of ``dtype``."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def approximate(x: Tensor) -> bool:
-    """Return whether the GPU's own exponential and logarithm serve ``x``: float32 arithmetic, not interpreted."""
+    """Return whether ``x`` allows the GPU's approximate instructions: float32 arithmetic, not interpreted."""
     return x.is_cuda and x.dtype != torch.float64 and not INTERPRETED
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of ``x`` the current one, on whose current stream Triton launches."""
+    """Make the device of ``x`` current: Triton launches on the current device's current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def resident_programs(x: Tensor, per_sm: int) -> int:
-    """Return how many programs of a persistent kernel run at a time."""
+    """Return the number of programs of a persistent kernel: as many as run at once."""
     if not x.is_cuda:
         return PROGRAMS_INTERPRETED
     return torch.cuda.get_device_properties(x.device).multi_processor_count * per_sm
@@ -153,16 +152,16 @@ def division_magic(size: int) -> tuple[int, int]:
 
 
 def indexable(x: Tensor) -> Tensor:
-    """Return ``x (B, F, T)``, or a contiguous copy where strides make 32 bits too few for a place within a sample."""
+    """Return ``x (B, F, T)``, or a contiguous copy if an offset within a sample needs more than 32 bits."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     return x if reach < 2**31 else x.contiguous()
 
 
 def round_up(size: int, multiple: int) -> int:
-    """Return the least multiple that is at least ``size``."""
+    """Return ``size`` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def is_wide(*products: int) -> bool:
-    """Return whether a product of sizes needs more than 31 bits, a constant of the kernels, set by huge inputs."""
+    """Return whether a product of sizes needs more than 31 bits (huge inputs); a compile-time constant of kernels."""
     return any(product >= 2**31 for product in products)
