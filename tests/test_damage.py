@@ -185,15 +185,15 @@ def test_a_store_that_changes_under_a_run_is_an_error(tmp_path, change):
 # processes
 
 
-class Slow:
-    def __getitem__(self, number):
-        return os.getpid()
+def read_slowly(number):
+    time.sleep(0.1 * number)
+    return os.getpid()
 
 
 @pytest.mark.parametrize("number", [3, 100])
 def test_a_killed_process_raises_where_its_data_are_waited_for(number):
     """Not in the middle of another call, as torch's handler of SIGCHLD does."""
-    reading = read_in_processes(Slow(), range(number), 1)
+    reading = read_in_processes(read_slowly, range(number), 1)
     os.kill(next(reading), signal.SIGKILL)
     deadline, saved = time.monotonic() + 0.5, 0
     while time.monotonic() < deadline:
@@ -203,11 +203,9 @@ def test_a_killed_process_raises_where_its_data_are_waited_for(number):
     assert saved
 
 
-class Large:
-    """More than a pipe holds, so that whoever sends it waits to be heard."""
-
-    def __getitem__(self, number):
-        return np.zeros(1 << 20)
+def read_large(_number):
+    """More than a pipe holds: the sender waits for the receiver."""
+    return np.zeros(1 << 20)
 
 
 def test_processes_end_with_a_parent_that_was_killed():
@@ -216,7 +214,7 @@ def test_processes_end_with_a_parent_that_was_killed():
     child = os.fork()
     if child == 0:
         os.close(reader)
-        next(read_in_processes(Large(), range(100), 2))  # they go on reading ahead
+        next(read_in_processes(read_large, range(100), 2))  # the workers read ahead
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(writer)
     os.waitpid(child, 0)

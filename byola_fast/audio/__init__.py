@@ -1,4 +1,4 @@
-"""Audio files, segments of them, packed stores, and the batches that training reads."""
+"""Audio files, random segments, packed stores, and batches for training."""
 
 from byola_fast.audio.reading import AudioError, audio_duration, read_audio, read_blocks
 

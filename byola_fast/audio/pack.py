@@ -1,4 +1,4 @@
-"""Packing: every file of a folder decoded once, into a store that gives segments without decoding."""
+"""Decode every file of a folder once into a packed store, which then gives segments without decoding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,16 +25,17 @@ logger = logging.getLogger("byola_fast")
 
 @dataclass
 class PackConfig:
-    """Settings of packing a folder.
+    """Settings of ``pack``.
 
     Attributes:
         audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), or one file.
-        out: folder that the store is written to; what was packed there before stays until the new one is whole.
-        sample_rate: rate that audio is resampled to, in Hz. A store holds 2 bytes a sample: 115 MB an hour at 16 kHz.
+        out: folder of the store; an existing store stays until the new one is complete.
+        sample_rate: rate of the store, in Hz; audio is resampled to it. A store takes 2 bytes per sample: 115 MB per
+            hour at 16 kHz.
         part: number of the part to pack, from 0; other processes or machines pack the others into the same folder.
-        parts: how many parts make the store; files are dealt out to them by their place in the sorted list.
-        workers: processes that decode; by default as many as there are CPU cores less one, at most 8.
-        force: pack again although no file has changed since this part was packed.
+        parts: number of parts of the store; file k of the sorted list goes to part k modulo parts.
+        workers: processes that decode; by default one fewer than the CPU cores, at most 8.
+        force: pack again even if no file has changed since this part was packed.
     """
 
     audio_dir: str
@@ -46,15 +48,15 @@ class PackConfig:
 
 
 class PackResult(NamedTuple):
-    """What a part of a store holds.
+    """Contents of a packed part.
 
     Attributes:
-        out: the folder.
-        files: audio files of this part.
-        broken: those of them that gave no samples, and why.
-        seconds: of audio.
-        clipped: samples that were beyond full scale and are held at it.
-        unchanged: whether the part was there already, packed from the same files.
+        out: folder of the store.
+        files: number of audio files in this part.
+        broken: reasons of the files without samples, by name.
+        seconds: duration of the audio.
+        clipped: number of samples that were clipped to full scale.
+        unchanged: whether the part already existed, packed from the same files.
     """
 
     out: Path
@@ -66,7 +68,7 @@ class PackResult(NamedTuple):
 
 
 def run_pack(config: PackConfig) -> PackResult:
-    """Pack a folder, showing progress; see ``pack``."""
+    """Pack a folder and show progress; see ``pack``."""
     with Progress("files") as progress:
         return pack(
             config.audio_dir,
@@ -89,28 +91,27 @@ def pack(
     force: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> PackResult:
-    """Decode every file of a folder, or of a part of it, into a packed store: ``round(32768 * wav)``, held in int16.
+    """Decode all files of a folder, or one part of them, into a packed store: ``round(32768 * wav)``, clipped to int16.
 
-    Whatever stops it, even ``kill -9``, the store that was there before stays whole. A part that was packed from the
-    same files (by name, size and time of change) is left as it is. A file that cannot be read, is empty or holds NaN or
-    infinity is reported by the logger ``byola_fast`` and recorded; short files are kept as they are.
+    If packing stops at any moment, even by ``kill -9``, an existing store stays complete. A part that was packed from
+    the same files (by name, size and modification time) is not packed again. If a file cannot be read, is empty or
+    holds NaN or infinity, the logger ``byola_fast`` warns and the store records it. Short files are not padded.
 
     Args:
         audio_dir: a folder, with all its subfolders, or a file.
-        out: folder of the store; made where it does not exist.
-        sample_rate: in Hz.
-        part: (number from 0, of how many): files number, number + how many, ... of the sorted list.
-        workers: processes that decode; by default as many as there are CPU cores less one, at most 8; 0 decodes in this
-            one.
-        force: pack although nothing has changed.
-        progress: called with (files done, of how many, seconds of audio).
+        out: folder of the store; created if it does not exist.
+        sample_rate: rate of the store, in Hz.
+        part: (number from 0, number of parts) = (p, n): packs files p, p + n, p + 2n, ... of the sorted list.
+        workers: processes that decode; by default one fewer than the CPU cores, at most 8; 0 decodes in this process.
+        force: pack even if nothing has changed.
+        progress: called with (files done, files in total, seconds of audio).
 
     Raises:
-        FileNotFoundError: no such folder. AudioError: no audio file in it, or not one of them can be read.
+        FileNotFoundError: no such folder. AudioError: it holds no audio file, or no file can be read.
         StoreError: ``out`` cannot be written or is full; another process is packing this part; ``out`` holds a store
             of another number of parts.
-        ChildProcessError: a process that decodes was killed.
-        ValueError: ``sample_rate``, ``part`` or ``workers`` out of range.
+        ChildProcessError: a worker process was killed.
+        ValueError: ``sample_rate``, ``part`` or ``workers`` is out of range.
     """
     audio_dir, out, (number, parts) = Path(audio_dir), Path(out), part
     if sample_rate < 1:
@@ -121,7 +122,7 @@ def pack(
     listing = list_audio_files(audio_dir)
     root = audio_dir if audio_dir.is_dir() else audio_dir.parent
     names = [path.relative_to(root).as_posix() for path in listing]
-    checksum, own, files = listing_checksum(listing), names[number::parts], listing[number::parts]
+    checksum, part_names, files = listing_checksum(listing), names[number::parts], listing[number::parts]
     if not force and (header := _unchanged(out / f"{part_name(number, parts)}.json", sample_rate, checksum, files)):
         if old_data(out, header):
             with PartWriter(out, number, parts) as writer:
@@ -130,21 +131,21 @@ def pack(
 
     offsets, broken, clipped = [0], {}, 0
     sources: list[tuple[int, int]] = []
-    decoding = read_in_processes(_Decoder(files, sample_rate), range(len(files)), workers)
+    decoding = read_in_processes(partial(_decode, sample_rate=sample_rate), files, workers)
     with PartWriter(out, number, parts) as writer, closing(decoding) as decoded:
-        for name, (wav, beyond, source, error) in zip(own, decoded, strict=True):
-            if error is not None:
-                broken[name] = error.reason
-                logger.warning("skipping %s", error)
+        for name, (wav, num_clipped, source) in zip(part_names, decoded, strict=True):
+            if isinstance(wav, AudioError):
+                broken[name] = wav.reason
+                logger.warning("skipping %s", wav)
             else:
                 writer.write(wav)
-            clipped += beyond
+            clipped += num_clipped
             offsets.append(writer.samples)
             sources.append(source)
             if progress is not None:
                 progress(len(sources), len(files), writer.samples / sample_rate)
         if len(broken) == len(listing):
-            reason = f"{broken[own[0]]} (none of {len(listing)} files can be read)"
+            reason = f"{broken[part_names[0]]} (none of {len(listing)} files can be read)"
             raise AudioError(listing[0], reason)
         header = writer.finish(
             part=number,
@@ -153,14 +154,14 @@ def pack(
             files=len(listing),
             listing_sha256=checksum,
             clipped=clipped,
-            names=own,
+            names=part_names,
             offsets=offsets,
             source_bytes=[size for size, _time in sources],
             source_times=[time for _size, time in sources],
             broken=broken,
         )
     if clipped:
-        logger.warning("%d samples were beyond full scale and are held at it", clipped)
+        logger.warning("%d samples were clipped to full scale", clipped)
     return _result(out, header, False)
 
 
@@ -170,7 +171,7 @@ def _result(out: Path, header: PartHeader, unchanged: bool) -> PackResult:
 
 
 def _unchanged(path: Path, sample_rate: int, listing_sha256: str, files: list[Path]) -> PartHeader | None:
-    """Return the header of a part that is there already, packed as it would be now; else None."""
+    """Return the header of an existing part if packing now would give the same; else None."""
     if not path.exists():
         return None
     try:
@@ -186,22 +187,17 @@ def _sources(header: PartHeader) -> list[tuple[int, int]]:
     return list(zip(header.source_bytes, header.source_times, strict=True))
 
 
-Decoded = tuple["npt.NDArray[np.int16] | None", int, tuple[int, int], AudioError | None]
+Decoded = tuple["npt.NDArray[np.int16] | AudioError", int, tuple[int, int]]
 
 
-class _Decoder:
-    """Whole files as int16, with the number of samples beyond full scale, by number."""
+def _decode(file: Path, sample_rate: int) -> Decoded:
+    """Return a whole file as int16 (or its error), the number of samples beyond full scale, and its fingerprint."""
+    import numpy as np
 
-    def __init__(self, files: list[Path], sample_rate: int) -> None:
-        self.files, self.sample_rate = files, sample_rate
-
-    def __getitem__(self, number: int) -> Decoded:
-        import numpy as np
-
-        source = fingerprint(self.files[number])
-        try:
-            wav = read_audio(self.files[number], self.sample_rate).numpy()
-        except AudioError as error:
-            return None, 0, source, error
-        beyond = int(np.count_nonzero(np.abs(wav) > 1))
-        return np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16), beyond, source, None
+    source = fingerprint(file)
+    try:
+        wav = read_audio(file, sample_rate).numpy()
+    except AudioError as error:
+        return error, 0, source
+    clipped = int(np.count_nonzero(np.abs(wav) > 1))
+    return np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16), clipped, source

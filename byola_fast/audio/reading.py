@@ -1,6 +1,6 @@
-"""Audio files: finding them, reading any part of one as 16 kHz mono, and drawing random segments from many.
+"""Find audio files, and read any part of one as mono at any rate.
 
-soundfile (libsndfile) decodes and soxr resamples; both are imported where they are used.
+soundfile (libsndfile) decodes and soxr resamples; both are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("byola_fast")
 
-FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
-SUFFIXES = frozenset("." + name for name in FORMATS.split())
-BLOCK_FRAMES = 1 << 22  # decoded at a time, so that a long file costs the memory of its mono mix alone
-OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets, in Vorbis of 1024 frames each as encoders write them
-MP3_SEEK_FRAMES = 1 << 18  # decoding as many costs milliseconds
-UNKNOWN_FRAMES = 1 << 60  # libsndfile gives 2^63 - 1 where a header does not tell the length (FLAC from a pipe)
+AUDIO_FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
+SUFFIXES = frozenset("." + name for name in AUDIO_FORMATS.split())
+BLOCK_FRAMES = 1 << 22  # decoded at a time: a long file takes the memory of its mono mix alone
+OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encoders write 1024 frames in each
+MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
+UNKNOWN_FRAMES = 1 << 60  # libsndfile returns 2^63 - 1 if the header has no length (FLAC from a pipe)
 
 
 class AudioError(ValueError):
-    """Say which audio file could not be used, and why.
+    """An audio file cannot be used. The message names the file and the reason.
 
     Attributes:
         path: the file.
-        reason: what is wrong with it, without its name.
+        reason: the reason, without the name.
 
     >>> print(AudioError(Path("a.wav"), "empty file (0 bytes)"))
     a.wav: empty file (0 bytes)
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # both, so that the error survives pickling on its way out of a worker
+        super().__init__(path, reason)  # both: pickling, on the way from a worker, passes them to __init__
         self.path = Path(path)
         self.reason = reason
 
@@ -54,13 +54,13 @@ class AudioError(ValueError):
 
 
 def list_audio_files(root: str | Path) -> list[Path]:
-    """List the audio files under a folder, in sorted order, or give a file itself.
+    """List the audio files in a folder and its subfolders, sorted; a file is returned as it is.
 
     Args:
-        root: a folder, walked with all its subfolders (links too, each folder once), or a file, whatever its name.
+        root: a folder (links are followed, each folder is listed once), or a file of any name.
 
     Returns:
-        Paths that begin with ``root``. Hidden files and folders and other suffixes than ``SUFFIXES`` (in any case)
+        Paths that begin with ``root``. Hidden files and folders, and files without one of ``SUFFIXES`` (in any case),
         are left out. The order depends on the names alone.
 
     Raises:
@@ -86,12 +86,12 @@ def list_audio_files(root: str | Path) -> list[Path]:
     if not files and is_store(root):
         raise AudioError(root, "a packed store, which pretrain and stats read; give the folder that it was packed from")
     if not files:
-        raise AudioError(root, f"no audio file in this folder (looked for {FORMATS})")
+        raise AudioError(root, f"no audio file in this folder (looked for {AUDIO_FORMATS})")
     return sorted(files)
 
 
 def listing_checksum(files: Sequence[str | Path]) -> str:
-    """Return the checksum of the names of files below their common folder, by which a changed corpus is known."""
+    """Return the checksum of file names relative to their common folder; it shows whether a corpus has changed."""
     names = [os.path.abspath(path) for path in files]
     root = os.path.commonpath({os.path.dirname(name) for name in names})
     return hashlib.sha256(b"\0".join(os.fsencode(name[len(root) :].lstrip("/")) for name in names)).hexdigest()
@@ -104,8 +104,8 @@ def _report_folder(error: OSError) -> None:
 def audio_duration(path: str | Path) -> float:
     """Return the length of an audio file in seconds, from its header alone.
 
-    A truncated file may hold less than its header says. Only a file whose header does not tell the length (a FLAC
-    written to a pipe) is decoded.
+    A truncated file may hold less than its header says. A file is decoded only if its header has no length (a FLAC
+    written to a pipe).
 
     Raises:
         AudioError: the file is missing, unreadable or empty.
@@ -129,17 +129,17 @@ def read_audio(
         duration_sec: length of the part, in seconds, above 0; None reads to the end.
 
     Shape:
-        ``(samples,)`` float32, nominally in [-1, 1]; shorter than asked for where the file ends sooner. A truncated
-        file gives what can be decoded.
+        ``(samples,)`` float32, nominally in [-1, 1]; shorter than ``duration_sec`` if the file ends sooner. A truncated
+        file is read as far as it can be decoded.
 
     Raises:
-        AudioError: the file is missing, unreadable or empty, nothing of the part can be decoded, or a float file holds
-            NaN or infinity there.
+        AudioError: the file is missing, unreadable or empty, nothing of the part can be decoded, or the part holds NaN
+            or infinity.
         ValueError: ``sample_rate``, ``start_sec`` or ``duration_sec`` out of range.
 
     Numerics:
-        A part equals the slice of the whole to 1e-6, except in Opus, whose decoder settles to about 5e-3 of full scale
-        after a seek. In a long MP3, seeking makes libmpg123 print harmless notes to stderr.
+        A part equals the slice of the whole to 1e-6. Opus is the exception: after a seek its decoder settles to about
+        5e-3 of full scale. Seeking in a long MP3 makes libmpg123 print harmless notes to stderr.
     """
     if sample_rate < 1:
         raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
@@ -158,18 +158,18 @@ def read_audio(
 
 
 def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float = 60.0) -> Iterator[torch.Tensor]:
-    """Yield the waveform of ``read_audio`` in consecutive blocks, in memory that does not grow with its length.
+    """Yield the waveform of ``read_audio`` in consecutive blocks; memory does not grow with the length of the file.
 
     Args:
-        path: as ``read_audio``.
+        path: as in ``read_audio``.
         sample_rate: rate of the result, in Hz, at least 1.
-        block_sec: length of what is decoded at a time, in seconds, above 0; the blocks are about as long.
+        block_sec: length decoded at a time, in seconds, above 0; blocks have about this length.
 
     Shape:
-        ``(samples,)`` float32 each, never empty; one after the other they equal ``read_audio(path, sample_rate)``.
+        ``(samples,)`` float32 each, never empty; concatenated they equal ``read_audio(path, sample_rate)``.
 
     Raises:
-        AudioError: as ``read_audio``; NaN or infinity when their block is reached.
+        AudioError: as in ``read_audio``; for NaN or infinity, when their block is reached.
     """
     import numpy as np
     import soxr
@@ -178,7 +178,7 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
         rate, found = int(file.samplerate), False
         maximum = max(1, round(block_sec * rate))
         resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
-        ends = [np.empty(0, np.float32)] if rate != sample_rate else []  # what the filter still holds at the end
+        ends = [np.empty(0, np.float32)] if rate != sample_rate else []  # flushes the filter
         blocks = filter(len, _mono_blocks(file, UNKNOWN_FRAMES, maximum))
         for frames in itertools.chain(blocks, ends):
             if not np.isfinite(frames).all():
@@ -192,7 +192,7 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
 
 
 def _open(path: str | Path) -> soundfile.SoundFile:
-    """Open a file that has samples, or raise an AudioError that says what is wrong."""
+    """Open a file that has samples, or raise an AudioError with the reason."""
     import soundfile
 
     try:
@@ -211,7 +211,7 @@ def _open(path: str | Path) -> soundfile.SoundFile:
 
 
 def _num_frames(file: soundfile.SoundFile) -> int:
-    """Frames of a file as its header says, or as decoded where it does not say."""
+    """Number of frames: from the header, or by decoding if the header has no length."""
     if file.frames < UNKNOWN_FRAMES:
         return int(file.frames)
     with _open(os.fsdecode(file.name)) as again:
@@ -219,19 +219,19 @@ def _num_frames(file: soundfile.SoundFile) -> int:
 
 
 def _num_resampled(frames: int, rate: int, sample_rate: int) -> int:
-    """Length that soxr gives: ``frames * sample_rate / rate``, halves rounded up."""
+    """Length of soxr's result: ``frames * sample_rate / rate``, halves rounded up."""
     return (2 * frames * sample_rate + rate) // (2 * rate)
 
 
 def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: int | None) -> torch.Tensor:
-    """Samples ``[start, start + count)`` of the resampled mono mix, as far as the file goes."""
+    """Samples ``[start, start + count)`` of the resampled mono mix, or fewer if the file ends."""
     import numpy as np
     import soxr
 
     rate = int(file.samplerate)
     up, down = sample_rate // math.gcd(rate, sample_rate), rate // math.gcd(rate, sample_rate)
-    # The filter spans 92 samples of the lower rate to each side. Where a part begins at a multiple of `down` frames,
-    # its own grid of output samples falls on that of the whole file.
+    # The filter spans 92 samples of the lower rate to each side. A part that begins at a multiple of `down` frames has
+    # its output samples on the grid of the whole file.
     margin = 0 if up == down else math.ceil(256 * max(1.0, rate / sample_rate))
     first = max(0, (start * down // up - margin) // down * down)
     last = UNKNOWN_FRAMES if count is None else -(-(start + count) * down // up) + margin
@@ -246,7 +246,7 @@ def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: i
 
 
 def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np.floating[Any]]:
-    """Frames ``[start, start + count)`` mixed to mono, float32, as far as they can be decoded."""
+    """Frames ``[start, start + count)`` mixed to mono, float32, as far as decoding succeeds."""
     import numpy as np
     import soundfile
 
@@ -262,17 +262,17 @@ def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np
 
 
 def _mono_blocks(file: soundfile.SoundFile, wanted: int, maximum: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
-    """The next ``wanted`` frames mixed to mono, at most ``most`` at a time, as far as they can be decoded."""
+    """The next ``wanted`` frames mixed to mono, at most ``maximum`` at a time, as far as decoding succeeds."""
     import numpy as np
     import soundfile
 
-    # soundfile seeks to where it is after every read of a seekable file, and an MP3 decoder loses its bit reservoir.
+    # After every read of a seekable file, soundfile seeks to its position, and an MP3 decoder loses its bit reservoir.
     file.seekable = lambda: False
     while wanted > 0:
         block = np.full((min(wanted, maximum), file.channels), np.nan, np.float32)
         try:
             got = len(file.read(out=block))
-        except soundfile.SoundFileError:  # the file breaks off inside this block: what was decoded lies in it
+        except soundfile.SoundFileError:  # the file breaks off inside this block, which holds the decoded frames
             got = int(np.count_nonzero(~np.isnan(block[:, -1])))
             wanted = 0
         yield block[:got].mean(axis=1)
@@ -280,8 +280,8 @@ def _mono_blocks(file: soundfile.SoundFile, wanted: int, maximum: int) -> Iterat
 
 
 def _seek_point(file: soundfile.SoundFile, start: int) -> int:
-    """The frame to seek to, at or before ``start``, so that what is decoded at ``start`` is right."""
-    if "VORBIS" in file.subtype:  # in the last page libsndfile 1.2 lands a block too far (its issue 885)
+    """The frame to seek to, at or before ``start``, so that decoding is correct from ``start`` on."""
+    if "VORBIS" in file.subtype:  # in the last page libsndfile 1.2 seeks a block too far (its issue 885)
         return max(0, min(start, int(file.frames) - OGG_PAGE_FRAMES))
     if "MPEG" in file.subtype and start < MP3_SEEK_FRAMES:  # a seek makes libmpg123 write to stderr
         return 0

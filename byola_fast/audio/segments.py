@@ -12,7 +12,7 @@ from byola_fast.ops.philox import segment_u24
 
 
 def fit_segment(wav: torch.Tensor, num_samples: int, u24: int) -> torch.Tensor:
-    """Cut a segment of a waveform at a random place, or pad a shorter waveform with zeros on both sides.
+    """Cut a segment from a waveform at a random place, or pad a shorter waveform with zeros on both sides.
 
     ``start = u24 * (samples - num_samples + 1) >> 24``; a shorter waveform gets ``(num_samples - samples) // 2`` zeros
     in front and the rest behind.
@@ -20,10 +20,10 @@ def fit_segment(wav: torch.Tensor, num_samples: int, u24: int) -> torch.Tensor:
     Args:
         wav: ``(samples,)``.
         num_samples: length of the segment, at least 1.
-        u24: the random draw, an integer in [0, 2^24); unused where the waveform is no longer than the segment.
+        u24: the random draw, an integer in [0, 2^24); unused if the waveform is no longer than the segment.
 
     Shape:
-        ``(num_samples,)``; a view of ``wav`` where nothing is padded.
+        ``(num_samples,)``; a view of ``wav`` unless padded.
 
     Raises:
         ValueError: wrong rank, or ``num_samples`` or ``u24`` out of range.
@@ -49,21 +49,21 @@ def _segment_start(samples: int, num_samples: int, u24: int) -> int:
 
 
 class SegmentFolder:
-    """Draw random segments of audio files, decoding little more than the segment; ``Batches`` makes batches of them.
+    """Read random segments of audio files, decoding little more than the segment. ``Batches`` makes batches of them.
 
-    Which part of a file is drawn depends on (seed, epoch, index, draw) alone: not on workers, ranks or order. Segment
-    starts are drawn on the resampled grid, 2^24 of them at most (17 minutes at 16 kHz have as many). Clips shorter than
-    a segment are centred in zeros.
+    The segment depends on (seed, epoch, index, draw) alone, not on workers, ranks or order. Starts lie on the resampled
+    grid, at most 2^24 different ones in a file (the samples of 17 minutes at 16 kHz). Clips shorter than a segment are
+    centred in zeros.
 
     Args:
-        files: audio files, as ``list_audio_files`` gives them; at least one.
+        files: audio files, at least one, such as ``list_audio_files`` returns.
         unit_sec: length of a segment, in seconds, above 0; 0.95 s at 16 kHz are 15200 samples.
         sample_rate: rate of the segments, in Hz.
         seed: key of the random numbers.
 
     Attributes:
         num_samples: length of a segment, in samples.
-        listing: checksum of the names of all files below their common folder.
+        listing: checksum of the names of all files, relative to their common folder.
 
     Raises:
         ValueError: no files, or ``unit_sec`` or ``sample_rate`` out of range.
@@ -91,12 +91,12 @@ class SegmentFolder:
         return len(self.files)
 
     def read(self, index: int, epoch: int, draw: int = 0) -> torch.Tensor:
-        """Return a segment ``(num_samples,)`` float32 of one file, or raise what is wrong with it.
+        """Return a segment ``(num_samples,)`` float32 of one file.
 
         Args:
             index: number of the file, 0 to ``len(folder) - 1``.
             epoch: at least 0.
-            draw: number of the segment among those that a file gives in this epoch.
+            draw: number of the segment within its file and epoch.
 
         Raises:
             AudioError: the file cannot be read, or holds NaN or infinity in this segment.
@@ -111,5 +111,5 @@ class SegmentFolder:
                 wav = _read_part(file, self.sample_rate, start, self.num_samples)
                 if len(wav) == self.num_samples:
                     return wav
-        # A clip no longer than a segment, or one that holds less than its header says.
+        # The clip is no longer than a segment, or shorter than its header says.
         return fit_segment(read_audio(path, self.sample_rate), self.num_samples, u24)

@@ -1,7 +1,7 @@
-"""The packed store: a folder of audio decoded once, and random segments of it by the ten thousand a second.
+"""The packed store: audio that was decoded once, read as random segments, tens of thousands a second.
 
-Samples are read with ``preadv`` rather than through a memory map: as fast, and a file that is cut short under a running
-program is an error with a name, where a memory map kills the process.
+Samples are read with ``preadv``, which is as fast as a memory map. If the file is cut short meanwhile, it raises an
+error; a memory map would kill the process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,22 @@ UPLOAD_SAMPLES = 1 << 25  # copied to the device at a time
 
 
 class _Clips:
-    """Where the segments of clips lie: lengths and draws, on whatever device the lengths are."""
+    """Segment starts of clips, drawn on the device of ``lengths``."""
 
     num_samples: int
     seed: int
     lengths: Tensor
 
     def starts(self, clips: Tensor, epoch: int, draw: int | Tensor = 0) -> Tensor:
-        """Draw where segments start in their clips, as ``SegmentFolder`` does.
+        """Draw the starts of segments within their clips, as ``SegmentFolder`` does.
 
         Args:
             clips: ``(b,)`` int64 numbers of clips.
             epoch: at least 0.
-            draw: number of the segment among those that a clip gives in this epoch; one for all, or ``(b,)``.
+            draw: number of the segment within its clip and epoch; one for all, or ``(b,)``.
 
         Shape:
-            ``(b,)`` int64, in samples; below 0 where a clip is shorter than a segment and gets zeros in front.
+            ``(b,)`` int64, in samples; negative for clips shorter than a segment, which are padded in front.
         """
         spare = self.lengths[clips] - self.num_samples
         drawn = segment_u24(self.seed, epoch, clips, draw) * (spare + 1) >> 24
@@ -46,30 +47,30 @@ class _Clips:
 
 
 class SegmentStore(_Clips):
-    """Give random segments of the clips of a packed store without decoding anything.
+    """Read random segments of a packed store, without decoding.
 
-    The clips have the numbers that ``list_audio_files`` gives their files, and the same seed places the same segments
-    in them as ``SegmentFolder`` does. A file that was broken when it was packed keeps its number and has no samples.
+    Clips are numbered in the order of ``list_audio_files``, and the same seed gives the same segments as
+    ``SegmentFolder``. A file that was broken when it was packed keeps its number and has no samples.
 
     Args:
-        path: folder that ``pack`` wrote all parts of the store into.
+        path: folder that holds all parts of the store, as written by ``pack``.
         unit_sec: length of a segment, in seconds, above 0.
         seed: key of the random numbers.
 
     Attributes:
         num_samples: length of a segment, in samples.
         sample_rate: in Hz.
-        names: of all files, relative to the folder that was packed.
-        lengths: ``(clips,)`` int64, in samples; 0 where the file is broken.
+        names: names of all files, relative to the packed folder.
+        lengths: ``(clips,)`` int64, in samples; 0 for broken files.
         readable: ``(clips,)`` bool.
-        broken: the files that gave no samples, and why.
-        clipped: samples that were beyond full scale and are held at it.
+        broken: the files without samples, and the reasons.
+        clipped: number of samples clipped to full scale.
         listing: checksum of all names.
 
     Raises:
         FileNotFoundError: no such folder.
-        StoreError: no store, parts missing (names them), or not of one store; a header or a data file that is damaged
-            or has changed; no readable clip.
+        StoreError: no store, missing parts (names them), or parts of several stores; a damaged or changed header or
+            data file; no readable clip.
         ValueError: ``unit_sec`` out of range.
     """
 
@@ -106,28 +107,28 @@ class SegmentStore(_Clips):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # descriptors mean nothing to another process
-        return _reopened, (self.path, self.unit_sec, self.seed)
+    def __reduce__(self) -> tuple[Any, ...]:  # descriptors are not valid in another process
+        return partial(SegmentStore, self.path, unit_sec=self.unit_sec, seed=self.seed), ()
 
     def gather(
         self, indices: Tensor | Sequence[int], epoch: int, draw: int | Tensor = 0, *, out: Tensor | None = None
     ) -> Tensor:
-        """Return one random segment of each of some clips.
+        """Return one random segment of each given clip.
 
         Args:
-            indices: ``(b,)`` numbers of clips, of readable ones.
+            indices: ``(b,)`` numbers of readable clips.
             epoch: at least 0.
-            draw: number of the segment among those that a clip gives in this epoch; one for all, or ``(b,)``.
-            out: ``(b, num_samples)`` int16, contiguous, on the CPU, to be written to.
+            draw: number of the segment within its clip and epoch; one for all, or ``(b,)``.
+            out: tensor to write to: ``(b, num_samples)`` int16, contiguous, on the CPU.
 
         Shape:
             ``(b, num_samples)`` int16: ``round(32768 * wav)``. Clips shorter than a segment are centred in zeros.
 
         Raises:
             IndexError: a number out of range.
-            StoreError: a broken file's number (names it), or a data file that was cut short, written to or cannot be
-                read.
-            ValueError: ``out`` of another shape or type.
+            StoreError: the number of a broken file (names it), or a data file that was cut short, written to or cannot
+                be read.
+            ValueError: ``out`` has another shape or type.
         """
         clips = torch.as_tensor(indices, dtype=torch.int64)
         if len(clips) and not 0 <= int(clips.min()) <= int(clips.max()) < len(self):
@@ -138,7 +139,7 @@ class SegmentStore(_Clips):
         return self.cut(clips, self.starts(clips, epoch, draw), out=out)
 
     def cut(self, clips: Tensor, starts: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return segments of clips from given starts, as ``gather``; starts as ``starts`` gives them."""
+        """Return the segments at the starts that ``starts`` drew; otherwise as ``gather``."""
         shape = (len(clips), self.num_samples)
         if out is None:
             out = torch.empty(shape, dtype=torch.int16)
@@ -169,14 +170,14 @@ class SegmentStore(_Clips):
         return out
 
     def _check_unchanged(self) -> None:
-        """Refuse data files that were written to since; one that was put in a file's place does no harm."""
+        """Raise if an open data file was written to. A replaced file does no harm: the old one stays open."""
         for path, descriptor, opened in zip(self._data, self._descriptors, self._opened, strict=True):
             if (now := _state(descriptor)) != opened:
-                what = "cut short" if now < opened else "written to"
-                raise StoreError(path, f"{what} since the store was opened; verify it, or pack it again")
+                change = "cut short" if now < opened else "written to"
+                raise StoreError(path, f"{change} since the store was opened; verify it, or pack it again")
 
     def _read(self, part: int, content: memoryview, begin: int) -> None:
-        """Fill ``content`` from a byte of a part's samples on."""
+        """Fill ``content`` with bytes of a part's data file, from byte ``begin`` on."""
         done = 0
         while got := os.preadv(self._descriptors[part], [content[done:]], begin + done):
             done += got
@@ -190,7 +191,7 @@ class SegmentStore(_Clips):
         """Read all samples and compare them with their checksums.
 
         Args:
-            progress: called with (parts done, of how many).
+            progress: called with (parts done, number of parts).
 
         Raises:
             StoreError: samples changed since they were packed, or cannot be read.
@@ -206,19 +207,19 @@ class SegmentStore(_Clips):
                 progress(number, len(self._data))
 
     def to_device(self, device: str | torch.device) -> DeviceStore:
-        """Return the whole corpus in the memory of a device: 2 bytes a sample, 115 MB an hour at 16 kHz.
+        """Copy all samples to the memory of a device: 2 bytes a sample, 115 MB an hour at 16 kHz.
 
         Raises:
-            StoreError: not enough memory there; a data file that was cut short, written to or cannot be read.
+            StoreError: not enough memory; a data file that was cut short, written to or cannot be read.
         """
         return DeviceStore(self, torch.device(device))
 
 
 class DeviceStore(_Clips):
-    """A packed store in the memory of a device, where segments are drawn and cut: what ``to_device`` returns.
+    """A packed store in the memory of a device, which draws and cuts the segments; returned by ``to_device``.
 
-    Gives bit for bit what the store on the disk gives. Attributes are those of ``SegmentStore``, with ``lengths`` on
-    the device and all else on the CPU, and ``samples``: all clips, one after the other.
+    Segments equal those of the store on disk, bit for bit. Attributes are those of ``SegmentStore``, with ``lengths``
+    on the device and the others on the CPU, and ``samples``: all clips, one after the other.
     """
 
     def __init__(self, store: SegmentStore, device: torch.device) -> None:
@@ -234,8 +235,8 @@ class DeviceStore(_Clips):
             self._begins = (store._begins + bases[parts]).to(device)
             self.samples = torch.empty(sum(sizes), dtype=torch.int16, device=device)
             buffer = torch.empty(min(sum(sizes), UPLOAD_SAMPLES), dtype=torch.int16, pin_memory=device.type == "cuda")
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
-            message = f"{2 * sum(sizes) / 2**30:.1f} GiB of samples do not fit into the memory of {device}"
+        except RuntimeError as error:  # torch.OutOfMemoryError and the error of the CPU
+            message = f"{2 * sum(sizes) / 2**30:.1f} GiB of samples do not fit in the memory of {device}"
             raise StoreError(store.path, f"{message}: {error}") from error
         for number, size in enumerate(sizes):
             for first in range(0, size, len(buffer)):
@@ -248,16 +249,16 @@ class DeviceStore(_Clips):
         return len(self.names)
 
     def gather(self, indices: Tensor | Sequence[int], epoch: int, draw: int | Tensor = 0) -> Tensor:
-        """Return one random segment of each of some clips, as ``SegmentStore.gather``, on the device.
+        """Return one random segment of each given clip, as ``SegmentStore.gather``, on the device.
 
-        Nothing is waited for, so numbers of clips are not checked: they must be of readable clips.
+        The clips must be readable: a check would wait for the device.
         """
         clips = torch.as_tensor(indices, dtype=torch.int64)
         clips = clips.to(self.device, non_blocking=self.device.type == "cuda")
         return self.cut(clips, self.starts(clips, epoch, draw))
 
     def cut(self, clips: Tensor, starts: Tensor) -> Tensor:
-        """Return segments of clips from given starts, all on the device."""
+        """Return the segments at given starts, all on the device."""
         begins = self._begins[clips] + starts
         if not self._padded:
             windows = self.samples.as_strided((len(self.samples) - self.num_samples + 1, self.num_samples), (1, 1))
@@ -266,10 +267,6 @@ class DeviceStore(_Clips):
         inside = (place >= 0) & (place < self.lengths[clips, None])
         wav = self.samples[(begins[:, None] + (place - starts[:, None])).clamp_(0, len(self.samples) - 1)]
         return wav.where(inside, 0)
-
-
-def _reopened(path: Path, unit_sec: float, seed: int) -> SegmentStore:
-    return SegmentStore(path, unit_sec=unit_sec, seed=seed)
 
 
 def _state(descriptor: int) -> tuple[int, int]:
@@ -284,7 +281,7 @@ def _close(descriptors: list[int]) -> None:
 
 def _check_same_store(path: Path, header: PartHeader, first: PartHeader, first_name: str) -> None:
     for name in ("parts", "sample_rate", "files", "listing_sha256"):
-        own, wanted = getattr(header, name), getattr(first, name)
-        if own != wanted:
-            message = {"listing_sha256": "was packed from other files", "files": f"was packed from {own} files"}
-            raise StoreError(path, f"{message.get(name, f'{name} {own}')}, unlike {first_name} ({name} {wanted})")
+        found, wanted = getattr(header, name), getattr(first, name)
+        if found != wanted:
+            message = {"listing_sha256": "was packed from other files", "files": f"was packed from {found} files"}
+            raise StoreError(path, f"{message.get(name, f'{name} {found}')}, unlike {first_name} ({name} {wanted})")

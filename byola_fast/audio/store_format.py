@@ -1,11 +1,11 @@
-"""The files of a packed store: for each part one of samples and one header, read with every number checked.
+"""The files of a packed store: one data file and one header for each part.
 
     part-00000-of-00002.json               header: names, offsets, sizes, checksums
     part-00000-of-00002-<checksum>.int16   samples of all clips, one after the other, little-endian, nothing else
 
-The header's first line holds the checksum of the lines after it. It is written last and takes its name in one step, and
-the data file is named for its checksum: whenever writing stops, the header that is there still names the data it was
-written for. File number k of the sorted listing is clip ``k // parts`` of part ``k % parts``.
+The header's first line holds the checksum of the lines after it. The header is written last and renamed atomically, and
+the data file's name holds its checksum: if writing stops at any point, the existing header still names its own data.
+File number k of the sorted listing is clip ``k // parts`` of part ``k % parts``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}[.-].*(json|int16|tmp)$")
 
 
 class StoreError(ValueError):
-    """A packed store cannot be used, or not be written; the message names the file and says why.
+    """A packed store cannot be read or written. The message names the file and the reason.
 
     Attributes:
         path: the file or folder.
-        reason: what is wrong with it.
+        reason: the reason, without the name.
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
@@ -51,24 +51,24 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class PartHeader:
-    """What is known of one part of a store.
+    """Contents of the header of one part.
 
     Attributes:
-        part: its number, from 0.
-        parts: how many make the store.
-        sample_rate: of all clips, in Hz.
-        files: audio files of the whole listing, in all parts.
-        listing_sha256: of the names of the whole listing; equal in all parts of one store.
-        data: name of the file of samples.
-        samples: how many it holds.
-        samples_sha256: of its bytes.
-        clipped: samples that were beyond full scale and are held at it.
-        names: of this part's files, relative to the folder that was packed, with "/".
-        offsets: where clips begin, in samples, and where the last one ends; clip j is ``offsets[j]`` to
-            ``offsets[j + 1]``, and is empty where its file is broken.
-        source_bytes: size of each file as it was packed.
-        source_times: when it had last changed, in ns.
-        broken: why, by name, for every file that gave no samples.
+        part: number of the part, from 0.
+        parts: number of parts in the store.
+        sample_rate: rate of all clips, in Hz.
+        files: number of audio files in all parts.
+        listing_sha256: checksum of the names of all files; equal in all parts of one store.
+        data: name of the data file.
+        samples: number of samples in the data file.
+        samples_sha256: checksum of the data file.
+        clipped: number of samples clipped to full scale.
+        names: names of this part's files, relative to the packed folder, with "/".
+        offsets: start of each clip and end of the last one, in samples; clip j is ``offsets[j]`` to
+            ``offsets[j + 1]``, and empty if its file is broken.
+        source_bytes: size of each file when it was packed.
+        source_times: modification time of each file when it was packed, in ns.
+        broken: the reason for each file without samples, by name.
     """
 
     part: int
@@ -88,7 +88,7 @@ class PartHeader:
 
 
 def part_name(part: int, parts: int) -> str:
-    """Return what the names of the files of a part begin with.
+    """Return the beginning of the file names of a part.
 
     >>> part_name(2, 4)
     'part-00002-of-00004'
@@ -97,10 +97,10 @@ def part_name(part: int, parts: int) -> str:
 
 
 def read_header(path: Path) -> PartHeader:
-    """Read the header of a part and check it, in itself and against the size of its data file.
+    """Read the header of a part. Check its checksum and fields, and the size of its data file.
 
     Raises:
-        StoreError: the header or the data file is missing, damaged, changed or of another version.
+        StoreError: the header or the data file is missing, damaged, changed, or has another version.
     """
     try:
         text = path.read_bytes()
@@ -113,10 +113,8 @@ def read_header(path: Path) -> PartHeader:
         raise StoreError(path, "damaged, or changed since it was written; pack again")
     try:
         content = json.loads(text)
-    except ValueError as error:  # UnicodeDecodeError among them
+    except (ValueError, RecursionError) as error:
         raise StoreError(path, f"not JSON: {error}") from error
-    except RecursionError as error:
-        raise StoreError(path, "not JSON: nested too deeply") from error
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         found = f"{content.get('format')} {content.get('version')}"
         raise StoreError(path, f"expected {FORMAT} {VERSION}, got {found}; pack again")
@@ -137,39 +135,34 @@ def read_header(path: Path) -> PartHeader:
 
 
 def _problem(header: PartHeader, name: str) -> str:
-    """Say which numbers of a header cannot be; "" where all can."""
+    """Name a field that would read out of bounds or fail later; "" if there is none.
+
+    The checksum already excludes damage; this finds a faulty writer or a forgery.
+    """
     counts = (header.part, header.parts, header.sample_rate, header.files, header.samples, header.clipped)
-    if not all(_is_count(number) for number in counts) or header.sample_rate < 1:
-        return "a number is none, or out of range"
+    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts) or header.sample_rate < 1:
+        return "a count is not a number, or out of range"
     if not header.part < header.parts or name != f"{part_name(header.part, header.parts)}.json":
-        return f"says that it is part {header.part} of {header.parts}"
+        return f"its content is of part {header.part} of {header.parts}"
     if not isinstance(header.data, str) or not re.fullmatch(r"[\w.-]+\.int16", header.data):
-        return "data is not the name of a file beside it"
-    if not isinstance(header.listing_sha256, str) or not isinstance(header.samples_sha256, str):
-        return "a checksum is no text"
-    names, offsets, broken = header.names, header.offsets, header.broken
-    if not isinstance(names, list) or not set(map(type, names)) <= {str}:
-        return "names are no list of names"
-    if len(names) != len(range(header.part, header.files, header.parts)):
-        return f"{len(names)} names, which is not this part's share of {header.files} files"
-    lengths = ((offsets, len(names) + 1), (header.source_bytes, len(names)), (header.source_times, len(names)))
-    for numbers, length in lengths:  # millions: a type of each and no more
-        if not isinstance(numbers, list) or len(numbers) != length or not set(map(type, numbers)) <= {int}:
-            return "offsets or sources are no list of numbers, one for each name"
+        return "data is not the name of a file in this folder"
+    names, offsets = header.names, header.offsets
+    count = len(range(header.part, header.files, header.parts))
+    kinds = {"names": str, "offsets": int, "source_bytes": int, "source_times": int}
+    for field, kind in kinds.items():  # millions of values: a set of types is the fastest check
+        values, length = getattr(header, field), count + (field == "offsets")
+        if not isinstance(values, list) or len(values) != length or not set(map(type, values)) <= {kind}:
+            return f"{field} is not a list of {length} {kind.__name__}"
     if offsets[0] != 0 or offsets[-1] != header.samples or offsets != sorted(offsets):
         return "offsets do not rise from 0 to the number of samples"
     empty = {name for name, (a, b) in zip(names, pairwise(offsets), strict=True) if a == b}
-    if not isinstance(broken, dict) or broken.keys() != empty or not all(isinstance(x, str) for x in broken.values()):
-        return "broken does not give a reason for every empty clip"
+    if not isinstance(header.broken, dict) or header.broken.keys() != empty:
+        return "broken does not list the empty clips"
     return ""
 
 
-def _is_count(number: Any) -> bool:
-    return type(number) is int and 0 <= number < 1 << 62
-
-
 def is_store(folder: Path) -> bool:
-    """Say whether a folder holds a packed store, or what was to become one."""
+    """Tell whether a folder holds a packed store, finished or not."""
     return folder.is_dir() and any(PART_NAME.match(path.name) for path in folder.iterdir())
 
 
@@ -178,7 +171,7 @@ def find_headers(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such folder.
-        StoreError: no store, one with missing parts (names them), or parts of several stores.
+        StoreError: no store, missing parts (names them), or parts of several stores.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
@@ -199,32 +192,32 @@ def find_headers(folder: Path) -> list[Path]:
 
 
 def old_data(folder: Path, header: PartHeader) -> list[Path]:
-    """Return the files of samples of former packings of a part, which a killed process may have left."""
+    """Return data files of earlier packings of a part, which a killed process may have left."""
     files = folder.glob(f"{part_name(header.part, header.parts)}-*.int16")
     return [path for path in files if path.name != header.data]
 
 
 class PartWriter:
-    """Write the samples of a part, and put it in place at the end: a context manager.
+    """Write the samples of a part and replace the old part at the end: a context manager.
 
-    Until ``finish`` has run, and whenever the process is killed, what was there before stays whole. What a killed
-    process leaves behind are files ``*.tmp``, which the next attempt replaces.
+    The old part stays whole until ``finish`` has run, even if the process is killed. A killed process leaves
+    ``*.tmp`` files, which the next attempt replaces.
 
     Args:
-        folder: of the store; made where it does not exist.
-        part: from 0.
-        parts: how many make the store.
+        folder: folder of the store; created if missing.
+        part: number of the part, from 0.
+        parts: number of parts in the store.
 
     Raises:
-        StoreError: here or later, the folder cannot be written to or the disk is full; another process is writing this
-            part; the folder holds a store of another number of parts.
+        StoreError: the folder cannot be written to or the disk is full (raised by all methods); another process is
+            writing this part; the folder holds a store with another number of parts.
     """
 
     def __init__(self, folder: Path, part: int, parts: int) -> None:
         self.folder, self.name = folder, part_name(part, parts)
         self.samples, self._checksum, self._finished = 0, hashlib.sha256(), False
         self._temporary = folder / f"{self.name}.int16.tmp", folder / f"{self.name}.json.tmp"
-        with self._told():
+        with self._store_errors():
             folder.mkdir(parents=True, exist_ok=True)
             others = {int(match[2]) for path in folder.iterdir() if (match := HEADER_NAME.fullmatch(path.name))}
             if others - {parts}:
@@ -236,20 +229,24 @@ class PartWriter:
 
     def write(self, wav: npt.NDArray[np.int16]) -> None:
         """Add the samples of a clip."""
-        with self._told():
+        with self._store_errors():
             content = wav.astype("<i2", copy=False).data
             self._file.write(content)
             self._checksum.update(content)
             self.samples += len(wav)
 
     def finish(self, **described: Any) -> PartHeader:
-        """Flush the samples to the disk and put them and their header in place; takes the header's other fields."""
+        """Flush the samples to the disk, then rename them and their header into place.
+
+        Args:
+            described: the other fields of the header.
+        """
         checksum = self._checksum.hexdigest()
         data = f"{self.name}-{checksum[:12]}.int16"
         header = PartHeader(data=data, samples=self.samples, samples_sha256=checksum, **described)
         content = json.dumps({"format": FORMAT, "version": VERSION} | vars(header))[1:].encode() + b"\n"
         first = f'{{"header_sha256": "{hashlib.sha256(content).hexdigest()}",\n'.encode()
-        with self._told():
+        with self._store_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             with open(self._temporary[1], "wb") as file:
@@ -264,8 +261,8 @@ class PartWriter:
         return header
 
     def remove_old(self, header: PartHeader) -> None:
-        """Remove the samples of former packings of this part."""
-        with self._told():
+        """Remove data files of earlier packings of this part."""
+        with self._store_errors():
             for path in old_data(self.folder, header):
                 path.unlink()
 
@@ -273,15 +270,15 @@ class PartWriter:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        with suppress(OSError):  # a full disk fails the last flush once more
+        with suppress(OSError):  # on a full disk the last flush fails again
             if not self._finished:
                 for path in self._temporary:
                     path.unlink(missing_ok=True)
         with suppress(OSError):
-            self._file.close()  # and let go of the lock
+            self._file.close()  # releases the lock
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -290,14 +287,14 @@ class PartWriter:
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Open a file for this process alone; a lock ends with its process, however that ends."""
+    """Open a file and lock it. The system releases the lock when the process ends, even if killed."""
     while True:
         file = open(path, "ab")  # noqa: SIM115  the caller closes it
         if not lock(file):
             file.close()
-            raise StoreError(path, "another process is packing this part at the moment")
+            raise StoreError(path, "another process is packing this part")
         with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # else it was put in place meanwhile
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed meanwhile
                 file.truncate(0)
                 return file
         file.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,6 @@ from torch import Tensor
 from byola_fast.audio.reading import AudioError, read_audio, read_blocks
 from byola_fast.embedding.embedder import Embedder
 from byola_fast.runtime.workers import num_workers, read_in_processes
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 BATCH_SEC = 60.0  # sound per batch: 0.2 GB; larger is no faster on a CPU
 WAITING = 8  # batches of sound that wait for clips of equal length
@@ -71,24 +68,24 @@ def embed_clips(
     """
     if not pad_sec >= 0 or not 0 < batch_sec < math.inf:
         raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
-    workers = min(num_workers(workers), len(files))
+    workers = num_workers(workers)
     rate = embedder.sample_rate
     maximum = max(round(batch_sec * rate), 1)
     minimum = max(round(pad_sec * rate), embedder.min_samples)
     waiting: dict[int, list[tuple[int, Tensor, int]]] = {}
     held = 0
-    reading = read_in_processes(_Reader(files, rate, maximum), range(len(files)), workers)
+    reading = read_in_processes(partial(_read_start, sample_rate=rate, samples=maximum + 1), files, workers)
     with closing(reading) as decoded:
-        for number, (array, error) in enumerate(decoded):
-            if error is not None:
-                yield _broken(embedder, number, error)
+        for number, read in enumerate(decoded):
+            if isinstance(read, AudioError):
+                yield _broken(embedder, number, read)
                 continue
-            if len(array) > maximum:
+            if len(read) > maximum:
                 yield from _embed_long(embedder, files[number], number, frames, batch_sec)
                 continue
-            wav = F.pad(torch.from_numpy(array), (0, max(0, minimum - len(array))))
+            wav = F.pad(read, (0, max(0, minimum - len(read))))
             group = waiting.setdefault(len(wav), [])
-            group.append((number, wav, len(array)))
+            group.append((number, wav, len(read)))
             held += len(wav)
             if len(group) * len(wav) >= maximum:
                 length = len(wav)
@@ -207,14 +204,9 @@ def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
     return Piece(number, torch.empty(0, embedder.feature_d), 0, True, error)
 
 
-class _Reader:
-    """Waveforms by number; a long file is read up to one sample more than a batch."""
-
-    def __init__(self, files: Sequence[Path], sample_rate: int, maximum: int) -> None:
-        self.files, self.sample_rate, self.most_sec = files, sample_rate, (maximum + 1) / sample_rate
-
-    def __getitem__(self, number: int) -> tuple[npt.NDArray[np.float32] | None, AudioError | None]:
-        try:  # arrays: tensors would keep a file descriptor each
-            return read_audio(self.files[number], self.sample_rate, duration_sec=self.most_sec).numpy(), None
-        except AudioError as error:
-            return None, error
+def _read_start(file: Path, sample_rate: int, samples: int) -> Tensor | AudioError:
+    """Read a file, up to ``samples`` samples at ``sample_rate``; return an error instead of raising it."""
+    try:
+        return read_audio(file, sample_rate, duration_sec=samples / sample_rate)
+    except AudioError as error:
+        return error

@@ -1,1 +1,1 @@
-"""The process and its files: devices, ranks, workers, locks, progress."""
+"""Devices, processes, files, plugins and progress."""

@@ -1,4 +1,4 @@
-"""What a command asks of the process that it runs in."""
+"""Devices, dtypes and memory of a process."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that networks compute in, by name
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of the networks
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory it is given back.
+    """Let glibc keep freed memory.
 
-    It returns blocks of more than 32 MB to the kernel, which maps and clears them anew in every step: activations of
-    a batch of 64 cost 800,000 page faults, two fifths of the time of a training step, and half that of embedding.
+    By default it returns blocks above 32 MB to the kernel, which maps and clears them again in every step. For the
+    activations of a batch of 64 these are 800,000 page faults: two fifths of a training step, half of embedding.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -25,10 +25,10 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process: with "auto" and "cuda" its own of several GPUs.
+    """Return the device of this process. "auto" and "cuda" choose the GPU of the local rank.
 
     Raises:
-        ValueError: no device of that name, or not here.
+        ValueError: an unknown or unavailable device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device: expected one that is here, got {name!r} where torch finds no CUDA")
+            raise ValueError(f"device: expected an available device, got {name!r}, but torch finds no CUDA")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -46,6 +46,6 @@ def pick_device(name: str) -> torch.device:
         return device
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # as this build of torch puts it
-        raise ValueError(f"device: expected one that is here, got {name!r}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # depends on the build of torch
+        raise ValueError(f"device: expected an available device, got {name!r}: {str(error).splitlines()[0]}") from error
     return device

@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them; or one, for which all of this does nothing."""
+"""Multi-process training under torchrun. With one process everything here is a no-op."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# How gloo and NCCL put it that the other side is gone.
+# Words of gloo's and NCCL's errors when another process is gone.
 LOST = re.compile(r"gloo|nccl|connection|peer|timed? ?out|socket|broken pipe", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
-    """A process of the group died or does not answer."""
+    """Another process of the group died or hangs."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """The group of training processes, seen from this one.
 
     Attributes:
-        device: of this process.
-        rank: its number; rank 0 writes the files.
-        size: how many there are; 1 without torchrun.
+        device: device of this process.
+        rank: number of this process; rank 0 writes the files.
+        size: number of processes; 1 without torchrun.
     """
 
     device: torch.device
@@ -41,11 +41,11 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def all_max(self, *values: int) -> list[int]:
-        """Return each value's greatest over all processes; on the CPU, so that gloo notices the dead at once."""
+        """Return the maximum of each value over all processes; on the CPU, as gloo notices a dead process at once."""
         if self.size == 1:
             return list(values)
         message = torch.tensor(values, dtype=torch.int64)
@@ -53,7 +53,7 @@ class World:
         return message.tolist()
 
     def mean(self, *values: float) -> list[float]:
-        """Return the means over all processes."""
+        """Return the mean of each value over all processes."""
         if self.size == 1:
             return list(values)
         message = torch.tensor(values, dtype=torch.float64)
@@ -61,7 +61,7 @@ class World:
         return (message / self.size).tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, in the order of ranks."""
+        """Return the values of all processes, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -69,7 +69,7 @@ class World:
         return values
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """Let rank 0 make a value and give it to all; where it raises, all do."""
+        """Return rank 0's value in all processes. If rank 0 raises, all do."""
         if self.size == 1:
             return make()
         message: list[Any] = [None, None]
@@ -85,9 +85,9 @@ class World:
         return message[0]
 
     def wrap(self, learner: nn.Module) -> nn.Module:
-        """Return the module to call: the learner, or DistributedDataParallel around it.
+        """Return the learner, or DistributedDataParallel around it.
 
-        Buffers are not broadcast: BatchNorm's running ones serve after training only, when rank 0's are saved.
+        Buffers are not broadcast: BatchNorm's running statistics are used only after training, and rank 0's are saved.
         """
         if self.size == 1:
             return learner
@@ -100,13 +100,13 @@ class World:
 
 @contextmanager
 def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
-    """Join the processes that torchrun started (it sets RANK and WORLD_SIZE), and leave them at the end.
+    """Join the processes started by torchrun (which sets RANK and WORLD_SIZE), and leave them at the end.
 
-    A group that the caller has initialised already is used and left alone.
+    If the caller has already initialised a group, it is used and not destroyed.
 
     Args:
-        device: of this process; NCCL serves its tensors where it is a GPU, gloo those on the CPU.
-        timeout_min: minutes to wait for other processes.
+        device: device of this process; NCCL handles tensors on a GPU, gloo those on the CPU.
+        timeout_min: time to wait for other processes, in minutes.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -117,12 +117,12 @@ def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
     else:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         joining = World(device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        with name_lost_rank(joining, lambda: "nothing was begun"):
+        with name_lost_rank(joining, lambda: "nothing was started"):
             distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
         try:
             yield World(device, distributed.get_rank(), distributed.get_world_size())
         except RankError:
-            raise  # leaving in good order would wait for the dead
+            raise  # destroying the group would wait for the dead process
         except BaseException:
             distributed.destroy_process_group()
             raise
@@ -131,14 +131,14 @@ def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
 
 @contextmanager
 def name_lost_rank(world: World, message: Callable[[], str]) -> Iterator[None]:
-    """Turn what gloo and NCCL raise when a process is gone into one clear error.
+    """Turn gloo's and NCCL's errors about a lost process into one clear error.
 
     Args:
-        world: nothing is done where it is one process.
-        told: returns what is safe, and how to go on.
+        world: with one process, errors are not changed.
+        message: returns what is saved and how to resume.
 
     Raises:
-        RankError: in place of an error of the connection between processes.
+        RankError: in place of a connection error.
     """
     try:
         yield
@@ -146,24 +146,25 @@ def name_lost_rank(world: World, message: Callable[[], str]) -> Iterator[None]:
         lost = isinstance(error, distributed.DistError) or LOST.search(str(error))
         if world.size == 1 or isinstance(error, RankError) or not lost:
             raise
-        why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]  # without the place in gloo
+        # without gloo's source location
+        why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {message()}") from error
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks, in the order of ranks, and the number of this rank's first row among them.
 
-    The rows themselves and 0 where torch.distributed is not initialised or has one rank.
+    Without an initialised torch.distributed, or with one rank, returns ``x`` and 0.
 
     Args:
-        x: this rank's rows; every rank gives equally many.
+        x: this rank's rows; their number is the same on all ranks.
 
     Shape:
         x ``(B, size)`` to ``(world_size * B, size)``.
 
     Autograd:
-        To x, on every rank: the sum over ranks of the gradients of its rows. So where each rank's loss is the mean over
-        its own rows, DistributedDataParallel's mean over ranks is the gradient of the mean over all.
+        To x, on every rank: the sum over ranks of the gradients of its rows. So if each rank's loss is the mean over
+        its own rows, DistributedDataParallel's mean over ranks is the gradient of the mean over all rows.
 
     >>> gather_rows(torch.ones(2, 3))[0].shape
     torch.Size([2, 3])
@@ -171,7 +172,8 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return x, 0
-    from torch.distributed import _functional_collectives as collectives  # what torch.compile traces, backward too
+    # torch.compile traces these, and their backward
+    from torch.distributed import _functional_collectives as collectives
 
     names = ("all_gather_single_autograd", "all_gather_tensor_autograd")  # since torch 2.14, and before
     all_gather = next(getattr(collectives, name) for name in names if hasattr(collectives, name))
@@ -182,7 +184,7 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
 def concat_ranks(x: Tensor) -> Tensor:
     """Return the rows of all ranks, in order and without gradients: ``(B, ...)`` to ``(world_size * B, ...)``.
 
-    torch.distributed is initialised, and every rank calls this with one shape.
+    torch.distributed must be initialised, and the shape must be the same on all ranks.
     """
     distributed = torch.distributed
     names = ("all_gather_single", "all_gather_into_tensor")  # since torch 2.14, and before

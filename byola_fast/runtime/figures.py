@@ -1,4 +1,4 @@
-"""Figures of matplotlib, imported on first use and written whole."""
+"""Matplotlib figures: import on first use, atomic writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from byola_fast.runtime.files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAME_LENGTH = 28  # characters of a name that fit above a picture
+NAME_LENGTH = 28  # characters that fit above a picture
 
 
 def short_name(name: str) -> str:
-    """Leave out the middle of a long name."""
+    """Shorten a long name in the middle."""
     half = (NAME_LENGTH - 1) // 2
     return name if len(name) <= NAME_LENGTH else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
@@ -31,5 +31,5 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     kind = Path(path).suffix[1:] or "png"
-    # a Figure outside pyplot renders by Agg, and stays in no global list
+    # a Figure made without pyplot renders with Agg and needs no close()
     write_whole(Path(path), lambda file: figure.savefig(file, format=kind, dpi=110), writer=f".{os.getpid()}")

@@ -1,4 +1,4 @@
-"""What writers and readers of files share: names given to whole files only, locks, and knowing a file again."""
+"""Atomic writes, locks, checksums."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 BLOCK_BYTES = 1 << 24  # read at a time for a checksum
-SHOWN = 5  # names in a message
+SHOWN = 5  # names listed in a message
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where the system allows it."""
+    """Flush the entries of a folder to the disk, if the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -26,12 +26,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, writer: str = "") -> None:
-    """Give a file its name only when all of it is on the disk: whenever writing stops, the old one is whole.
+    """Write a file atomically: write a temporary file, flush it to the disk, rename it.
 
     Args:
-        path: file to write, in a folder that exists.
-        write: called with ``<name><writer>.tmp``, open for writing, in the same folder.
-        writer: tells processes apart that may write the same file at the same time.
+        path: file to write, in an existing folder.
+        write: called with the temporary file ``<name><writer>.tmp`` in the same folder, open for writing.
+        writer: distinguishes processes that may write the same file at the same time.
     """
     temporary = path.with_name(f"{path.name}{writer}.tmp")
     try:
@@ -46,7 +46,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, writer: str
 
 
 def as_text(write: Callable[[IO[str]], object]) -> Callable[[IO[bytes]], None]:
-    """Return what ``write_whole`` takes for a function that writes text: UTF-8, line ends as they come."""
+    """Adapt a function that writes text for ``write_whole``: UTF-8, line ends unchanged."""
 
     def encoded(file: IO[bytes]) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
@@ -57,9 +57,9 @@ def as_text(write: Callable[[IO[str]], object]) -> Callable[[IO[bytes]], None]:
 
 
 def lock(file: IO[bytes]) -> bool:
-    """Keep other processes out of an open file until it is closed; False where one of them keeps this one out.
+    """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    The system lets go of it with the process, however that ends. Where a file system has no locks, nobody is kept out.
+    The system releases the lock when the process ends, even if killed. A file system without locks locks nothing.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +71,7 @@ def lock(file: IO[bytes]) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the checksum of a file, read from the disk."""
+    """Return the SHA-256 checksum of a file."""
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -80,7 +80,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> tuple[int, int]:
-    """Return the bytes and the time of the last change in ns, by which a changed file is known; zeros for none."""
+    """Return the size in bytes and modification time in ns, to detect a changed file; zeros if it is missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -89,7 +89,7 @@ def fingerprint(path: Path) -> tuple[int, int]:
 
 
 def some_of(names: list[str]) -> str:
-    """Return names for a message, the first of many.
+    """Join names for a message; of many, the first five.
 
     >>> some_of(["a", "b", "c", "d", "e", "f"])
     'a, b, c, d, e, ...'

@@ -1,4 +1,4 @@
-"""Names of built-in classes, and of a user's own: ``package.module:Class``."""
+"""Classes by name: built-in names, and ``package.module:Class`` for classes of users."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 def find_class(kind: str, name: str | type[Any], known: Mapping[str, type[Any]]) -> type[Any]:
-    """Return the class that a name stands for: a known one, or ``"package.module:Class"``, which is imported.
+    """Return the class of a name: a known class, or ``"package.module:Class"``, which is imported.
 
-    Modules are found as ``python`` finds them, and in the current folder. A class is returned as it is.
+    Modules are searched on ``sys.path`` and in the current folder. A class is returned unchanged.
 
     Args:
-        kind: what is looked for, for messages: "encoder".
-        name: the name, or the class itself.
-        known: classes by name.
+        kind: kind of class, such as "encoder", for messages.
+        name: name of the class, or the class.
+        known: known classes by name.
 
     Raises:
         ValueError: an unknown name, a module that cannot be imported, or no such class in it.
@@ -53,6 +53,6 @@ def find_class(kind: str, name: str | type[Any], known: Mapping[str, type[Any]])
 
 
 def class_name(value: object, known: Mapping[str, type[Any]]) -> str:
-    """Return the name by which ``find_class`` finds the class of a value again."""
-    own = type(value)
-    return own.__name__ if known.get(own.__name__) is own else f"{own.__module__}:{own.__qualname__}"
+    """Return the name of the class of a value, as ``find_class`` takes it."""
+    cls = type(value)
+    return cls.__name__ if known.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"

@@ -1,20 +1,20 @@
-"""Progress of long work, on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-LINE_SEC = 5.0  # between two lines where there is no terminal
+LINE_SEC = 5.0  # between two lines without a terminal
 
 
 class Progress:
-    """A bar with what is done, a remark and the remaining time on a terminal, elsewhere a line every few seconds.
+    """A progress bar on a terminal, otherwise a line every 5 seconds: count, message, remaining time.
 
     Args:
-        what: is counted, in one word: "steps", "files".
-        total: how many there are; None where only ``show`` will tell.
-        begun: how many were done before, at no time of this bar's.
+        what: unit of the count: "steps", "files".
+        total: final count; None if only ``show`` gives it.
+        begun: count at the start, of a resumed run.
     """
 
     def __init__(self, what: str, total: int | None = None, begun: int = 0) -> None:
@@ -26,7 +26,7 @@ class Progress:
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
         self.task = self.bar.add_task("", total=total, completed=begun, message="") if self.bar is not None else None
         self.what, self.total = what, total or 0
-        self.first: tuple[int, float] | None = None  # what was done, and when, as ``show`` was first called
+        self.first: tuple[int, float] | None = None  # count and time of the first ``show``
         self.shown_at = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -39,10 +39,10 @@ class Progress:
             self.bar.stop()
 
     def show(self, done: int, message: str = "", total: int | None = None) -> None:
-        """Show how many are done, and a remark."""
+        """Show the count and a message."""
         self.total = self.total if total is None else total
         now = time.monotonic()
-        self.first = self.first or (done, now)  # before it lie compilation and warming up, which do not come again
+        self.first = self.first or (done, now)  # compilation and warm-up come before it
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, total=self.total, message=message)
         elif now - self.shown_at >= LINE_SEC or done == self.total:

@@ -1,168 +1,160 @@
-"""Processes that read audio: deaf to the signals that stop a run, ended with their parent, an error when killed."""
+"""Reading ahead, by a thread or by worker processes. Workers ignore SIGINT and SIGTERM and exit with their parent."""
 
 from __future__ import annotations
 
 import atexit
+import copyreg
 import multiprocessing
 import os
-import re
+import pickle
 import signal
+import socket
 import threading
 import time
-import weakref
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from types import FrameType
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing.process import BaseProcess
+from traceback import format_exc
+from typing import BinaryIO, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-MOST_WORKERS = 8
-STOPPING = (signal.SIGINT, signal.SIGTERM)  # which the main process alone heeds
-GRACE_SEC = 30  # that a process lives on after SIGTERM, for the main process to end its step and save
+MAX_WORKERS = 8
+WORKER_AHEAD = 1  # items that a worker has ready, besides the one that it reads
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_SEC = 0.2
 
-_END = object()
-
-_running: weakref.WeakSet[Any] = weakref.WeakSet()
-_waiting: weakref.WeakSet[Any] = weakref.WeakSet()  # for their data, at this moment
-_deaths: weakref.WeakKeyDictionary[Any, RuntimeError] = weakref.WeakKeyDictionary()  # that nobody waited for yet
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def num_workers(asked: int | None) -> int:
-    """Return how many processes read audio: as many as asked for, or one fewer than there are CPU cores, at most 8.
+    """Return the number of worker processes: the number asked for, or one fewer than the CPU cores, at most 8.
 
     Raises:
-        ValueError: fewer than 0 are asked for.
+        ValueError: ``asked`` is below 0.
     """
     if asked is not None:
         if asked < 0:
             raise ValueError(f"workers: expected at least 0, got {asked}")
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores - 1)
+    return min(MAX_WORKERS, cores - 1)
 
 
-def read_in_processes(dataset: Any, numbers: Sequence[int], workers: int, *, pin: bool = False) -> Generator[Any]:
-    """Yield ``dataset[number]`` for every number, in order, read ahead by processes; closing the iterator ends them.
+def read_in_thread(read: Callable[[K], T], keys: Iterable[K], ahead: int) -> Generator[T]:
+    """Yield ``read(key)`` for every key, in order; a thread reads up to ``ahead`` items before they are asked for.
 
-    An error that has a message of its own is better returned by the dataset than raised: raised, it arrives with the
-    process's traceback as its message.
+    Closing the generator ends the thread.
+    """
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="byola_fast reader") as thread:
+        try:
+            for key in keys:
+                waiting.append(thread.submit(read, key))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Generator[T]:
+    """Yield ``read(key)`` for every key, in order, read ahead by worker processes; closing the generator ends them.
+
+    Worker i reads keys i, i + workers, ... and sends the items through a socket of its own. If it is killed, even while
+    it sends, its socket ends and nothing waits. (A queue shared by workers, as in ``ProcessPoolExecutor``, waits
+    forever for the rest of the item.) Sockets need no shared memory.
 
     Args:
-        dataset: anything with ``__getitem__``; tensors travel through shared memory, arrays through a pipe.
-        numbers: what to read.
-        workers: processes; 0 reads in this one.
-        pin: copy tensors to pinned memory.
+        read: called in a worker, where torch has one thread. An error that it raises is raised here.
+        keys: arguments of ``read``.
+        workers: number of processes; 0 reads in this one.
 
     Raises:
-        ChildProcessError: a process was killed.
+        ChildProcessError: a worker was killed. Raised when its item is asked for.
     """
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=None,  # whatever the dataset gives is passed on as it is
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_same,
-        pin_memory=pin,
-        worker_init_fn=partial(_begin, os.getpid()),
-        generator=torch.Generator(),  # seeds workers: no draw that matters may share it
-    )
-    with _held_back(STOPPING):  # by the new processes too, until they are ready for them
-        iterator = iter(loader)
-    _running.add(iterator)
-    _leave_deaths_to_reading()
-    try:
-        while (item := _next(iterator)) is not _END:
-            yield item
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise ChildProcessError(f"a process that reads audio was killed (out of memory?): {error}") from error
-    finally:
-        _end(iterator)
-
-
-@contextmanager
-def _held_back(signals: Sequence[signal.Signals]) -> Generator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end(iterator: Any) -> None:
-    """End the processes now; DataLoader does once the iterator is collected, which a traceback delays."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-@atexit.register
-def _end_all() -> None:
-    """End processes whose iterator is still in some frame: Python would send them SIGTERM and wait."""
-    for iterator in list(_running):
-        _end(iterator)
-
-
-def _next(iterator: Any) -> Any:
-    """Return the next item, or ``_END``; raise what is known of a killed process."""
-    if iterator in _deaths:
-        raise _deaths.pop(iterator)
-    _waiting.add(iterator)
-    try:
-        return next(iterator, _END)
-    finally:
-        _waiting.discard(iterator)
-
-
-def _leave_deaths_to_reading() -> None:
-    """Have a killed process raise where its data are waited for, and not wherever the main thread is.
-
-    That is what torch's handler of SIGCHLD does, also in the middle of a step or a save, which would be taken for a
-    failure of that.
-    """
-    torchs = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(torchs) or hasattr(torchs, "ours"):
+    if workers == 0:
+        yield from map(read, keys)
         return
+    main = os.getpid()
+    team: list[tuple[BaseProcess, BinaryIO]] = []
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def end() -> None:
+        for process, items in team if os.getpid() == main else ():  # a fork of this process has a copy of the team
+            process.kill()
+            process.join()
+            items.close()
+
+    try:
+        for first in range(min(workers, len(keys))):
+            team.append(_start(read, keys[first::workers]))
+        atexit.register(end)  # multiprocessing would send SIGTERM and wait
+        for _key, (process, items) in zip(keys, cycle(team), strict=False):
+            try:
+                item, error = pickle.load(items)
+            except (EOFError, pickle.UnpicklingError) as cut:
+                process.join()
+                message = f"a process that reads audio was killed (out of memory?): exit code {process.exitcode}"
+                raise ChildProcessError(message) from cut
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _start(read: Callable[[K], T], keys: Sequence[K]) -> tuple[BaseProcess, BinaryIO]:
+    """Start a worker; return it and the file that its items are read from."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = multiprocessing.Process(target=_work, args=(read, keys, theirs, os.getpid()), daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker ignores them
         try:
-            torchs(number, frame)
-        except RuntimeError as error:
-            killed = re.search(r"worker \(pid (\d+)\)", str(error))
-            pid = int(killed[1]) if killed else None
-            for iterator in list(_running):
-                own = [process.pid for process in getattr(iterator, "_workers", ())]
-                if pid in own and iterator not in _waiting:
-                    _deaths[iterator] = error
-                    return
-            raise
-
-    handler.ours = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, handler)
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return process, ours.makefile("rb")
 
 
-def _same(item: Any) -> Any:
-    return item
+def _work(read: Callable[[K], T], keys: Sequence[K], theirs: socket.socket, main: int) -> None:
+    """Read and send every item, or the first error."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # a fork server ends with the main process
+    parent = main if multiprocessing.get_start_method() == "fork" else os.getppid()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with suppress(BrokenPipeError), theirs, theirs.makefile("wb") as items:
+        try:
+            for item in read_in_thread(read, keys, WORKER_AHEAD):
+                _send(items, (item, None))
+        except Exception as error:
+            if hasattr(error, "add_note"):  # since Python 3.11
+                error.add_note(f"in a process that reads audio:\n{format_exc()}")
+            _send(items, (None, error))
 
 
-def _begin(main: int, _worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which they reach too, and end with it, whatever ends it.
-
-    torch's workers look for their parent as well, but then wait for it to take what they have read.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SEC))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    forked = multiprocessing.get_start_method() == "fork"
-    parent = main if forked else os.getppid()  # or a server of forks, which ends with the main process
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(0.2)
+        time.sleep(POLL_SEC)
     os._exit(1)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as arrays, which protocol 5 writes without a copy."""
+
+    dispatch_table = copyreg.dispatch_table | {Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+
+
+def _send(items: BinaryIO, message: object) -> None:
+    _Pickler(items, protocol=5).dump(message)
+    items.flush()

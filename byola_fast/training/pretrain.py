@@ -122,7 +122,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         segments=segments,
         device=device,
     )
-    if batches.own < 2:
+    if batches.local_size < 2:
         raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
     if batches.repeats > 1 and world.first:
         message = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"

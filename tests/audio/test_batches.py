@@ -1,4 +1,4 @@
-"""Batches: full, the same for every reader, rank and resumed run, and whole again where files are broken."""
+"""Batches: full, equal for every reader, rank and resumed run, with broken files replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.audio.store_format import StoreError
-from byola_fast.runtime import workers as processes
 
 RATE = 16000
 UNIT = 0.05
@@ -37,7 +36,7 @@ KINDS = ["folder", "store", "device"]
 
 
 def write_clips(folder: Path, broken: tuple[int, ...] = ()) -> Path:
-    """Clips of 16 bits that say in every sample who they are (thousands) and where (the rest); one is too short."""
+    """Write 16-bit clips whose samples hold the clip number (thousands) and the position (rest); clip 5 is short."""
     folder.mkdir(parents=True)
     for number in range(CLIPS):
         samples = 300 if number == 5 else 990
@@ -72,8 +71,8 @@ def as_int16(wav: torch.Tensor) -> torch.Tensor:
     return wav if wav.dtype == torch.int16 else (wav * 32768).round().to(torch.int16)
 
 
-def who(wav: torch.Tensor) -> list[int]:
-    """The clip of every segment."""
+def clip_numbers(wav: torch.Tensor) -> list[int]:
+    """Return the clip of every segment."""
     return ((as_int16(wav).amax(-1).long() - 1) // 1000).flatten().tolist()
 
 
@@ -81,16 +80,16 @@ def equal(a: Batch, b: Batch) -> bool:
     return a[:3] == b[:3] and torch.equal(as_int16(a.wav), as_int16(b.wav))
 
 
-def test_an_epoch_takes_every_clip_once_in_an_order_of_its_own(source: Callable[..., Source]) -> None:
+def test_every_epoch_takes_each_clip_once_in_its_own_order(source: Callable[..., Source]) -> None:
     batches = Batches(source("store"), 4, seed=1)
     assert batches.steps_per_epoch == 2
     found = list(batches.run(6))
     assert [batch[:3] for batch in found] == [(0, 0, 0), (1, 0, 0), (2, 1, 0), (3, 1, 0), (4, 2, 0), (5, 2, 0)]
     assert all(batch.wav.shape == (4, 800) for batch in found)
-    epochs = [who(torch.cat([a.wav, b.wav])) for a, b in zip(found[::2], found[1::2], strict=True)]
+    epochs = [clip_numbers(torch.cat([a.wav, b.wav])) for a, b in zip(found[::2], found[1::2], strict=True)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert who(next(Batches(source("store"), 11, seed=1).run(1)).wav) != who(
+    assert clip_numbers(next(Batches(source("store"), 11, seed=1).run(1)).wav) != clip_numbers(
         next(Batches(source("store"), 11, seed=2).run(1)).wav
     )
 
@@ -112,24 +111,37 @@ def test_every_reader_gives_the_same(
     assert len(resumed) == 4
     assert all(map(equal, resumed, wanted[3:]))
     assert {path.name for path in batches.broken} == ({"03.wav", "07.wav"} if broken else set())
-    assert set(who(torch.cat([batch.wav for batch in found]))) <= set(range(CLIPS)) - set(BROKEN if broken else ())
+    assert set(clip_numbers(torch.cat([batch.wav for batch in found]))) <= set(range(CLIPS)) - set(
+        BROKEN if broken else ()
+    )
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    own=st.integers(1, 9), world=st.integers(1, 4), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 10**6),
+    local_size=st.integers(1, 9), world=st.integers(1, 4), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 10**6),
     segments=st.integers(1, 3), kind=st.sampled_from(KINDS), broken=st.booleans(),
 )  # fmt: skip
 def test_the_global_batch_does_not_depend_on_ranks(
-    source: Callable[..., Source], own: int, world: int, seed: int, step: int, segments: int, kind: str, broken: bool
+    source: Callable[..., Source],
+    local_size: int,
+    world: int,
+    seed: int,
+    step: int,
+    segments: int,
+    kind: str,
+    broken: bool,
 ) -> None:
     settings: dict[str, Any] = {"seed": seed, "workers": 0, "segments": segments}
-    whole = next(Batches(source("store", broken), own * world, **settings).run(step + 1, step))
+    whole = next(Batches(source("store", broken), local_size * world, **settings).run(step + 1, step))
     parts = [
-        next(Batches(source(kind, broken), own * world, rank=rank, world_size=world, **settings).run(step + 1, step))
+        next(
+            Batches(source(kind, broken), local_size * world, rank=rank, world_size=world, **settings).run(
+                step + 1, step
+            )
+        )
         for rank in range(world)
     ]
-    assert [part.sample_offset for part in parts] == [rank * own for rank in range(world)]
+    assert [part.sample_offset for part in parts] == [rank * local_size for rank in range(world)]
     assert torch.equal(as_int16(torch.cat([part.wav for part in parts])), whole.wav)
 
 
@@ -139,15 +151,17 @@ def test_few_clips_give_several_segments(source: Callable[..., Source], kind: st
     assert (batches.repeats, batches.steps_per_epoch) == (6, 1)
     wav = as_int16(next(batches.run(1)).wav)
     assert wav.shape == (64, 800)
-    long = wav[[clip != 5 for clip in who(wav)]]
-    assert len({tuple(row.tolist()) for row in long}) > len(long) - 20  # 191 places for a segment; each drawn anew
+    long = wav[[clip != 5 for clip in clip_numbers(wav)]]
+    assert (
+        len({tuple(row.tolist()) for row in long}) > len(long) - 20
+    )  # 191 places for a segment; each drawn independently
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments_of_one_clip_are_drawn_apart(source: Callable[..., Source], kind: str) -> None:
     wav = torch.cat([batch.wav for batch in Batches(source(kind), 10, seed=0, segments=2, workers=0).run(20)])
     first, second = (as_int16(wav[:, part])[:, 0].long() for part in range(2))
-    long = torch.tensor(who(wav[:, 0])) != 5
+    long = torch.tensor(clip_numbers(wav[:, 0])) != 5
     assert torch.equal(((first - 1) // 1000)[long], ((second - 1) // 1000)[long])
     distance = (first - second)[long]
     assert (distance == 0).float().mean() < 0.05
@@ -166,7 +180,7 @@ def test_a_broken_file_is_reported_once_and_replaced_by_others(
         assert sorted(line.split(": ")[0].split("/")[-1] for line in lines) == ["03.wav", "07.wav"]
         assert all("not audio that libsndfile can read" in line for line in lines)
         assert set(batches.broken.values()) == {"not audio that libsndfile can read"}
-        counts = np.bincount(who(torch.cat([batch.wav for batch in found])), minlength=CLIPS)
+        counts = np.bincount(clip_numbers(torch.cat([batch.wav for batch in found])), minlength=CLIPS)
         assert counts.tolist()[3] == counts.tolist()[7] == 0
         others = np.delete(counts, BROKEN) - 30  # 60 replacements by 9 clips
         assert others.sum() == 60
@@ -179,13 +193,13 @@ def test_a_file_that_vanishes_or_turns_bad_is_replaced(tmp_path: Path, caplog: p
     files = list_audio_files(folder)
     batches = Batches(SegmentFolder(files, unit_sec=UNIT), CLIPS, seed=0, workers=0)
     running = batches.run(100)
-    assert 4 in who(next(running).wav)
+    assert 4 in clip_numbers(next(running).wav)
     (folder / "04.wav").unlink()
     soundfile.write(folder / "06.wav", np.full(990, np.nan), RATE, "FLOAT")
     (folder / "08.wav").write_bytes(b"")
     rest = [next(running) for _ in range(5)]
     assert all(batch.wav.shape == (CLIPS, 800) for batch in rest)
-    assert not {4, 6, 8} & set(who(torch.cat([batch.wav for batch in rest])))
+    assert not {4, 6, 8} & set(clip_numbers(torch.cat([batch.wav for batch in rest])))
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     reasons = {"04.wav: No such file or directory", "06.wav: NaN or infinite samples", "08.wav: empty file (0 bytes)"}
     assert {line.split("/")[-1] for line in lines} == reasons
@@ -196,7 +210,7 @@ def test_a_file_that_vanishes_or_turns_bad_is_replaced(tmp_path: Path, caplog: p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_of_broken_files_is_an_error(tmp_path: Path, workers: int) -> None:
     folder = write_clips(tmp_path / "clips", broken=tuple(range(CLIPS)))
-    with pytest.raises(AudioError, match=r"\.wav: not audio .*; cannot be read, nor can any other of 11 files"):
+    with pytest.raises(AudioError, match=r"\.wav: not audio .*; none of the 11 files can be read"):
         next(Batches(open_source(folder), 2, seed=0, workers=workers).run(1))
     with pytest.raises(AudioError, match=r"00\.wav: not audio that libsndfile can read$"):
         next(Batches(open_source(folder / "00.wav"), 2, seed=0, workers=workers).run(1))
@@ -208,7 +222,7 @@ def test_one_readable_file_is_enough(tmp_path: Path) -> None:
     pack(folder, tmp_path / "store", workers=0)
     for source in (open_source(folder, unit_sec=UNIT), open_source(tmp_path / "store", unit_sec=UNIT)):
         found = list(Batches(source, 4, seed=0, workers=0).run(4))
-        assert {clip for batch in found for clip in who(batch.wav)} == {CLIPS - 1}
+        assert {clip for batch in found for clip in clip_numbers(batch.wav)} == {CLIPS - 1}
 
 
 def test_a_killed_worker_is_an_error(source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,22 +313,22 @@ def test_workers_leave_signals_to_the_main_process(source: Callable[..., Source]
     assert not multiprocessing.active_children()
 
 
-def test_workers_that_have_just_begun_leave_signals_to_the_main_process(
-    source: Callable[..., Source], monkeypatch
+def test_workers_that_have_just_started_leave_signals_to_the_main_process(
+    source: Callable[..., Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = processes._begin
+    run = multiprocessing.Process.run
 
-    def slow(*args: int) -> None:
+    def slow(process: multiprocessing.Process) -> None:
         time.sleep(0.5)
-        begin(*args)
+        run(process)
 
     def stop() -> None:
-        while not (begun := multiprocessing.active_children()):
+        while not (started := multiprocessing.active_children()):
             time.sleep(0.001)
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(int(begun[0].pid or 0), number)
+            os.kill(int(started[0].pid or 0), number)
 
-    monkeypatch.setattr(processes, "_begin", slow)
+    monkeypatch.setattr(multiprocessing.Process, "run", slow)
     thread = threading.Thread(target=stop)
     thread.start()
     assert len(list(Batches(source("folder"), 4, seed=0, workers=1).run(3))) == 3
@@ -361,11 +375,11 @@ def test_arguments_out_of_range_are_named(
         Batches(source("store"), size, seed=0, **arguments)
 
 
-def test_sources_are_told_apart(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_open_source_recognises_the_kind(sources: dict[str, Path], tmp_path: Path) -> None:
     assert isinstance(open_source(sources["folder"]), SegmentFolder)
     assert isinstance(open_source(sources["folder"] / "01.wav"), SegmentFolder)
     assert isinstance(open_source(str(sources["store"])), SegmentStore)
-    with pytest.raises(ValueError, match=r"sample_rate: expected 16000 Hz, at which .*store was packed, got 8000"):
+    with pytest.raises(ValueError, match=r"sample_rate: expected 16000 Hz, the rate of .*store, got 8000"):
         open_source(sources["store"], sample_rate=8000)
     with pytest.raises(FileNotFoundError):
         open_source(tmp_path / "nowhere")
@@ -374,7 +388,7 @@ def test_sources_are_told_apart(sources: dict[str, Path], tmp_path: Path) -> Non
         open_source(tmp_path)
 
 
-def test_the_listing_tells_whether_the_data_are_those_of_before(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_listing_detects_changed_data(sources: dict[str, Path], tmp_path: Path) -> None:
     def listing(path: Path) -> str:
         return Batches(open_source(path), 4, seed=0).listing
 

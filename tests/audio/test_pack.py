@@ -1,4 +1,4 @@
-"""Packing: what is reported, what is left alone, and that nothing packed before is lost whatever happens."""
+"""Packing: reports, unchanged parts, and an existing store that survives every failure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_clips(folder: Path, seed: int = 0, count: int = 6) -> Path:
 
 
 def content(out: Path) -> list[tuple[str, bytes]]:
-    """Every clip of a store that has passed all checks."""
+    """Return every clip of a store that has passed all checks."""
     store = SegmentStore(out, unit_sec=1.5)
     store.verify()
     return [(name, store.gather([clip], 0).numpy().tobytes()) for clip, name in enumerate(store.names)]
@@ -57,7 +57,7 @@ def test_broken_files_are_reported_once_and_recorded(tmp_path: Path, caplog: pyt
     for workers in (0, 2):
         caplog.clear()
         result = pack(
-            folder, tmp_path / "out", workers=workers, force=True, progress=lambda *message: done.append(message)
+            folder, tmp_path / "out", workers=workers, force=True, progress=lambda *report: done.append(report)
         )
         assert [record.getMessage() for record in caplog.records] == [
             f"skipping {folder / 'empty.wav'}: empty file (0 bytes)",
@@ -65,12 +65,12 @@ def test_broken_files_are_reported_once_and_recorded(tmp_path: Path, caplog: pyt
             f"skipping {folder / 'text.wav'}: not audio that libsndfile can read",
         ]
         assert (result.files, list(result.broken), result.unchanged) == (9, ["empty.wav", "inf.wav", "text.wav"], False)
-        assert [message[:2] for message in done] == [(number, 9) for number in range(1, 10)]
+        assert [report[:2] for report in done] == [(number, 9) for number in range(1, 10)]
         assert done[-1][2] == result.seconds == sum(SegmentStore(tmp_path / "out").lengths.tolist()) / RATE
         done.clear()
 
 
-def test_an_unchanged_part_is_left_alone(tmp_path: Path) -> None:
+def test_an_unchanged_part_is_not_packed_again(tmp_path: Path) -> None:
     folder, out = write_clips(tmp_path / "audio"), tmp_path / "out"
     assert not pack(folder, out, workers=0).unchanged
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -103,7 +103,7 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path: Path, workers: int) -> N
         pack(bad, tmp_path / "out", workers=workers)
     assert content(tmp_path / "out") == before
     assert names(tmp_path / "out") == [".int16", ".json"]
-    for part in range(2):  # of which no single one can know that the others are broken too
+    for part in range(2):  # each part cannot know that the others are broken too
         pack(bad, tmp_path / "parts", part=(part, 2), workers=0)
     with pytest.raises(StoreError, match="none of 3 files could be read"):
         SegmentStore(tmp_path / "parts")
@@ -162,12 +162,12 @@ def test_run_pack_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "files 3/3  0.00 h of audio" in capsys.readouterr().err
 
 
-# nothing packed before is lost
+# an existing store survives
 
 
 @pytest.fixture
 def old_and_new(tmp_path: Path) -> tuple[Path, Path, list[tuple[str, bytes]]]:
-    """A folder that has changed since it was packed, its store, and what that holds."""
+    """Return a folder that has changed since it was packed, its store, and the contents of the store."""
     out = tmp_path / "out"
     folder = write_clips(tmp_path / "audio")
     pack(folder, out, workers=0)
@@ -187,7 +187,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_store(old_and_new: tuple[Path, Path, list[tuple[str, bytes]]]) -> None:
     folder, out, before = old_and_new
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, limits[1]))  # writing fails from there on; Python ignores SIGXFSZ
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, limits[1]))  # larger files fail; Python ignores SIGXFSZ
     try:
         with pytest.raises(StoreError, match=f"{out}: cannot be written: .*; what was packed before is unchanged"):
             pack(folder, out, workers=0)
@@ -230,7 +230,7 @@ def test_two_processes_never_write_one_part(old_and_new: tuple[Path, Path, list[
     assert content(out) != before
 
 
-def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -258,11 +258,11 @@ def test_a_killed_decoder_is_an_error(
 ) -> None:
     folder, out, before = old_and_new
 
-    def die(decoder: packing._Decoder, number: int) -> packing.Decoded:
+    def die(file: Path, sample_rate: int) -> packing.Decoded:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    monkeypatch.setattr(packing._Decoder, "__getitem__", die)
+    monkeypatch.setattr(packing, "_decode", die)
     with pytest.raises(ChildProcessError, match=r"a process that reads audio was killed \(out of memory\?\)"):
         pack(folder, out, workers=1)
     assert content(out) == before
@@ -270,7 +270,7 @@ def test_a_killed_decoder_is_an_error(
 
 
 def die_at(moment: int, run: Callable[[], object]) -> bool:
-    """Run in a child that is killed before its n-th write, flush, renaming or removal; return whether it was."""
+    """Run in a child that is killed before its n-th write, flush, rename or removal; return whether it was killed."""
     child = os.fork()
     if child == 0:
         count = iter(range(moment + 1))
@@ -308,24 +308,24 @@ def test_kill_9_at_any_moment_leaves_the_old_or_the_new_store_whole(tmp_path: Pa
         stages.append(content(out))
         assert not renewed or found == stages[-1]
         moment += 1
-    assert moment - 1 == 6 + 3 + 2 + 1  # writes, flushes, renamings, and the removal of the old data
+    assert moment - 1 == 6 + 3 + 2 + 1  # writes, flushes, renames, and the removal of the old data
 
 
-def test_a_first_packing_that_was_killed_is_recognised(tmp_path: Path) -> None:
+def test_a_killed_first_packing_is_recognised(tmp_path: Path) -> None:
     folder, out, moment = write_clips(tmp_path / "audio"), tmp_path / "out", 0
     pack(folder, tmp_path / "whole", workers=0)
-    wanted, message = content(tmp_path / "whole"), set()
+    wanted, messages = content(tmp_path / "whole"), set()
     while die_at(moment, lambda: pack(folder, out, workers=0)):
         try:
             assert content(out) == wanted
         except StoreError as error:
-            message.add(str(error))
+            messages.add(str(error))
         moment += 1
         for path in out.iterdir():
             path.unlink()
     assert moment == 6 + 3 + 2
-    assert all("no packed store in this folder; packing has not finished: part-00000-of-00001" in x for x in message)
-    assert len(message) == 3  # samples alone; a header too; and the samples in place already
+    assert all("no packed store in this folder; packing has not finished: part-00000-of-00001" in x for x in messages)
+    assert len(messages) == 3  # only samples; also a header; samples renamed
 
 
 @pytest.mark.slow
@@ -334,7 +334,7 @@ def test_kill_9_from_outside_ends_the_workers_and_the_lock(tmp_path: Path) -> No
     slow = (
         "import sys, time; from byola_fast.audio import pack as packing; read = packing.read_audio\n"
         "packing.read_audio = lambda *given: (time.sleep(0.05), read(*given))[1]\n"
-        "packing.pack(sys.argv[1], sys.argv[2], workers=2, progress=lambda *told: print(*told, flush=True))"
+        "packing.pack(sys.argv[1], sys.argv[2], workers=2, progress=lambda *report: print(*report, flush=True))"
     )
     command = [sys.executable, "-c", slow, str(folder), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -346,7 +346,7 @@ def test_kill_9_from_outside_ends_the_workers_and_the_lock(tmp_path: Path) -> No
     process.stdout.close()
     with pytest.raises(StoreError, match=r"packing has not finished: part-00000-of-00001\.int16\.tmp"):
         SegmentStore(out)
-    deadline = time.monotonic() + 60  # the workers look for their parent every few seconds
+    deadline = time.monotonic() + 60  # the workers poll their parent
     while group_is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not group_is_alive(process.pid)

@@ -1,4 +1,4 @@
-"""Audio files: every format, rate and channel count that users bring, parts of files, damage, and random segments."""
+"""Audio files: formats, rates, channels, parts of files, damage, and random segments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSSY += [("opus", 16000), ("opus", 48000)]
 
 
 def write(path: Path, wav: np.ndarray, rate: int, subtype: str | None = None) -> Path:
-    """Write (samples,) or (samples, channels), in blocks: libvorbis overflows its stack on long ones."""
+    """Write (samples,) or (samples, channels), in blocks: long ones overflow the stack of libvorbis."""
     form = "OGG" if path.suffix == ".opus" else None
     channels = 1 if wav.ndim == 1 else wav.shape[1]
     subtype = subtype or SUBTYPES.get(path.suffix[1:])
@@ -38,14 +38,14 @@ def sine(frequency: float, seconds: float, rate: int, amplitude: float = 0.5) ->
 
 
 def chirp(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
-    """A sweep with a little noise: no two places in it look alike."""
+    """A sweep with a little noise: no two places are equal."""
     t = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).standard_normal(len(t))
     return 0.4 * np.sin(2 * np.pi * (300 * t + 1200 / (2 * seconds) * t**2)) + 0.01 * noise
 
 
 def sine_fit(wav: np.ndarray, frequency: float, rate: int) -> tuple[float, float, float]:
-    """Least-squares amplitude, delay in seconds, and RMS of what is left."""
+    """Least-squares amplitude, delay in seconds, and RMS of the residual."""
     t = np.arange(len(wav)) / rate
     basis = np.stack([np.sin(2 * np.pi * frequency * t), np.cos(2 * np.pi * frequency * t)], 1)
     (a, b), *_ = np.linalg.lstsq(basis, wav, rcond=None)
@@ -59,7 +59,7 @@ def test_lossless_files_give_the_mono_sine_at_16_khz(tmp_path: Path, form: str, 
     wav = read_audio(write(tmp_path / f"a.{form}", stereo, rate))
     assert wav.dtype == torch.float32
     assert wav.shape == (RATE,)
-    # 16-bit rounding in the file is 1.5e-5 for each channel, soxr HQ's ripple 1e-5; where the sine is cut, it rings.
+    # 16-bit rounding in the file is 1.5e-5 for each channel, soxr HQ's ripple 1e-5. It rings at both ends of the sine.
     inside = slice(800, -800)
     np.testing.assert_allclose(wav.numpy()[inside], sine(440, 1.0, RATE, 0.4)[inside], atol=5e-5, rtol=0)
 
@@ -72,7 +72,7 @@ def test_lossy_files_give_the_mono_sine_at_16_khz(tmp_path: Path, form: str, rat
     amplitude, delay, rest = sine_fit(wav[4000:20000], 440, RATE)  # 4000 samples are 110 whole periods
     assert amplitude == pytest.approx(0.4, rel=0.03)  # coding noise: within 0.3 dB
     assert rest < 0.02  # 23 dB below the sine
-    assert abs(delay) < 1 / RATE  # nobody's encoder delay is left in
+    assert abs(delay) < 1 / RATE  # the encoder's delay is removed
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
@@ -83,14 +83,14 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
-def test_resampling_passes_the_band_and_removes_what_would_alias(tmp_path: Path, rate: int) -> None:
+def test_resampling_passes_the_band_and_removes_aliases(tmp_path: Path, rate: int) -> None:
     top = 0.9 * min(rate, RATE) / 2
     wav = read_audio(write(tmp_path / "in.wav", sine(top, 1.0, rate), rate, "FLOAT")).numpy()[2000:-2000]
     assert np.sqrt(2) * wav.std() == pytest.approx(0.5, rel=0.001)
     if rate > RATE:
         above = sine(min(9500, 0.98 * rate / 2), 1.0, rate)
         wav = read_audio(write(tmp_path / "above.wav", above, rate, "FLOAT")).numpy()[2000:-2000]
-        assert np.abs(wav).max() < 5e-5  # 80 dB down; soxr HQ promises 120 for float input
+        assert np.abs(wav).max() < 5e-5  # 80 dB down; soxr HQ specifies 120 for float input
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 16000, 44100])
@@ -98,12 +98,12 @@ def test_resampling_passes_the_band_and_removes_what_would_alias(tmp_path: Path,
 def test_a_part_equals_the_slice_of_the_whole(tmp_path: Path, form: str, rate: int, sample_rate: int) -> None:
     path = write(tmp_path / f"a.{form}", chirp(3.0, rate), rate)
     whole = read_audio(path, sample_rate)
-    # The last parts begin in the last page of an Ogg file, where libsndfile's own seek is a block off.
+    # The last parts begin in the last page of an Ogg file, where libsndfile seeks a block too far.
     for start_sec, seconds in [(0.0, 0.1), (0.01, 0.5), (0.7654321, 0.3), (2.4, 0.25), (2.8, 0.2)]:
         start, count = round(start_sec * sample_rate), round(seconds * sample_rate)
         part = read_audio(path, sample_rate, start_sec=start_sec, duration_sec=seconds)
         assert part.shape == (count,)
-        # Resampling works in float32 with sums of about 200 terms; Opus converges after a seek, it does not restart.
+        # Resampling sums about 200 terms in float32. The Opus decoder converges after a seek; it does not restart.
         atol = 5e-3 if form == "opus" else 1e-6
         torch.testing.assert_close(part, whole[start : start + count], atol=atol, rtol=0)
     torch.testing.assert_close(
@@ -116,7 +116,7 @@ def test_a_part_equals_the_slice_of_the_whole(tmp_path: Path, form: str, rate: i
 def test_parts_of_a_longer_file_are_reached_by_seeking(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s here instead of 16; pages of these files hold 1 s
+    monkeypatch.setattr(reading, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s instead of 16; pages of these files hold 1 s
     monkeypatch.setattr(reading, "MP3_SEEK_FRAMES", 1 << 16)
     monkeypatch.setattr(reading, "BLOCK_FRAMES", 5000)
     path = write(tmp_path / f"a.{form}", chirp(12.0, RATE), RATE)
@@ -133,10 +133,10 @@ def test_only_the_needed_part_is_decoded(tmp_path: Path, monkeypatch: pytest.Mon
     read = soundfile.SoundFile.read
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda file, out: decoded.append(len(out)) or read(file, out=out))
     read_audio(path, start_sec=2.0, duration_sec=0.5)
-    assert 22050 <= sum(decoded) <= 22050 + 2 * 256 * 44100 // RATE + 500  # margins of the filter, and of the grid
+    assert 22050 <= sum(decoded) <= 22050 + 2 * 256 * 44100 // RATE + 500  # margins of the filter and the grid
 
 
-def test_the_end_of_a_file_shortens_a_part(tmp_path: Path) -> None:
+def test_a_part_ends_with_its_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", chirp(1.0, 44100), 44100)
     assert read_audio(path, start_sec=0.75, duration_sec=5.0).shape == (4000,)
     with pytest.raises(AudioError, match="nothing can be decoded from 1 s on"):
@@ -144,7 +144,7 @@ def test_the_end_of_a_file_shortens_a_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"start_sec": -0.1}, {"duration_sec": 0.0}, {"start_sec": float("nan")}])
-def test_read_audio_refuses_times_that_make_no_sense(tmp_path: Path, arguments: dict[str, float]) -> None:
+def test_read_audio_refuses_times_out_of_range(tmp_path: Path, arguments: dict[str, float]) -> None:
     path = write(tmp_path / "a.wav", chirp(0.1, RATE), RATE)
     with pytest.raises(ValueError, match=next(iter(arguments))):
         read_audio(path, **arguments)
@@ -153,19 +153,19 @@ def test_read_audio_refuses_times_that_make_no_sense(tmp_path: Path, arguments: 
 
 
 def cut(path: Path, fraction: float) -> Path:
-    """Keep the first part of a file, as a broken download does."""
+    """Cut a file short, as a broken download does."""
     content = path.read_bytes()
     path.write_bytes(content[: int(fraction * len(content))])
     return path
 
 
 @pytest.mark.parametrize("form", list(SUBTYPES))
-def test_a_truncated_file_gives_what_decodes(tmp_path: Path, form: str) -> None:
+def test_a_truncated_file_is_read_as_far_as_it_decodes(tmp_path: Path, form: str) -> None:
     path = write(tmp_path / f"a.{form}", chirp(3.0, RATE), RATE)
     whole = read_audio(path)
     rest = read_audio(cut(path, 0.5))
     assert 0.2 * len(whole) < len(rest) < 0.8 * len(whole)
-    # A codec blends its last block with the one that is missing.
+    # A codec blends its last block with the missing one.
     torch.testing.assert_close(rest[:-4096], whole[: len(rest) - 4096], atol=1e-6, rtol=0)
     part = read_audio(path, start_sec=0.25, duration_sec=0.25)
     torch.testing.assert_close(part, whole[4000:8000], atol=5e-3 if form == "opus" else 1e-6, rtol=0)
@@ -173,11 +173,11 @@ def test_a_truncated_file_gives_what_decodes(tmp_path: Path, form: str) -> None:
         read_audio(path, start_sec=2.9)
 
 
-def test_a_flac_whose_header_gives_no_length_is_counted(tmp_path: Path) -> None:
+def test_a_flac_without_a_length_in_its_header_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.flac", chirp(1.0, RATE), RATE)
     whole = read_audio(path)
     content = bytearray(path.read_bytes())
-    content[21] &= 0xF0  # the 36-bit number of samples in STREAMINFO, 0 where the encoder wrote to a pipe
+    content[21] &= 0xF0  # the 36-bit number of samples in STREAMINFO; 0 from an encoder that wrote to a pipe
     content[22:26] = bytes(4)
     path.write_bytes(content)
     assert soundfile.info(path).frames > 1 << 60
@@ -190,7 +190,7 @@ def test_a_flac_whose_header_gives_no_length_is_counted(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bad_files(tmp_path: Path) -> dict[str, Path]:
-    """One file for each kind of bad input, by the reason to be given."""
+    """One file for each kind of bad input, by the expected reason."""
     files = {
         "No such file": tmp_path / "missing.wav",
         "empty file": tmp_path / "empty.wav",
@@ -225,7 +225,7 @@ def test_non_finite_samples_are_refused(tmp_path: Path, bad: float) -> None:
     path = write(tmp_path / "a.wav", wav, RATE, "FLOAT")
     with pytest.raises(AudioError, match="NaN or infinite"):
         read_audio(path)
-    assert read_audio(path, duration_sec=0.05).shape == (800,)  # the part that is read is sound
+    assert read_audio(path, duration_sec=0.05).shape == (800,)  # this part is finite
 
 
 def test_tiny_and_silent_clips_are_read(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_audio_duration_reads_the_header(tmp_path: Path) -> None:
         assert audio_duration(path) == pytest.approx(0.5, abs=1 / rate)
 
 
-def test_list_audio_files_walks_in_order(tmp_path: Path) -> None:
+def test_list_audio_files_is_sorted(tmp_path: Path) -> None:
     wanted = ["B/x.FLAC", "a.wav", "b/c/d.Mp3", "b/z.opus", "c.aiff", "d.w64", "e.caf"]
     for name in [*wanted, "notes.txt", "b/.hidden.wav", ".cache/x.wav", "wav"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def test_list_audio_files_follows_links_once(tmp_path: Path) -> None:
     assert list_audio_files(tmp_path / "corpus") == [tmp_path / "corpus" / "link" / "a.wav"]
 
 
-def test_list_audio_files_says_what_is_missing(tmp_path: Path) -> None:
+def test_list_audio_files_names_the_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list_audio_files(tmp_path / "nowhere")
     with pytest.raises(AudioError, match="no audio file"):
@@ -296,7 +296,7 @@ def test_fit_segment_names_a_bad_argument(wav: torch.Tensor, num_samples: int, u
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Clips longer and shorter than a segment, at several rates, and one that no longer is a clip."""
+    """Clips longer and shorter than a segment, at several rates, and a broken one."""
     write(tmp_path / "a.wav", chirp(2.0, 44100, 1), 44100)
     write(tmp_path / "b.flac", chirp(0.25, 22050, 2), 22050)
     write(tmp_path / "c.ogg", chirp(3.0, 16000, 3), 16000)
@@ -314,28 +314,28 @@ def test_segments_are_slices_of_the_whole_clip(corpus: list[Path]) -> None:
         for index in (0, 1, 2, 3, 5):
             wanted = fit_segment(read_audio(corpus[index]), 15200, segment_u24(3, epoch, index, draw))
             read = folder.read(index, epoch, draw)
-            torch.testing.assert_close(read, wanted, atol=1e-6, rtol=0)  # the part's own resampling
+            torch.testing.assert_close(read, wanted, atol=1e-6, rtol=0)  # resampling a part
     assert not torch.equal(folder.read(0, 0), SegmentFolder(corpus, seed=4).read(0, 0))
     with pytest.raises(AudioError, match="not audio that libsndfile can read"):
         folder.read(4, 0)
 
 
 @pytest.mark.parametrize("form", ["flac", "mp3"])
-def test_segments_of_a_truncated_clip_come_from_what_decodes(tmp_path: Path, form: str) -> None:
+def test_segments_of_a_truncated_clip_come_from_its_decodable_part(tmp_path: Path, form: str) -> None:
     path = cut(write(tmp_path / f"a.{form}", chirp(4.0, RATE), RATE), 0.4)
     whole = read_audio(path)
-    assert audio_duration(path) == 4.0  # both headers still promise 4 s
+    assert audio_duration(path) == 4.0  # both headers still say 4 s
     folder = SegmentFolder([path])
     for epoch in range(10):
         segment = folder.read(0, epoch)
         u24 = segment_u24(0, epoch, 0)
-        promised = u24 * (64000 - 15200 + 1) >> 24
-        start = promised if promised + 15200 <= len(whole) else u24 * (len(whole) - 15200 + 1) >> 24
+        header_start = u24 * (64000 - 15200 + 1) >> 24
+        start = header_start if header_start + 15200 <= len(whole) else u24 * (len(whole) - 15200 + 1) >> 24
         torch.testing.assert_close(segment, whole[start : start + 15200], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("arguments", [{"unit_sec": 0.0}, {"sample_rate": 0}, {"unit_sec": -1.0}])
-def test_segment_folder_refuses_settings_that_make_no_sense(arguments: dict[str, float]) -> None:
+def test_segment_folder_refuses_settings_out_of_range(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         SegmentFolder([Path("a.wav")], **arguments)
     with pytest.raises(ValueError, match="files"):

@@ -1,4 +1,4 @@
-"""The packed store: the segments that the folder gives, in one part or several, and damage that is told by name."""
+"""The packed store: same segments as the folder, in one part or several; errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from byola_fast.audio.store import SegmentStore
 from byola_fast.audio.store_format import StoreError
 
 RATE = 16000
-HALF_STEP = 0.5 / 32768 + 1e-6  # rounding to int16, and the folder's resampling of a part
-FORMATS = {
+HALF_STEP = 0.5 / 32768 + 1e-6  # rounding to int16, and resampling a part
+CLIPS = {
     "a.wav": (RATE, None),
     "b.flac": (RATE, None),
     "c.ogg": (RATE, None),
     "d/ünï çödé 日本.wav": (44100, "PCM_24"),
 }
-FORMATS |= {"d/e f.flac": (22050, None), "g.mp3": (RATE, None), "short.wav": (8000, None), "x.wav": (48000, "FLOAT")}
+CLIPS |= {"d/e f.flac": (22050, None), "g.mp3": (RATE, None), "short.wav": (8000, None), "x.wav": (48000, "FLOAT")}
 BROKEN = {"d/empty.wav": "empty file (0 bytes)", "text.flac": "not audio", "nan.wav": "NaN or infinite samples"}
 
 
 def write_corpus(folder: Path, seed: int = 0) -> Path:
-    """Eight clips of several formats, rates and lengths, one of 10 ms, and three broken files among them."""
+    """Write eight clips of several formats, rates and lengths, one of 10 ms, and three broken files."""
     rng = np.random.default_rng(seed)
     (folder / "d").mkdir(parents=True)
-    for name, (rate, subtype) in FORMATS.items():
+    for name, (rate, subtype) in CLIPS.items():
         seconds = 0.01 if name == "short.wav" else rng.uniform(1, 3)
         wav = 0.2 * rng.standard_normal(round(seconds * rate))
         with soundfile.SoundFile(folder / name, "w", rate, 1, subtype) as file:
-            for start in range(0, len(wav), 8192):  # libvorbis overflows its stack on long blocks
+            for start in range(0, len(wav), 8192):  # long blocks overflow the stack of libvorbis
                 file.write(wav[start : start + 8192].clip(-1, 0.999))
     (folder / "d/empty.wav").touch()
     (folder / "text.flac").write_text("no audio")
@@ -71,7 +71,7 @@ def in_three(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(packed: Path, tmp_path: Path) -> Path:
-    """A store to damage."""
+    """A copy of the store, to damage."""
     out = tmp_path / "copied"
     out.mkdir()
     for path in packed.iterdir():
@@ -79,12 +79,12 @@ def copied(packed: Path, tmp_path: Path) -> Path:
     return out
 
 
-def the(folder: Path, suffix: str) -> Path:
+def part_file(folder: Path, suffix: str) -> Path:
     (path,) = folder.glob(f"*{suffix}")
     return path
 
 
-def test_a_store_knows_its_files(corpus: Path, packed: Path) -> None:
+def test_attributes_describe_the_files(corpus: Path, packed: Path) -> None:
     store = SegmentStore(packed)
     assert store.names == [path.relative_to(corpus).as_posix() for path in list_audio_files(corpus)]
     assert (len(store), store.sample_rate, store.num_samples) == (11, RATE, 15200)
@@ -101,7 +101,7 @@ def test_a_store_knows_its_files(corpus: Path, packed: Path) -> None:
     seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**33), draw=st.integers(0, 2**33), unit=st.floats(1e-4, 4.0),
     picked=st.lists(st.integers(0, 10), min_size=1, max_size=12), parts=st.booleans(),
 )  # fmt: skip
-def test_a_store_gives_the_segments_of_the_folder(
+def test_segments_equal_those_of_the_folder(
     corpus: Path, packed: Path, in_three: Path, seed: int, epoch: int, draw: int, unit: float, picked: list[int],
     parts: bool,
 ) -> None:  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_store_gives_the_segments_of_the_folder(
     assert torch.equal(store.to_device("cpu").gather(clips, epoch, draw), found)
 
 
-def test_parts_are_one_store(packed: Path, in_three: Path) -> None:
+def test_parts_equal_one_store(packed: Path, in_three: Path) -> None:
     one, three = SegmentStore(packed, seed=7), SegmentStore(in_three, seed=7)
     assert (one.names, one.broken.keys(), one.clipped) == (three.names, three.broken.keys(), three.clipped)
     assert torch.equal(one.lengths, three.lengths)
@@ -127,7 +127,7 @@ def test_parts_are_one_store(packed: Path, in_three: Path) -> None:
     three.verify()
 
 
-def test_segments_differ_by_epoch_draw_and_seed_and_all_starts_are_drawn(packed: Path) -> None:
+def test_segments_differ_by_epoch_draw_and_seed_and_cover_all_starts(packed: Path) -> None:
     store = SegmentStore(packed, unit_sec=0.1)
     clip = store.names.index("a.wav")
     drawn = [store.gather([clip], epoch, draw) for epoch in range(3) for draw in range(3)]
@@ -139,7 +139,7 @@ def test_segments_differ_by_epoch_draw_and_seed_and_all_starts_are_drawn(packed:
     assert len(starts.bincount()) == 4
 
 
-def test_a_store_on_the_device_gives_the_same(packed: Path, in_three: Path, device: torch.device) -> None:
+def test_a_store_on_the_device_gives_the_same_segments(packed: Path, in_three: Path, device: torch.device) -> None:
     for path in (packed, in_three):
         for unit in (0.5, 0.005):  # with a clip that is padded, and without
             store = SegmentStore(path, unit_sec=unit, seed=5)
@@ -149,7 +149,7 @@ def test_a_store_on_the_device_gives_the_same(packed: Path, in_three: Path, devi
             assert torch.equal(there.cpu(), store.gather(clips, 2, torch.arange(len(clips))))
 
 
-def test_gather_writes_where_it_is_told_and_refuses_nonsense(packed: Path) -> None:
+def test_gather_writes_to_out_and_checks_arguments(packed: Path) -> None:
     store = SegmentStore(packed)
     clips = store.readable.nonzero().flatten()
     out = torch.empty(len(clips), 15200, dtype=torch.int16)
@@ -183,13 +183,13 @@ def test_int16_is_exact_and_clips_at_full_scale(tmp_path: Path, caplog: pytest.L
     soundfile.write(tmp_path / "loud.wav", np.array([1.0, -1.0, 1.5, -7.0, 0.25] * 40), RATE, "FLOAT")
     result = pack(tmp_path, tmp_path / "out", workers=0)
     assert result.clipped == 80
-    assert "80 samples were beyond full scale" in caplog.text
+    assert "80 samples were clipped to full scale" in caplog.text
     assert SegmentStore(tmp_path / "out", unit_sec=65536 / RATE).gather([0], 0)[0].tolist() == exact.tolist()
     loud = SegmentStore(tmp_path / "out", unit_sec=5 / RATE)
     assert loud.cut(torch.tensor([1]), torch.tensor([0]))[0].tolist() == [32767, -32768, 32767, -32768, 8192]
 
 
-def test_truncated_files_give_what_decodes(tmp_path: Path) -> None:
+def test_truncated_files_are_packed_as_far_as_they_decode(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", 0.1 * np.random.default_rng(0).standard_normal(4 * RATE), RATE)
     content = (tmp_path / "a.flac").read_bytes()
     (tmp_path / "a.flac").write_bytes(content[: len(content) // 2])
@@ -205,7 +205,7 @@ def test_truncated_files_give_what_decodes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [-2, -100000, 2, None])
 def test_a_data_file_of_another_size_is_refused(copied: Path, change: int | None) -> None:
-    data = the(copied, ".int16")
+    data = part_file(copied, ".int16")
     size = data.stat().st_size
     if change is None:
         data.unlink()
@@ -217,17 +217,17 @@ def test_a_data_file_of_another_size_is_refused(copied: Path, change: int | None
             SegmentStore(copied)
 
 
-def test_a_data_file_cut_under_an_open_store_is_an_error(copied: Path) -> None:
+def test_a_data_file_cut_short_after_opening_is_an_error(copied: Path) -> None:
     store = SegmentStore(copied)
     clips = store.readable.nonzero().flatten()
-    os.truncate(the(copied, ".int16"), 1000)
+    os.truncate(part_file(copied, ".int16"), 1000)
     for read in (lambda: store.gather(clips, 0), lambda: store.to_device("cpu")):
         with pytest.raises(StoreError, match=r"int16: cut short since the store was opened"):
             read()
 
 
 def test_changed_samples_are_found(copied: Path) -> None:
-    data = the(copied, ".int16")
+    data = part_file(copied, ".int16")
     content = bytearray(data.read_bytes())
     content[12345] ^= 1
     data.write_bytes(content)
@@ -239,7 +239,7 @@ def test_changed_samples_are_found(copied: Path) -> None:
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_change_of_a_header_is_found(packed: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    text = the(packed, ".json").read_bytes()
+    text = part_file(packed, ".json").read_bytes()
     place = data.draw(st.one_of(st.integers(0, 120), st.integers(0, len(text) - 1)))
     kind = data.draw(st.sampled_from(["byte", "cut", "insert"]))
     byte = data.draw(st.integers(0, 255).filter(lambda value: value != text[place]))
@@ -249,15 +249,15 @@ def test_any_change_of_a_header_is_found(packed: Path, tmp_path_factory: pytest.
         "insert": text[:place] + bytes([byte]) + text[place:],
     }[kind]
     folder = tmp_path_factory.mktemp("changed")
-    (folder / the(packed, ".json").name).write_bytes(changed)
-    (folder / the(packed, ".int16").name).symlink_to(the(packed, ".int16"))
+    (folder / part_file(packed, ".json").name).write_bytes(changed)
+    (folder / part_file(packed, ".int16").name).symlink_to(part_file(packed, ".int16"))
     with pytest.raises(StoreError, match=r"part-00000-of-00001\.json"):
         SegmentStore(folder)
 
 
 def forge(folder: Path, changes: dict[str, object], drop: str = "") -> None:
-    """Change fields of a header and give it the right checksum."""
-    path = the(folder, ".json")
+    """Change fields of a header, with a correct checksum."""
+    path = part_file(folder, ".json")
     content = json.loads(path.read_bytes())
     content.pop("header_sha256")
     content = {name: value for name, value in (content | changes).items() if name != drop}
@@ -278,7 +278,7 @@ VALUES = st.recursive(
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FIELDS.split()), value=VALUES)
 def test_a_forged_header_is_refused_or_read_within_bounds(copied: Path, name: str, value: object) -> None:
-    path = the(copied, ".json")
+    path = part_file(copied, ".json")
     text = path.read_bytes()
     forge(copied, {name: value})
     try:
@@ -292,8 +292,8 @@ def test_a_forged_header_is_refused_or_read_within_bounds(copied: Path, name: st
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 11), value=st.integers(-5, 10**6))
-def test_forged_offsets_never_lead_out_of_the_data(copied: Path, place: int, value: int) -> None:
-    path = the(copied, ".json")
+def test_forged_offsets_never_read_out_of_bounds(copied: Path, place: int, value: int) -> None:
+    path = part_file(copied, ".json")
     text = path.read_bytes()
     offsets = json.loads(text)["offsets"]
     valid = [*offsets[:place], value, *offsets[place + 1 :]]
@@ -357,7 +357,7 @@ def test_missing_and_foreign_parts_are_named(corpus: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["part-00000-of-00000.json", "part-00007-of-00003.json"])
-def test_names_of_parts_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
+def test_impossible_part_names_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(StoreError, match="part"):
         SegmentStore(tmp_path)

@@ -1,4 +1,4 @@
-"""The lines of progress where there is no terminal."""
+"""Progress lines without a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_compilation_before_the_first_step_is_not_taken_for_its_pace(clock, capsys):
+def test_compilation_before_the_first_step_does_not_count_as_its_pace(clock, capsys):
     with progress.Progress("steps", 10) as shown:
         for done, passed in ((1, 120.0), (2, 6.0), (3, 6.0), (10, 42.0)):
             clock[0] += passed
@@ -25,7 +25,7 @@ def test_compilation_before_the_first_step_is_not_taken_for_its_pace(clock, caps
     assert lines[-1] == "steps 10/10  loss 10  0 s left"
 
 
-def test_lines_are_seconds_apart_and_the_last_always_comes(clock, capsys):
+def test_lines_are_seconds_apart_and_the_last_is_always_printed(clock, capsys):
     with progress.Progress("files") as shown:
         for done in range(1, 9):
             clock[0] += 1.5
