@@ -81,17 +81,19 @@ void draw_normals(Real* out, int64_t count, uint64_t seed, uint32_t step, uint32
 }  // namespace
 
 // x (B, F, T), pool (P, F, T), bank (N, F, T), stats (2,) -> out (2, B, *size), sums (2, B, 3)
-Tensor augment_views_out_cpu(
-    const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
-    const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats, const Tensor& lam,
-    const Tensor& bank_index, const Tensor& crop, const Tensor& fader, const Tensor& rng, int64_t sample_offset,
-    const Sizes& canvas, const std::string& interpolation, const std::string& mixup_name, Tensor out) {
+Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
+                             const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats,
+                             const Tensor& lam, const Tensor& bank_index, const Tensor& crop, const Tensor& fader,
+                             const Tensor& rng, int64_t sample_offset, const Sizes& canvas,
+                             const std::string& interpolation, const std::string& mixup_name, Tensor out) {
   const Spectrograms source(x, "x");
   const int64_t batch = source.count, mels = source.mels, frames = source.frames;
   BYOLA_CHECK(out.dim() == 4 && out.is_contiguous() && out.scalar_type() == x.scalar_type() && out.size(0) == 2 &&
-                  out.size(1) == batch, "out: expected a contiguous (2, B, F, T) tensor in the dtype of x");
+                  out.size(1) == batch,
+              "out: expected a contiguous (2, B, F, T) tensor in the dtype of x");
   BYOLA_CHECK(lam.numel() == 2 * batch && bank_index.numel() == 2 * batch && crop.numel() == 8 * batch &&
-                  fader.numel() == 4 * batch && rng.numel() == 2, "parameters: expected two views of B samples");
+                  fader.numel() == 4 * batch && rng.numel() == 2,
+              "parameters: expected two views of B samples");
   const Sizes size{out.size(2), out.size(3)};
   BYOLA_CHECK(fits(size, canvas, mels, frames), kFits);
   const int64_t elements = size[0] * size[1];
@@ -195,6 +197,4 @@ Tensor augment_views_out_cpu(
 
 }  // namespace byola
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu)); }

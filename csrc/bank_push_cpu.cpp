@@ -63,6 +63,4 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
 
 }  // namespace byola
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("bank_push_", TORCH_BOX(&byola::bank_push__cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("bank_push_", TORCH_BOX(&byola::bank_push__cpu)); }

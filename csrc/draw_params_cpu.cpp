@@ -8,10 +8,11 @@
 namespace byola {
 
 // rng (2,), bank_count () -> lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2)
-std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(
-    const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch, int64_t pool, int64_t pool_offset,
-    int64_t sample_offset, const Sizes& mels, const Sizes& frames, const Sizes& canvas, double mixup_ratio,
-    double fader_gain) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(const Tensor& rng, const std::optional<Tensor>& bank_count,
+                                                           int64_t batch, int64_t pool, int64_t pool_offset,
+                                                           int64_t sample_offset, const Sizes& mels,
+                                                           const Sizes& frames, const Sizes& canvas, double mixup_ratio,
+                                                           double fader_gain) {
   const Tensor words = as_contiguous<int64_t>(rng);
   BYOLA_CHECK(words.numel() == 2, "rng: expected seed and step");
   const uint64_t seed = uint64_t(data<int64_t>(words)[0]);
@@ -64,6 +65,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(
 
 }  // namespace byola
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("draw_params", TORCH_BOX(&byola::draw_params_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("draw_params", TORCH_BOX(&byola::draw_params_cpu)); }

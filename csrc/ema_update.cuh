@@ -1,8 +1,8 @@
 // target <- t + w (o - t) if w < 1/2, else o - (1 - w) (o - t), with w = 1 - decay; each operation rounded once, never
 // fused. BYOL, arXiv:2006.07733, eq. (1). Reads target and online once, writes target once: 12 bytes an element in
-// float32, bound by memory. One launch for as many tensors as kernel arguments have room for: a table of addresses and
-// sizes, cut into chunks of 4096 elements, one block each, which finds its tensor by bisection.
-// No torch and no CUDA header in here: any C++ compiler takes it, and tests run every block of a grid on the CPU.
+// float32, bound by memory. One launch updates as many tensors as kernel arguments can hold: a table of addresses and
+// sizes, divided into chunks of 4096 elements. Each block updates one chunk and finds its tensor by bisection.
+// No torch or CUDA headers: any C++ compiler compiles this file, and tests run every block of a grid on the CPU.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 namespace byola::ema {
 
-// Types of target and online.
+// Dtypes of target and online.
 enum class Kind : uint8_t { kFloat, kFloatFromHalf, kFloatFromBFloat16, kDouble };
 
 // Two stretches of memory.
@@ -30,7 +30,7 @@ struct Pair {
 
 enum class Float : uint8_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A number, or where it lies on the device.
+// A number, or its address on the device.
 struct Decay {
   double value = 0;
   const void* on_device = nullptr;
@@ -55,11 +55,11 @@ struct Table {
 };
 
 constexpr int kFew = 136, kMany = 1120;
-constexpr int64_t kMostChunks = 0x7fffffff;  // blocks along x
+constexpr int64_t kMaxChunks = 0x7fffffff;  // blocks along x
 static_assert(sizeof(Table<kFew>) <= 4096, "kernel arguments of every architecture");
 static_assert(sizeof(Table<kMany>) <= 32764, "kernel arguments from sm_70 on");
 
-// Fill tables with the pairs, in order, and launch each; returns the number of launches. `launch(table)` may throw.
+// Fill tables with the pairs, in order, and launch each; return the number of launches. `launch(table)` may throw.
 template <int kTensors, typename Launch>
 int64_t launch_tables(const Pair* pairs, size_t count, const Decay& decay, Launch launch) {
   int64_t launches = 0;
@@ -75,7 +75,7 @@ int64_t launch_tables(const Pair* pairs, size_t count, const Decay& decay, Launc
     const Pair& pair = pairs[k];
     const int64_t chunks = (pair.elements + kChunk - 1) / kChunk;
     if (!chunks) continue;
-    if (table.count == kTensors || table.chunks + chunks > kMostChunks) flush();
+    if (table.count == kTensors || table.chunks + chunks > kMaxChunks) flush();
     const int n = table.count++;
     table.target[n] = pair.target, table.online[n] = pair.online;
     table.elements[n] = pair.elements, table.kind[n] = pair.kind;
@@ -114,7 +114,7 @@ BYOLA_HOST_DEVICE float widen(Half x) {
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude << 13));  // inf and NaN
-  return bits_to_float(sign | (magnitude << 13)) * 0x1p112f;  // moves the exponent's bias, exact for denormals too
+  return bits_to_float(sign | (magnitude << 13)) * 0x1p112f;  // shifts the exponent's bias; exact for denormals too
 #endif
 }
 
@@ -125,7 +125,7 @@ BYOLA_HOST_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 BYOLA_HOST_DEVICE double add(double x, double y) { return __dadd_rn(x, y); }
 BYOLA_HOST_DEVICE double subtract(double x, double y) { return __dsub_rn(x, y); }
 BYOLA_HOST_DEVICE double multiply(double x, double y) { return __dmul_rn(x, y); }
-#else  // to be compiled with -ffp-contract=off
+#else  // compile with -ffp-contract=off
 template <typename T>
 T add(T x, T y) {
   return x + y;
@@ -150,7 +150,7 @@ BYOLA_HOST_DEVICE double read_decay(const Decay& decay) {
   }
 }
 
-// Both branches of the formula as base + factor (o - t), which rounds alike: x - y is x + (-y).
+// Both branches of the formula as base + factor (o - t), with the same roundings: x - y is x + (-y).
 template <typename T>
 struct Weights {
   bool near;
@@ -175,7 +175,7 @@ BYOLA_HOST_DEVICE bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Four<T>) == 0;
 }
 
-// What one thread does of a chunk of `count` elements, at most kChunk.
+// One thread's part of a chunk of `count` elements, at most kChunk.
 template <typename T, typename O>
 BYOLA_HOST_DEVICE void move(T* __restrict__ target, const O* __restrict__ online, int count, double decay, int thread) {
   const Weights<T> weights(decay);
@@ -189,7 +189,7 @@ BYOLA_HOST_DEVICE void move(T* __restrict__ target, const O* __restrict__ online
     Four<O> o[kAtOnce];
     for (int first = thread; first < all; first += kAtOnce * kThreads) {
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {  // every load is on its way before the first is waited for
+      for (int u = 0; u < kAtOnce; ++u) {  // issue every load before waiting for the first
         const int k = first + u * kThreads;
         if (k < all) t[u] = fours[k], o[u] = far[k];
       }
@@ -208,7 +208,7 @@ BYOLA_HOST_DEVICE void move(T* __restrict__ target, const O* __restrict__ online
   for (int k = done + thread; k < count; k += kThreads) target[k] = weights(target[k], widen(online[k]));
 }
 
-// What thread `thread` of block `block` does.
+// The work of one thread of one block.
 template <int kTensors>
 BYOLA_HOST_DEVICE void run(const Table<kTensors>& table, uint32_t block, int thread) {
   int k = 0;

@@ -1,8 +1,10 @@
 // target <- t + w (o - t) if w < 1/2, else o - (1 - w) (o - t), with w = 1 - decay; each operation rounded once, never
 // fused. BYOL, arXiv:2006.07733, eq. (1). Reads target and online once, writes target once: 12 bytes an element in
-// float32, bound by memory. One parallel loop over the elements of all tensors, whose sizes may differ by any factor.
+// float32, bound by memory. One parallel loop over the elements of all tensors: their sizes may differ by any factor.
 #include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "ema_lists.h"
 #include "storage.h"
@@ -11,7 +13,7 @@ namespace byola {
 
 namespace {
 
-// The part of two tensors from their element `from` to their element `to`.
+// Update the elements `from` to `to` - 1 of one target.
 using Move = void (*)(void* target, const void* online, int64_t from, int64_t to, double decay);
 
 template <typename S, typename O>
@@ -40,17 +42,17 @@ Move move_of(ema::Kind kind) {
   }
 }
 
-// The dispatcher comes here only if no tensor of the lists is on another device.
+// The dispatcher calls this only if all tensors are on the CPU.
 void ema_update__cpu(at::TensorList target, at::TensorList online, const at::Tensor& decay) {
   const double keep = decay_value(decay);
   EmaLists lists(target, online);
   const auto& pairs = lists.pairs;
 
-  std::vector<int64_t> ends;  // of each pair, in the line of all elements
+  std::vector<int64_t> ends;  // elements of the pairs up to each one
   ends.reserve(pairs.size());
   int64_t total = 0;
   for (const ema::Pair& pair : pairs) ends.push_back(total += pair.elements);
-  constexpr int64_t kBlock = 4096;  // elements: keeps the threads' shares on cache lines of a large tensor
+  constexpr int64_t kBlock = 4096;  // elements; threads then share no cache line of a large tensor
   torch::stable::parallel_for(0, (total + kBlock - 1) / kBlock, 16, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kBlock, total);
     int64_t first = begin * kBlock;

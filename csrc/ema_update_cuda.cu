@@ -1,4 +1,4 @@
-// The launches of ema_update.cuh. No torch header in here: nvcc takes seconds, whatever the architectures.
+// The launches of ema_update.cuh. Without torch headers nvcc compiles it in seconds for any architectures.
 #include "ema_update_cuda.h"
 
 #include "ema_update.cuh"

@@ -24,7 +24,7 @@ template <typename V>
 struct Plan {
   using Real = typename V::Element;
   int64_t n_fft;
-  bool halved;             // two real samples make one complex element
+  bool halved;  // two real samples make one complex element
   Fft<V> fft;
   std::vector<Real> turn;  // halved: exp(-2 pi i k / n_fft) for k = 0 .. n_fft / 4
 
@@ -155,9 +155,8 @@ struct LogMel {
 }  // namespace
 
 // wav (B, samples) float or int16, window (n,), filter_bank (F, n_fft / 2 + 1), bands (F, 2), stats (2,) -> (B, F, T)
-Tensor log_mel_cpu(
-    const Tensor& wav, const Tensor& window, const Tensor& filter_bank, const Tensor& bands,
-    const std::optional<Tensor>& stats, int64_t n_fft, int64_t hop_length, bool center) {
+Tensor log_mel_cpu(const Tensor& wav, const Tensor& window, const Tensor& filter_bank, const Tensor& bands,
+                   const std::optional<Tensor>& stats, int64_t n_fft, int64_t hop_length, bool center) {
   BYOLA_CHECK(wav.dim() == 2, "wav: expected shape (B, samples)");
   BYOLA_CHECK(n_fft > 0 && hop_length > 0, "n_fft, hop_length: expected at least 1");
   BYOLA_CHECK(window.dim() == 1 && window.numel() <= n_fft, "window: expected shape (n,) with n <= n_fft");
@@ -198,9 +197,8 @@ Tensor log_mel_cpu(
     torch::stable::parallel_for(0, batch * pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t b = k / pieces, t0 = k % pieces * kPiece;
-        call.piece(
-            data<S>(wavs) + b * wavs.stride(0), t0, std::min(t0 + kPiece, frames),
-            mutable_data<Out>(lms) + b * mels * frames);
+        call.piece(data<S>(wavs) + b * wavs.stride(0), t0, std::min(t0 + kPiece, frames),
+                   mutable_data<Out>(lms) + b * mels * frames);
       }
     });
   };
@@ -214,6 +212,4 @@ Tensor log_mel_cpu(
 
 }  // namespace byola
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("log_mel", TORCH_BOX(&byola::log_mel_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("log_mel", TORCH_BOX(&byola::log_mel_cpu)); }

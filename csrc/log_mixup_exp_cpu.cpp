@@ -46,12 +46,12 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(
-    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& lam) {
+std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& z,
+                                                      const Tensor& lam) {
   const Tensor gs = torch::stable::contiguous(grad), xs = torch::stable::contiguous(x);
   const Tensor zs = torch::stable::contiguous(z);
-  BYOLA_CHECK(
-      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(), "grad: expected the dtype and shape of x");
+  BYOLA_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
+              "grad: expected the dtype and shape of x");
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
   BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
   Tensor to_x = torch::stable::new_empty(x, x.sizes()), to_z = torch::stable::new_empty(z, z.sizes());

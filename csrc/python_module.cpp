@@ -12,7 +12,8 @@ namespace {
 template <typename F>
 void apply(const pybind11::buffer& values, F f) {
   const pybind11::buffer_info info = values.request(true);
-  if (info.itemsize != 4 || info.ndim != 1 || info.strides[0] != 4) throw std::invalid_argument("expected (N,) float32");
+  if (info.itemsize != 4 || info.ndim != 1 || info.strides[0] != 4)
+    throw std::invalid_argument("expected (N,) float32");
   float* p = static_cast<float*>(info.ptr);
   using V = byola::Floats;
   for (int64_t k = 0; k < info.size; k += V::width) f(V::load(p + k, info.size - k)).store(p + k, info.size - k);
@@ -29,7 +30,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return info;
   });
   m.def("exp_", [](const pybind11::buffer& x) { apply(x, [](byola::Floats v) -> byola::Floats { return exp(v); }); });
-  m.def("log_positive_", [](const pybind11::buffer& x) {
-    apply(x, [](byola::Floats v) -> byola::Floats { return log_positive(v); });
-  });
+  m.def("log_positive_",
+        [](const pybind11::buffer& x) { apply(x, [](byola::Floats v) -> byola::Floats { return log_positive(v); }); });
 }

@@ -1,5 +1,5 @@
-// The CUDA face of ema_update_ and its registration under the dispatcher's CUDA key: a library of its own, which no CPU
-// user compiles. With the launches in a file without torch, any host compiler takes this one.
+// ema_update_ for CUDA tensors, registered under the dispatcher's CUDA key. A separate library, not compiled for CPU
+// users. The launches are in a file without torch, so any host compiler compiles this one.
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
@@ -12,7 +12,7 @@ namespace byola {
 
 namespace {
 
-// A number on the CPU becomes a kernel argument; one on the device is read there, so that nothing waits for it.
+// A decay on the CPU becomes a kernel argument; the kernel reads a decay on the device, without a sync.
 ema::Decay decay_of(const at::Tensor& decay, const at::Device& device) {
   if (decay.is_cpu()) return {decay_value(decay)};
   TORCH_CHECK_VALUE(decay.device() == device, "decay: expected on the CPU or the device of target[0] (", device,
@@ -27,11 +27,11 @@ ema::Decay decay_of(const at::Tensor& decay, const at::Device& device) {
   }
 }
 
-// On the current stream of the targets' device; never waits, and may be captured in a CUDA graph.
+// On the current stream of the targets' device, without a sync; may be captured in a CUDA graph.
 void ema_update__cuda(at::TensorList target, at::TensorList online, const at::Tensor& decay) {
   if (target.empty() && online.empty()) return;
   const at::Device device = target.empty() ? online[0].device() : target[0].device();
-  const c10::DeviceGuard guard(device);  // before the lists: copies of tensors with gaps are made on it
+  const c10::DeviceGuard guard(device);  // before the lists, which copy tensors with gaps on the current device
   const ema::Decay weight = decay_of(decay, device);
   EmaLists lists(target, online);
   TORCH_CHECK_VALUE(device.is_cuda(), "target[0]: expected on a CUDA device, got ", device);

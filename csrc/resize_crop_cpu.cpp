@@ -6,8 +6,8 @@
 namespace byola {
 
 // x (B, F, T), crop (B, 4) -> (B, *size)
-Tensor resize_crop_cpu(
-    const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas, const std::string& interpolation) {
+Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas,
+                       const std::string& interpolation) {
   const Spectrograms source(x, "x");
   const bool bicubic = is_bicubic(interpolation);
   const Tensor boxes = as_contiguous<int64_t>(crop);
@@ -37,9 +37,8 @@ Tensor resize_crop_cpu(
 }
 
 // The transpose: grad (B, *size) -> (B, *input_size)
-Tensor resize_crop_backward_cpu(
-    const Tensor& grad, const Tensor& crop, const Sizes& input_size, const Sizes& canvas,
-    const std::string& interpolation) {
+Tensor resize_crop_backward_cpu(const Tensor& grad, const Tensor& crop, const Sizes& input_size, const Sizes& canvas,
+                                const std::string& interpolation) {
   const Spectrograms source(grad, "grad");
   const bool bicubic = is_bicubic(interpolation);
   const Tensor boxes = as_contiguous<int64_t>(crop);

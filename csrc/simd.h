@@ -257,7 +257,8 @@ using Doubles = Lanes<double, 4>;
 
 // Transpose a square block of V::width rows by zipping the two halves of its rows log2(width) times.
 template <typename V>
-inline void transpose(const typename V::Element* from, int64_t from_stride, typename V::Element* to, int64_t to_stride) {
+inline void transpose(const typename V::Element* from, int64_t from_stride, typename V::Element* to,
+                      int64_t to_stride) {
   constexpr int n = V::width;
   V a[n], b[n];
   for (int k = 0; k < n; ++k) a[k] = V::load(from + k * from_stride);

@@ -192,7 +192,7 @@ def read_slowly(number):
 
 @pytest.mark.parametrize("number", [3, 100])
 def test_a_killed_process_raises_where_its_data_are_waited_for(number):
-    """And not in the middle of whatever the caller is doing: torch's handler of SIGCHLD did."""
+    """Not in the middle of another call, as torch's handler of SIGCHLD does."""
     reading = read_in_processes(read_slowly, range(number), 1)
     os.kill(next(reading), signal.SIGKILL)
     deadline, saved = time.monotonic() + 0.5, 0
@@ -209,7 +209,7 @@ def read_large(_number):
 
 
 def test_processes_end_with_a_parent_that_was_killed():
-    """They waited for ever for somebody to take what they had read, with its locks in their hands."""
+    """They used to wait for ever with the locks of their queue."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -41,7 +41,7 @@ def test_strict_is_reported(monkeypatch):
     assert not byola_fast.doctor().strict
 
 
-def test_the_cost_of_the_first_call_is_told(device):
+def test_the_first_call_is_timed(device):
     first, second = (float(number) for number in re.findall(r"([0-9.]+) (?:s|ms)", first_call(device)))
     assert first >= 0
     assert second > 0

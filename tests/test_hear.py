@@ -60,7 +60,7 @@ def test_embeddings(model, samples):
         assert torch.equal(times[0, :: model.offsets][:whole], plain_times[:whole])
 
 
-def test_second_grid_lies_between():
+def test_the_second_grid_lies_between_the_frames_of_the_first():
     model = HearModel(Embedder(AudioNTT2020(16, 24), stats=STATS, to_lms=LogMel(n_mels=16)).eval())
     audio = 0.3 * torch.randn(2, 32000)
     frames, times = get_timestamp_embeddings(audio, model)

@@ -1,4 +1,4 @@
-"""Files of weights: written whole or not at all, read without running any code in them."""
+"""Files of weights: written whole or not at all, read without executing code."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ import torch
 
 from byola_fast.runtime.files import write_whole
 
-ZIP = b"PK\x03\x04"  # what an archive begins with
+ZIP = b"PK\x03\x04"  # first bytes of an archive
 BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
-RUN_WEIGHTS = ("encoder.pth", "encoder.safetensors", "checkpoint.pt")  # of the folder of a run, the first to be named
-METADATA = "byola_fast"  # the key of a safetensors file's metadata that holds configuration and statistics, as JSON
+RUN_WEIGHTS = ("encoder.pth", "encoder.safetensors", "checkpoint.pt")  # files of a run, in order of preference
+METADATA = "byola_fast"  # key of a safetensors file's metadata with config and statistics, as JSON
 
 
 class CheckpointError(ValueError):
-    """A file of weights cannot be used, or not be written; the message names the file and says why."""
+    """A file of weights cannot be read or written; the message names the file and the reason."""
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values so that the file is, at any moment, the whole old one or the whole new one.
-
-    The content goes to ``<name>.tmp`` in the same folder, is flushed to the disk, and takes the name last.
+    """Write tensors and plain values atomically: the file is always the whole old one or the whole new one.
 
     Args:
-        path: file to write; its folder is made where it does not exist.
-        content: tensors, numbers, strings, lists and dicts, so that ``load_checkpoint`` takes it back.
+        path: file to write; its folder is made if missing.
+        content: tensors, numbers, strings, lists and dicts, for ``load_checkpoint``.
 
     Raises:
         CheckpointError: the file could not be written (disk full, no permission); an older one is unchanged.
@@ -42,21 +40,21 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a file that ``save_checkpoint``, ``save_encoder`` or ``torch.save`` wrote, executing nothing in it.
+    """Read a file of ``save_checkpoint``, ``save_encoder`` or ``torch.save`` without executing code in it.
 
     Args:
-        path: the file; with the suffix ``.safetensors`` it is read as such, and comes back as ``{"state_dict": ...}``
-            with the ``"config"`` and ``"stats"`` that ``save_encoder`` put into it.
-        map_location: device that tensors go to.
+        path: the file. A ``.safetensors`` file gives ``{"state_dict": ...}`` with the ``"config"`` and ``"stats"`` of
+            ``save_encoder``.
+        map_location: device of the tensors.
 
     Raises:
-        CheckpointError: the file is missing, a folder, empty, truncated, damaged (a checksum in it is wrong;
-        safetensors have none), no checkpoint, or holds pickled code.
+        CheckpointError: the file is missing, a folder, empty, truncated, damaged (a wrong checksum; safetensors have
+        none), no checkpoint, or holds pickled code.
     """
     path = Path(path)
-    if os.path.isdir(path):  # False, too, where that cannot be known
+    if os.path.isdir(path):  # False also if that cannot be known
         inside = [name for name in RUN_WEIGHTS if (path / name).is_file()]
-        message = f"; give a file, as {path / inside[0]}" if inside else ", not a file of weights"
+        message = f"; give a file, such as {path / inside[0]}" if inside else ", not a file of weights"
         raise CheckpointError(f"{path}: Is a directory{message}")
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path, map_location)
@@ -65,7 +63,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         content = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever the unpickler makes of bytes that are no checkpoint
+    except Exception as error:  # the unpickler may raise anything on bytes that are no checkpoint
         raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dict of weights, got {type(content).__name__}")
@@ -97,20 +95,20 @@ def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare what a file of ``torch.save`` holds with its checksums, which ``torch.load`` does not look at."""
+    """Verify the checksums of a file of ``torch.save``, which ``torch.load`` ignores."""
     with open(path, "rb") as file:
         if file.read(len(ZIP)) != ZIP:
             return  # of torch before 1.6
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.CRC:  # 0: written without
+            if record.CRC:  # 0: none
                 with archive.open(record) as content:
                     while content.read(BLOCK_BYTES):
-                        pass  # the end compares
+                        pass  # reading to the end verifies the checksum
 
 
 def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole; its folder is made where it does not exist.
+    """Write a file whole; its folder is made if missing.
 
     Raises:
         CheckpointError: it could not be written; an older one is unchanged.
@@ -118,7 +116,7 @@ def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a write fails inside its own code
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
         kept = "; the file of that name is unchanged" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {_one_line(error)}{kept}") from error
 
@@ -140,5 +138,5 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _one_line(error: BaseException) -> str:
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
-        error = error.__context__  # torch.save's own message hides what the system said
+        error = error.__context__  # torch.save's message hides the system's
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]

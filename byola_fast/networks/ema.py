@@ -1,4 +1,4 @@
-"""The moving average of a network: BYOL's target."""
+"""The moving average of a network, BYOL's target."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from byola_fast.ops.functional import ema_decay
 from byola_fast.ops.reference import sums_dtype
 
 BUFFERS = ("none", "copy", "ema")
-WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DistributedDataParallel put into names
+NAME_WRAPPERS = ("_orig_mod", "module")  # added to parameter names by torch.compile and DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class CosineDecay:
-    """A decay that rises to 1: ``1 - (1 - base) (cos(pi k / total_steps) + 1) / 2`` at update number k, from 0.
+    """A decay that rises to 1: ``1 - (1 - base) (cos(pi k / total_steps) + 1) / 2`` at update k, counted from 0.
 
     Args:
         base: decay of the first update, in [0, 1].
-        total_steps: updates until the decay is 1, where it stays: the target no longer moves.
+        total_steps: number of updates until the decay reaches 1. Later updates leave the target unchanged.
 
     Source:
         BYOL, arXiv:2006.07733, section 3.2: base 0.996.
@@ -49,17 +49,17 @@ class CosineDecay:
             raise ValueError(f"total_steps: expected an integer of at least 1, got {self.total_steps!r}")
 
     def __call__(self, step: Tensor) -> Tensor:
-        """Return the decay at a step (0-d integer), as a 0-d float64 tensor on its device, without a sync."""
-        share = step.clamp(0, self.total_steps).to(sums_dtype(step.device)) / self.total_steps
-        return 1 - (1 - self.base) * (torch.cos(math.pi * share) + 1) / 2
+        """Return the decay at a step (0-d integer) as a 0-d float64 tensor on the step's device, without a sync."""
+        progress = step.clamp(0, self.total_steps).to(sums_dtype(step.device)) / self.total_steps
+        return 1 - (1 - self.base) * (torch.cos(math.pi * progress) + 1) / 2
 
 
 class _Plan(NamedTuple):
-    """What one update does, for as long as both networks hold the very tensors ``seen``."""
+    """The tensors of one update, valid as long as both networks hold the same tensor objects, ``seen``."""
 
     seen: list[Tensor | None]
-    pairs: list[tuple[Tensor, Tensor]]  # all, whatever becomes of them
-    names: list[str]  # of the averaged ones
+    pairs: list[tuple[Tensor, Tensor]]  # averaged or copied
+    names: list[str]  # of the averaged pairs
     target: list[Tensor]
     online: list[Tensor]
     copied_target: list[Tensor]
@@ -70,35 +70,35 @@ class EMA(nn.Module):
     """Keep a moving average of a network: ``target <- decay * target + (1 - decay) * online`` at every ``update()``.
 
     Args:
-        online: the network to follow. It is remembered, but is no part of this module or its ``state_dict``.
+        online: the network to follow. It is not a submodule and not in the ``state_dict``.
         decay: in [0, 1]; 0 copies, 1 keeps; may be changed between updates. Or a ``CosineDecay``, whose step is counted
-            on the device: an ``update()`` inside a CUDA graph goes on with the schedule at every replay.
-        buffers: what happens to buffers, as of BatchNorm. "none": nothing (published behaviour: the target's BatchNorm
-            counts what passes through it); "copy": copied at every update; "ema": averaged as parameters are, integers
-            copied.
+            on the device: each replay of a CUDA graph that contains ``update()`` advances the schedule.
+        buffers: treatment of buffers such as BatchNorm's. "none": no change (the published behaviour: the target's
+            BatchNorm computes its own statistics); "copy": copied at every update; "ema": averaged like parameters,
+            integers copied.
 
     Attributes:
-        target: a deep copy of ``online`` that needs no gradient. Half-precision weights are kept in float32, in which
-            the small steps of an average are not lost, whatever ``.half()`` asks for.
-        step: updates made so far, 0-d int64, in ``state_dict``; None unless ``decay`` is a schedule.
+        target: a deep copy of ``online`` that needs no gradient. Half-precision weights are kept in float32, even after
+            ``.half()``: the small steps of an average would round to zero in half precision.
+        step: number of updates so far, 0-d int64, in ``state_dict``; None unless ``decay`` is a schedule.
 
     Shape:
-        A call is a call of the target; half-precision arguments are widened to float32, its own dtype.
+        A call runs the target; half-precision arguments are widened to float32, the target's dtype.
 
     Raises:
-        ValueError: an unknown ``buffers``, a decay outside [0, 1], or an online network that no longer has the target's
-        parameters, by name and shape: one that grew or shrank needs an ``EMA`` of its own. TypeError: dtypes that
-        ``ops.ema_update_`` refuses. RuntimeError: ``update()`` or another ``swapped()`` inside ``swapped()``. Nothing
-        was written then.
+        ValueError: an unknown ``buffers``, a decay outside [0, 1], or an online network whose parameter names or shapes
+        differ from the target's (a network that grew or shrank needs a new ``EMA``). TypeError: dtypes that
+        ``ops.ema_update_`` refuses. RuntimeError: ``update()`` or another ``swapped()`` inside ``swapped()``. An error
+        leaves the target unchanged.
 
     Numerics:
-        As ``ops.ema_update_``: one call for all parameters, those included that are frozen (``requires_grad=False``).
-        Tied weights move once. Names are matched without the prefixes of torch.compile and DistributedDataParallel, so
+        As ``ops.ema_update_``: one call for all parameters, including frozen ones (``requires_grad=False``). Tied
+        weights move once. Names are matched without the prefixes of torch.compile and DistributedDataParallel, so
         either network may be wrapped later. Storages may be replaced at any time (``.to()``, ``.data =``,
-        ``load_state_dict(assign=True)``): nothing but the pairing of tensors is remembered.
+        ``load_state_dict(assign=True)``): the next update checks the new ones.
 
     Autograd:
-        None to the target's parameters; use ``torch.no_grad()`` where its input needs none either.
+        None to the target's parameters; use ``torch.no_grad()`` if its input needs no gradient either.
 
     Source:
         BYOL, arXiv:2006.07733, eq. (1).
@@ -128,7 +128,7 @@ class EMA(nn.Module):
             raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
         self.decay = decay
         self.buffers_mode = buffers
-        self._online = (online,)  # in a tuple, so that it is no submodule
+        self._online = (online,)  # a tuple, so that it does not become a submodule
         self._plan: _Plan | None = None
         self._swapped = False
         self.target = copy.deepcopy(_unwrap(online)).requires_grad_(False)
@@ -138,13 +138,11 @@ class EMA(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device) if scheduled else None)
 
     def current_decay(self) -> float | Tensor:
-        """Return the decay of the next update; a 0-d tensor on the device where it follows a schedule."""
+        """Return the decay of the next update; a 0-d tensor on the device if it follows a schedule."""
         if not isinstance(self.decay, CosineDecay):
             return self.decay
         if self.step is None:
-            raise RuntimeError(
-                "decay: expected a number; a schedule counts steps, and must be given to EMA(...) itself"
-            )
+            raise RuntimeError("decay: expected a number; a schedule counts steps and must be given to EMA(...) itself")
         return self.decay(self.step)
 
     @torch.no_grad()
@@ -166,36 +164,36 @@ class EMA(nn.Module):
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[nn.Module]:
-        """Let the online network compute with the averaged weights, to evaluate or save it, and put its own back.
+        """Lend the averaged weights to the online network, to evaluate or save it, and restore its own afterwards.
 
-        Where buffers are followed, theirs too. Nothing is copied unless the dtypes differ: the online network's tensors
-        stay the same objects, so that optimisers keep them, and look at the target's memory meanwhile. So do not train
-        in there: what is written to one network is written to both. CUDA graphs of the online network that were
-        captured outside keep the weights they were captured with.
+        Buffers are lent too unless ``buffers="none"``. The online network's tensors stay the same objects, so
+        optimisers keep them; inside the block they share the target's memory (a copy if dtypes or devices differ). Do
+        not train inside: a write to one network changes both. CUDA graphs of the online network that were captured
+        outside keep their weights.
         """
         if self._swapped:
             raise RuntimeError("swapped: the averaged weights are swapped in already; leave 'with ema.swapped()' first")
         pairs = self._current_plan().pairs
-        own = [(online, online.data) for _, online in pairs]
+        online_data = [(online, online.data) for _, online in pairs]
         self._swapped = True
         try:
             for target, online in pairs:
                 online.data = target.data.to(online.device, online.dtype)
             yield self._online[0]
         finally:
-            for online, data in own:
+            for online, data in online_data:
                 online.data = data
             self._swapped = False
 
     def _current_plan(self) -> _Plan:
-        """Return the pairs to move and to copy; matched anew only after a tensor was replaced.
+        """Return the pairs to average and to copy; matched again only after a tensor object was replaced.
 
-        Walking the names of a thousand tensors would cost several times the update itself. What may change within a
-        tensor (storage, shape, dtype) is read and checked by the op at every update.
+        Matching the names of a thousand tensors costs several times the update itself. Changes within a tensor
+        (storage, shape, dtype) are noticed by the op at every update.
         """
         online = self._online[0]
         buffers = self.buffers_mode != "none"
-        seen = _held(self.target, buffers) + _held(online, buffers)
+        seen = _tensors_of(self.target, buffers) + _tensors_of(online, buffers)
         plan = self._plan
         if plan is None or len(plan.seen) != len(seen) or not all(map(operator.is_, plan.seen, seen)):
             self._plan = plan = self._make_plan(seen)
@@ -209,8 +207,8 @@ class EMA(nn.Module):
             buffers = _pairs("buffer", self.target.named_buffers(), self._online[0].named_buffers())
         for number, (name, t, o) in enumerate(parameters + buffers):
             plan.pairs.append((t, o))
-            wide = t.is_floating_point() or t.is_complex()
-            if wide and (number < len(parameters) or self.buffers_mode == "ema"):
+            continuous = t.is_floating_point() or t.is_complex()
+            if continuous and (number < len(parameters) or self.buffers_mode == "ema"):
                 plan.names.append(name)
                 plan.target.append(t)
                 plan.online.append(o)
@@ -220,12 +218,12 @@ class EMA(nn.Module):
         return plan
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
-        """Return what the target makes of the arguments."""
+        """Run the target."""
         return self.target(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMA:
-        """Follow ``fn`` to another device, but keep half precision out of the target."""
-        self._plan = None  # parameters stay the same objects, with other data
+        """Apply ``fn`` as ``nn.Module`` does, but keep float32 if it asks for half precision."""
+        self._plan = None  # parameters stay the same objects, with new data
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -249,17 +247,17 @@ def _unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def _held(module: nn.Module, buffers: bool) -> list[Tensor | None]:
-    """Return every parameter, and buffer if asked for, in the order that modules hold them; shared ones repeatedly."""
-    held: list[Tensor | None] = []
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        if (inner := waiting.pop()) is not None:
-            held.extend(inner._parameters.values())
+def _tensors_of(module: nn.Module, buffers: bool) -> list[Tensor | None]:
+    """Return every parameter, and every buffer if asked for, in the order of the modules; shared tensors repeat."""
+    tensors: list[Tensor | None] = []
+    stack: list[nn.Module | None] = [module]
+    while stack:
+        if (inner := stack.pop()) is not None:
+            tensors.extend(inner._parameters.values())
             if buffers:
-                held.extend(inner._buffers.values())
-            waiting.extend(inner._modules.values())
-    return held
+                tensors.extend(inner._buffers.values())
+            stack.extend(inner._modules.values())
+    return tensors
 
 
 def _pairs(
@@ -278,7 +276,7 @@ def _pairs(
 
 
 def _without_wrappers(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): x for name, x in named.items()}
+    return {".".join(part for part in name.split(".") if part not in NAME_WRAPPERS): x for name, x in named.items()}
 
 
 def _widen(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Encoders from files: which network it is, what it was trained on, and its weights, from any layout in use."""
+"""Files of encoders: saving, recognising and loading weights of any layout in use."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 
 FIRST = "features.0.weight"
+WRAPPERS = ("state_dict", "model")  # keys that files nest their weights under
 
 
 class EncoderFile(NamedTuple):
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
         encoder: the network with its weights, on the CPU, in eval mode.
-        config: as ``describe_encoder`` made it, or a training run's; empty where the file has none.
-        stats: (mean, std) of the pre-normalisation; None where the file has none.
+        config: from ``describe_encoder``, or a training run's; empty if the file has none.
+        stats: (mean, std) of the pre-normalisation; None if the file has none.
     """
 
     encoder: nn.Module
@@ -42,7 +43,7 @@ class EncoderFile(NamedTuple):
 
 
 def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[str, Any]:
-    """Return the configuration that ``save_encoder`` stores beside weights: the network and the front end.
+    """Return the configuration for ``save_encoder``: the network and the front end.
 
     >>> from byola_fast import AudioNTT2020
     >>> described = describe_encoder(AudioNTT2020(d=32), LogMel(), unit_sec=0.95)
@@ -57,9 +58,8 @@ def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[st
 def read_encoder(path: str | Path, encoder: nn.Module | type[nn.Module] | str | None = None) -> EncoderFile:
     """Read an encoder from a file of ``save_encoder``, a training checkpoint, or a state dict of published layout.
 
-    The network is recognised by the names and shapes of its weights, whatever wrappers and prefixes they have (see
-    ``load_encoder_weights``): two or three convolutions tell ``AudioNTT2022`` from ``AudioNTT2020``, the linear layers
-    the number of mels and the widths.
+    Names and shapes of the weights, under any wrapper or prefix (see ``load_encoder_weights``), tell the network: the
+    number of convolutions the class, the linear layers the number of mels and the widths.
 
     With ``encoder``, weights are loaded into it, or into what that class (or its name, see ``make_encoder``) makes. A
     file never causes an import: the class named in it serves the error message alone.
@@ -84,7 +84,7 @@ def read_encoder(path: str | Path, encoder: nn.Module | type[nn.Module] | str | 
 
 
 def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: str | Path) -> AudioNTT:
-    """Return the encoder, with fresh weights, that the shapes of weights tell."""
+    """Return the encoder, with fresh weights, that fits the shapes of the weights."""
     named = config.get("encoder")
     if isinstance(named, str) and ":" in named:
         raise CheckpointError(
@@ -144,21 +144,17 @@ def _plain_dict(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-WRAPPERS = ("state_dict", "model")  # keys under which files of weights keep them
-
-
 def save_encoder(
     path: str | Path, encoder: nn.Module, *, config: Mapping[str, Any], stats: tuple[float, float] | None
 ) -> None:
-    """Write an encoder alone, with what is needed to use it: ``state_dict``, ``config`` and ``stats``.
+    """Write an encoder with everything needed to use it: ``state_dict``, ``config`` and ``stats``.
 
     Args:
         path: file to write. ``.pth`` or ``.pt``: a dict of the three, for ``torch.load``. ``.safetensors``: the
             weights, and the other two as JSON in the metadata, under "byola_fast".
         encoder: its weights are stored contiguous and on the CPU.
-        config: plain values that say what the encoder is and which log-mel spectrograms it expects; see
-            ``byola_fast.networks.encoder_file.describe_encoder``.
-        stats: (mean, std) of the pre-normalisation that it was trained with.
+        config: network and front end as plain values, from ``describe_encoder``.
+        stats: (mean, std) of the pre-normalisation in training.
 
     Raises:
         CheckpointError: as ``save_checkpoint``; another suffix; for safetensors, values that JSON cannot hold.
@@ -169,7 +165,7 @@ def save_encoder(
     if path.suffix in (".pth", ".pt"):
         save_checkpoint(path, {"state_dict": weights} | described)
     elif path.suffix == SAFETENSORS:
-        from safetensors.torch import save  # here, as importing byola_fast needs torch alone
+        from safetensors.torch import save  # here: importing byola_fast needs torch alone
 
         try:
             metadata = {METADATA: json.dumps(described)}
@@ -177,15 +173,14 @@ def save_encoder(
             raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
         write_checked(path, lambda file: file.write(save(weights, metadata)))
     else:
-        raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors, which chooses the format")
+        raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors")
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     """Load weights into an encoder, from a bare state dict, a wrapped one, or a whole training checkpoint.
 
-    Wrappers ``state_dict`` and ``model`` are opened. Where every name carries a prefix ("module.", "encoder.",
-    "online.encoder." and so on), the names under it are used; of several, the one that fits best and, for equals, one
-    that is not the target's.
+    Wrappers ``state_dict`` and ``model`` are opened. Names may have a prefix ("module.", "encoder.", "online.encoder."
+    and so on). Of several prefixes the best fit is used; ties go to a prefix other than the target's.
 
     Args:
         encoder: keeps its device and dtype.
@@ -199,7 +194,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
 
 
 def named_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in a loaded file, its wrappers opened.
+    """Return the weights in a loaded file, with wrappers opened.
 
     >>> import torch
     >>> sorted(named_tensors({"model": {"state_dict": {"a": torch.zeros(1)}}, "epoch": 3}))
@@ -211,10 +206,10 @@ def named_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load named tensors, under whatever prefix they are, into an encoder; see ``load_encoder_weights``.
+    """Load named tensors under any prefix into an encoder; see ``load_encoder_weights``.
 
     Raises:
-        CheckpointError: they do not fit; names the file they come from. The encoder is then unchanged.
+        CheckpointError: they do not fit; names the file. The encoder is then unchanged.
     """
     wanted = encoder.state_dict()
     prefix = _best_prefix(tensors, wanted)
@@ -231,11 +226,11 @@ def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     message = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
     if message:
         raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(message))
-    encoder.load_state_dict(given, strict=False)  # all that may be absent are counters of batches
+    encoder.load_state_dict(given, strict=False)  # only counters of batches may be absent
 
 
 def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Return the prefix under which most wanted names are found; "" where none is."""
+    """Return the prefix of most wanted names; "" if there is none."""
     hits: dict[str, int] = {}
     for name in tensors:
         for end in wanted:

@@ -19,11 +19,10 @@ POOL_BY_WINDOWS = tuple(int(number) for number in torch.__version__.split(".")[:
 
 
 class AudioNTT(nn.Module):
-    """What both encoders share: blocks of [Conv3x3, BatchNorm, ReLU, MaxPool2], and frames pooled over time.
+    """Base of both encoders: blocks of [Conv3x3, BatchNorm, ReLU, MaxPool2], and pooling over time.
 
     Attributes:
-        frame_stride: mels and frames of the input that one local feature covers. With the default hop of 10 ms, frames
-            come every ``10 * frame_stride`` ms.
+        frame_stride: mels and frames of the input per local feature; ``10 * frame_stride`` ms at the default hop.
     """
 
     frame_stride: int
@@ -47,15 +46,15 @@ class AudioNTT(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward_frames(self, x: Tensor) -> Tensor:
-        """Return one feature vector for each time: ``(B, 1, F, T)`` to ``(B, T // frame_stride, feature_d)``."""
+        """Return frame-level features: ``(B, 1, F, T)`` to ``(B, T // frame_stride, feature_d)``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return one embedding for each sample: ``(B, 1, F, T)`` to ``(B, feature_d)``."""
+        """Return one embedding per sample: ``(B, 1, F, T)`` to ``(B, feature_d)``."""
         return pool_frames(self.forward_frames(x))
 
     def running_pool(self) -> RunningMaxMean:
-        """Return what pools the frames of a long sound, which come in pieces."""
+        """Return an accumulator for the frames of a long sound, which come in pieces."""
         return RunningMaxMean()
 
     def _local(self, x: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class AudioNTT(nn.Module):
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
-        """Return the arguments of the constructor that the shapes of a state dict follow from; None for another net."""
+        """Return the constructor's arguments that fit the shapes of a state dict; None for another network."""
         blocks = sum(f"features.{4 * block}.weight" in shapes for block in range(4))
         first, last = shapes.get("fc.0.weight", ()), shapes.get("fc.3.weight", ())
         if cls.frame_stride != 2**blocks or len(first) != 2 or len(last) != 2 or first[1] % CHANNELS or not first[1]:
@@ -88,15 +87,15 @@ class AudioNTT(nn.Module):
 
     @classmethod
     def _widths(cls, first: tuple[int, ...], last: tuple[int, ...]) -> dict[str, int]:
-        """Return the widths that the shapes of the first and the last linear layer follow from."""
+        """Return the widths that fit the shapes of the first and the last linear layer."""
         raise NotImplementedError
 
 
 def _conv_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolution, BatchNorm, ReLU, MaxPool2, computed in less: ``(B, C, F, T)`` to ``(B, C', F // 2, T // 2)``.
+    """Convolution, BatchNorm, MaxPool2, ReLU: ``(B, C, F, T)`` to ``(B, C', F // 2, T // 2)``.
 
-    ReLU and the maximum may change places, bit for bit, and then ReLU has a quarter of the work. In eval mode the
-    normalisation is part of the convolution's weights, which changes rounding alone.
+    ReLU after the maximum gives the same bits and is a quarter of the work. In eval mode the normalisation is folded
+    into the convolution's weights, which changes rounding only.
     """
     if norm.training:
         x = norm(conv(x))
@@ -111,7 +110,7 @@ def _conv_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _halve(x: Tensor) -> Tensor:
-    """MaxPool2; under export by windows, where torch before 2.14 takes its own for sizes that are even, or odd."""
+    """MaxPool2. Under export by windows: torch before 2.14 specialises its own to even or odd sizes."""
     if not (torch.compiler._is_exporting_flag and POOL_BY_WINDOWS):
         return F.max_pool2d(x, 2)
     return x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
@@ -331,7 +330,7 @@ def require_embeddings(encoder: nn.Module, shape: tuple[int, int]) -> None:
 
 
 def pool_frames(frames: Tensor) -> Tensor:
-    """Sum up frames over time, ``max + mean``: ``(B, T, d)`` to ``(B, d)``.
+    """Pool frames over time, ``max + mean``: ``(B, T, d)`` to ``(B, d)``.
 
     >>> pool_frames(torch.tensor([[[1.0], [3.0]]]))
     tensor([[5.]])

@@ -1,4 +1,4 @@
-"""Two networks and a step: the online one predicts what its moving average makes of the other view."""
+"""BYOL: the online network predicts its moving average's projection of the other view."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class BYOL(Learner):
         proj_dim: hidden width of projector and predictor.
         ema_decay: of the target: a number in [0, 1], or what else ``EMA`` takes.
         ema_buffers: "none" (published), "copy" or "ema"; see ``EMA``.
-        joint_batch: pass both views through each network as one batch of 2 B. This changes the method: in training,
-            BatchNorm then takes its statistics over both views together, and updates its running ones once.
+        joint_batch: pass both views through each network as one batch of 2 B. This changes the method: BatchNorm then
+            computes its statistics over both views and updates its running ones once.
 
     Attributes:
-        online: encoder and projector. predictor: the MLP behind them. target: their ``EMA``.
+        online: encoder and projector. predictor: the MLP after them. target: their ``EMA``.
 
     Shape:
         Views as the encoder takes them, ``(B, 1, F, T)``, with B of at least 2 in training.
@@ -39,9 +39,9 @@ class BYOL(Learner):
         TypeError: no ``feature_d``.
 
     Numerics:
-        Each view passes the networks by itself, so that BatchNorm takes its statistics over one view. The target is in
-        the mode of the whole: in training its BatchNorm uses the batch and its dropout is on, as published. Under
-        autocast the loss is computed in float32.
+        Each view passes the networks separately, so that BatchNorm's statistics cover one view. In training mode the
+        target's BatchNorm uses the batch and its dropout is on, as published. Under autocast the loss is computed in
+        float32.
 
     Autograd:
         To the online network and the predictor; the target gets no gradient.
@@ -85,5 +85,5 @@ class BYOL(Learner):
         return Output(loss, detached(projection1))
 
     def update_target(self) -> None:
-        """Move the target towards the online network; to be called after each step of the optimiser."""
+        """Move the target towards the online network, after each step of the optimiser."""
         self.target.update()

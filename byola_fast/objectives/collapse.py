@@ -1,4 +1,4 @@
-"""How to tell whether training has collapsed."""
+"""Measures of collapsed representations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from byola_fast.ops.reference import compute_dtype
 def spread(z: Tensor) -> Tensor:
     """Measure collapse: ``sqrt(size)`` times the mean over dimensions of the std over the batch of ``z / |z|``.
 
-    1 where directions are spread evenly, 0 where every sample has the same one.
+    1 for evenly spread directions, 0 if all samples have the same one.
 
     Args:
         z: embeddings or projections of one batch.
@@ -41,22 +41,21 @@ def spread(z: Tensor) -> Tensor:
 def effective_rank(z: Tensor) -> Tensor:
     """Measure collapse onto few dimensions: the exponential of the entropy of the singular values.
 
-    ``exp(-sum p log p)`` with ``p = singular values of z / their sum``: 1 where all rows are multiples of one vector,
-    the smaller of B and size where they spread equally over all directions.
+    ``exp(-sum p log p)`` with ``p = singular values of z / their sum``: 1 if all rows are multiples of one vector,
+    ``min(B, size)`` if they spread equally over all directions.
 
     Args:
-        z: embeddings or projections, as many as can be had: it cannot exceed B. Not centred here: subtract the mean
-            beforehand to leave a common offset out.
+        z: embeddings or projections. The rank is at most B. Subtract the mean first to ignore a common offset.
 
     Shape:
-        ``(B, size)`` with B of at least 1; returns a 0-d tensor, 1 to min(B, size). NaN where z is not finite.
+        ``(B, size)`` with B of at least 1; returns a 0-d tensor, 1 to min(B, size); NaN if z is not finite.
 
     Raises:
         TypeError: not floating point. ValueError: another rank, or no sample.
 
     Numerics:
-        A singular value decomposition, which waits for a GPU: for use now and then, not in every step. Half precision
-        is computed in float32. 1 for zeros.
+        A singular value decomposition, which syncs a GPU: not for every step. Half precision is computed in float32. 1
+        for zeros.
 
     Source:
         O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.

@@ -1,4 +1,4 @@
-"""Learners that tell each clip from all others: SimCLR, MoCo and COLA, on the encoder and the views of BYOL-A."""
+"""Contrastive learners: SimCLR, MoCo and COLA, on the encoder and the views of BYOL-A."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from byola_fast.runtime.distributed import gather_rows
 
 
 class SimCLR(Learner):
-    """Learn an encoder by finding each view's other view among all views of the batch (NT-Xent).
+    """Learn an encoder by matching the two views of each sample among all views of the batch (NT-Xent).
 
     Args:
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
@@ -23,7 +23,7 @@ class SimCLR(Learner):
         proj_dim: hidden width of the projector.
         temperature: of the softmax over cosines, above 0.
         joint_batch: as ``BYOL``.
-        gather: under torch.distributed, take negatives from all ranks' batches, which must be equally large.
+        gather: under torch.distributed, use the batches of all ranks as negatives; they must be equally large.
 
     Shape:
         Views ``(B, 1, F, T)``, B of at least 2.
@@ -32,12 +32,12 @@ class SimCLR(Learner):
         As ``BYOL``; ValueError: a temperature that is not above 0.
 
     Numerics:
-        Under autocast the loss is computed in float32. With ``gather``, the mean over ranks of the losses (and of the
-        gradients, as DistributedDataParallel takes it) is that of the whole batch in one process, up to BatchNorm.
+        Under autocast the loss is computed in float32. With ``gather``, the mean over ranks of losses and gradients
+        equals that of the whole batch in one process, up to BatchNorm.
 
     Source:
-        SimCLR, arXiv:2002.05709. Differs: the projector is BYOL's, with BatchNorm, so that objectives alone are
-        compared; each view passes the networks by itself unless ``joint_batch``.
+        SimCLR, arXiv:2002.05709. Differs: the projector is BYOL's, with BatchNorm, so that only objectives differ; each
+        view passes the networks separately unless ``joint_batch``.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> simclr = SimCLR(AudioNTT2020(d=32), proj_size=16, proj_dim=64)
@@ -71,21 +71,21 @@ class SimCLR(Learner):
 
 
 class MoCo(Learner):
-    """Learn an encoder by finding each query's key among the keys of past batches (InfoNCE with a momentum queue).
+    """Learn an encoder by matching each query to its key among the keys of past batches (InfoNCE, momentum queue).
 
         view1 -> encoder -> projector -> query
-        view2 -> target (moving average of encoder and projector) -> key, which joins the queue after the loss
+        view2 -> target (moving average of encoder and projector) -> key, queued after the loss
 
     Args:
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
         proj_size: width of the projection.
         proj_dim: hidden width of the projector.
         temperature: of the softmax over cosines, above 0.
-        queue_size: past keys kept, at least 1. More than there are clips makes a clip's own past keys negatives.
+        queue_size: past keys kept, at least 1. With more keys than clips, a clip's own past keys become negatives.
         ema_decay: of the target: a number in [0, 1], or what else ``EMA`` takes.
         ema_buffers: "none", "copy" or "ema"; see ``EMA``.
-        gather: under torch.distributed, every rank's keys join every rank's queue, so that all queues are equal;
-            batches must be equally large.
+        gather: under torch.distributed, every rank queues the keys of all ranks, so that queues are equal; batches must
+            be equally large.
 
     Attributes:
         queue: ``(queue_size, proj_size)`` float32, keys of length 1. cursor: ``(2,)`` int64, next row and rows filled.
@@ -98,15 +98,14 @@ class MoCo(Learner):
         As ``BYOL``; ValueError: ``temperature`` or ``queue_size`` out of range.
 
     Numerics:
-        Rows not filled yet are left out, so that the loss starts at 0 and rises while the queue fills. The queue is
-        read before the batch joins it. In eval mode nothing joins. Under autocast the loss is computed in float32.
+        Empty rows are left out, so that the loss starts at 0 and rises while the queue fills. The queue is read before
+        the batch joins it; in eval mode nothing joins. Under autocast the loss is computed in float32.
         DistributedDataParallel does not broadcast the queue.
 
     Source:
-        MoCo, arXiv:1911.05722, algorithm 1. Differs: the projector is BYOL's (published: one Linear), so that
-        objectives alone are compared; the queue starts empty, not random; BatchNorm is not shuffled. Shuffling keeps a
-        query's and its key's statistics apart, which takes several devices with small batches each; here each view
-        passes its own network by itself, in one batch as large as the device's.
+        MoCo, arXiv:1911.05722, algorithm 1. Differs: the projector is BYOL's (published: one Linear), so that only
+        objectives differ; the queue starts empty, not random; BatchNorm is not shuffled, which needs several devices
+        with small batches.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> moco = MoCo(AudioNTT2020(d=32), proj_size=16, proj_dim=64, queue_size=8)
@@ -140,14 +139,14 @@ class MoCo(Learner):
         self.target = EMA(self.online, ema_decay, ema_buffers)
         self.register_buffer("queue", torch.zeros(queue_size, proj_size))
         self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64))
-        self._ddp_params_and_buffers_to_ignore = ["queue", "cursor"]  # equal on all ranks, and 64 MB to send
+        self._ddp_params_and_buffers_to_ignore = ["queue", "cursor"]  # equal on all ranks, and 64 MB
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         self._check_views(view1, view2)
         projection = self.online(view1)
         with torch.no_grad():
             keys = directions(self.target(view2))
-        queue = self.queue.clone() if self.training else self.queue  # backward reads what the push below overwrites
+        queue = self.queue.clone() if self.training else self.queue  # the push overwrites rows
         loss = info_nce_loss(projection, keys, queue, self.temperature, count=self.cursor[1].clone())
         if self.training:
             self._push(gather_rows(keys)[0] if self.gather else keys)
@@ -159,7 +158,7 @@ class MoCo(Learner):
 
     @torch.no_grad()
     def _push(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows; of more keys than rows, the last remain."""
+        """Overwrite the oldest rows; with more keys than rows, keep the last."""
         size = self.queue.shape[0]
         start, filled = self.cursor.unbind()
         skipped = max(0, len(keys) - size)
@@ -172,7 +171,7 @@ class MoCo(Learner):
 
 
 class COLA(Learner):
-    """Learn an encoder by finding the second segment of each clip among those of the batch, with a bilinear similarity.
+    """Learn an encoder by matching the two segments of each clip within the batch, by a bilinear similarity.
 
         segment -> encoder -> projector: Linear, LayerNorm, tanh -> g;  similarity of two segments: g W g'
 
@@ -186,8 +185,8 @@ class COLA(Learner):
         similarity: ``nn.Linear`` without bias that holds W.
 
     Shape:
-        Views ``(B, 1, F, T)``, B of at least 2: two segments of the same clips, as the data gives them, augmented or
-        not; two views of one segment work as well.
+        Views ``(B, 1, F, T)``, B of at least 2: two segments of the same clips, augmented or not. Two views of one
+        segment work too.
 
     Raises:
         As ``BYOL``.

@@ -1,4 +1,4 @@
-"""What all learners share: heads, the shape of a step's answer, and how two views pass the online network."""
+"""The base class of learners, their heads and their output."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from byola_fast.ops.reference import compute_dtype
 
 
 class Output(NamedTuple):
-    """What one step gives.
+    """The result of one step.
 
     Attributes:
-        loss: 0-d, to be minimised.
-        projection: ``(B, proj_size)``, the online projection of the first view, without gradient and of at least
-            float32; for ``spread`` and ``effective_rank``.
+        loss: 0-d.
+        projection: ``(B, proj_size)``, the online projection of the first view, detached, at least float32; for
+            ``spread`` and ``effective_rank``.
     """
 
     loss: Tensor
@@ -42,21 +42,20 @@ class MLP(nn.Sequential):
 
 
 class Learner(nn.Module):
-    """An encoder and what trains it: the one interface that the trainer knows.
+    """An encoder with its loss: the interface of the trainer.
 
-    ``learner(view1, view2)`` returns an ``Output``; ``update_target()`` follows each step of the optimiser; the
-    parameters to train are those that require a gradient; everything to be resumed is in ``state_dict``.
+    ``learner(view1, view2)`` returns an ``Output``. ``update_target()`` is called after each step of the optimiser. All
+    parameters that require a gradient are trained. ``state_dict`` holds everything that a resumed run needs.
 
     Args:
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
-        projector: from the embedding to what is compared.
-        joint_batch: pass both views through a network as one batch of 2 B and not as two of B.
+        projector: from the embedding to the compared projection.
+        joint_batch: pass both views through a network as one batch of 2 B instead of two of B.
 
     Attributes:
         online: encoder and projector.
-        loss_name: what the loss is, for the picture of a run.
-        segments: segments of each clip that a step takes: 1, of which both views are made, or 2, of which each view is
-            made of its own.
+        loss_name: title of the loss in pictures.
+        segments: segments per clip and step: 1 for both views, or 2, one for each view.
     """
 
     loss_name = "loss"
@@ -69,15 +68,15 @@ class Learner(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The online encoder: what training is for."""
+        """The online encoder."""
         return self.online.get_submodule("encoder")
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        """Return the loss, and the projection of the first view."""
+        """Return the loss and the projection of the first view."""
         raise NotImplementedError
 
     def update_target(self) -> None:
-        """Do what is due after each step of the optimiser; nothing, where there is no target network."""
+        """Move the target after a step of the optimiser; does nothing without a target network."""
 
     def _check_views(self, view1: Tensor, view2: Tensor) -> None:
         if len(view1) != len(view2):
@@ -90,7 +89,7 @@ class Learner(nn.Module):
             )
 
     def _both(self, network: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Pass two views, or what became of them, through a network."""
+        """Pass two batches through a network."""
         if not self.joint_batch:
             return network(x1), network(x2)
         joint: Tensor = network(torch.cat([x1, x2]))
@@ -99,5 +98,5 @@ class Learner(nn.Module):
 
 
 def detached(projection: Tensor) -> Tensor:
-    """Return a projection as an ``Output`` holds it."""
+    """Return a projection for an ``Output``."""
     return projection.detach().to(compute_dtype(projection.dtype))

@@ -1,4 +1,4 @@
-"""What training minimises, and how to tell whether it has collapsed."""
+"""Loss functions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from byola_fast.runtime.distributed import gather_rows
 
 
 def byol_loss(q: Tensor, z: Tensor) -> Tensor:
-    """Return the squared distance of two batches of directions: the batch mean of ``2 - 2 cos(q, z)``.
+    """Return the mean squared distance of normalised vectors: the batch mean of ``2 - 2 cos(q, z)``.
 
     Args:
         q: predictions of the online network.
-        z: projections of the target network, to be predicted; detach them, or compute them without gradients.
+        z: projections of the target network, detached.
 
     Shape:
         q, z ``(B, size)``; returns a 0-d tensor, in [0, 4].
@@ -63,7 +63,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1, *, gather: bo
         TypeError: not floating point. ValueError: other shapes, fewer than two samples.
 
     Numerics:
-        Half precision is computed and returned in float32, whatever autocast says. Norms are clamped to at least 1e-12.
+        Half precision is computed and returned in float32, also under autocast. Norms are clamped to at least 1e-12.
 
     Autograd:
         To z1 and z2, and across ranks; see ``gather_rows``.
@@ -91,15 +91,15 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1, *, gather: bo
 def info_nce_loss(
     q: Tensor, k: Tensor, negatives: Tensor, temperature: float = 0.07, *, count: Tensor | None = None
 ) -> Tensor:
-    """Return the cross-entropy of finding each query's key among that key and the negatives.
+    """Return the cross-entropy of matching each query to its key, among that key and the negatives.
 
     ``-log(exp(cos(q, k) / t) / (exp(cos(q, k) / t) + sum_n exp(cos(q, n) / t)))``, the mean over the batch.
 
     Args:
-        q: queries. k: their keys, row by row; detach them, or compute them without gradients.
-        negatives: rows of length 1, as ``directions`` makes them.
+        q: queries. k: their keys, row by row, detached.
+        negatives: rows of length 1, as from ``directions``.
         temperature: t, above 0.
-        count: how many negatives, from the first on, are valid: a 0-d tensor on the device; all where None.
+        count: number of valid negatives, the first ones: a 0-d tensor on the device; by default all.
 
     Shape:
         q, k ``(B, size)``, negatives ``(K, size)``; returns a 0-d tensor.
@@ -133,7 +133,7 @@ def info_nce_loss(
 
 
 def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: bool = False) -> Tensor:
-    """Return the cross-entropy of finding each anchor's positive in the batch by the similarity ``anchor W positive``.
+    """Return the cross-entropy of matching each anchor to its positive by the similarity ``anchor W positive``.
 
     ``-log(exp(s_ii) / sum_j exp(s_ij))`` with ``s_ij = anchor_i W positive_j``, the mean over the batch.
 
@@ -150,7 +150,7 @@ def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: b
         TypeError: not floating point. ValueError: other shapes, fewer than two samples.
 
     Numerics:
-        Half precision is computed and returned in float32, whatever autocast says.
+        Half precision is computed and returned in float32, also under autocast.
 
     Autograd:
         To all three, and across ranks; see ``gather_rows``.
@@ -172,7 +172,7 @@ def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: b
 
 
 def directions(z: Tensor) -> Tensor:
-    """Scale rows ``(B, size)`` to length 1, in float32 for half precision, whatever autocast says.
+    """Scale rows ``(B, size)`` to length 1; half precision becomes float32, also under autocast.
 
     >>> directions(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])

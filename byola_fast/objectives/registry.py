@@ -1,4 +1,4 @@
-"""Objectives by name: one call from a word to a learner."""
+"""Learners by name."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def make_learner(
     joint_batch: bool | None = None,
     gather: bool | None = None,
 ) -> Learner:
-    """Return what trains an encoder: a ``Learner`` with ``learner(view1, view2) -> Output(loss, projection)``.
+    """Return a ``Learner`` for an encoder: ``learner(view1, view2) -> Output(loss, projection)``.
 
-    Every setting left None is the objective's published one:
+    Settings left None have the published values:
 
         objective  loss                                   proj_size  proj_dim  ema_decay  temperature  queue_size
         byol       2 - 2 cos(q, z'), both ways            256        4096      0.99
@@ -76,7 +76,7 @@ def make_learner(
         ema_buffers: "none", "copy" or "ema"; see ``EMA``.
         temperature: of the softmax, above 0; simclr and moco only.
         queue_size: past keys; moco only.
-        joint_batch: pass both views as one batch through each network; not moco, whose views have a network each.
+        joint_batch: pass both views through each network as one batch; not for moco.
         gather: under torch.distributed, negatives (moco: keys) from all ranks; on by default.
 
     Raises:

@@ -1,9 +1,16 @@
-"""Checks of the two lists of ``ema_update_``, for backends in Python; those in C++ do the same themselves."""
+"""Checks of the arguments of ``ema_update_``.
+
+The search for shared memory is here alone; C++ and Triton ask for it once for the same addresses, shapes and strides.
+C++ does the other checks itself, at every call.
+"""
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,38 +19,41 @@ from byola_fast.ops import _checks as check
 
 HALF = (torch.float16, torch.bfloat16)
 
-
-class _Range(NamedTuple):
-    """A piece of memory, in bytes."""
-
-    begin: int
-    end: int
-    owner: str
-    is_target: bool
+Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, bytes per element, shape, strides
 
 
-def check_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
-    """Refuse lists that do not fit together: lengths, dtypes, layouts, shapes, devices."""
+def require_valid_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
+    """Refuse bad lists, judged by layouts, devices, dtypes, addresses, shapes and strides alone.
+
+    So a backend may skip the check of lists in which none of these changed since the last one.
+    """
+    require_matching_lists(target, online)
+    require_separate_memory(target, online)
+
+
+def require_matching_lists(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
+    """Refuse lists whose lengths, dtypes, layouts, shapes or devices do not match."""
     if len(target) != len(online):
         raise ValueError(f"online: expected as many tensors as in target ({len(target)}), got {len(online)}")
+    device = target[0].device if target else None
     for number, (t, o) in enumerate(zip(target, online, strict=True)):
         if t.dtype not in (torch.float32, torch.float64):
-            half = "; half would never move" if t.dtype in HALF else ""
-            raise TypeError(f"target[{number}]: expected float32 or float64, got {t.dtype}{half}")
+            hint = "; small updates round to zero in half precision" if t.dtype in HALF else ""
+            raise TypeError(f"target[{number}]: expected float32 or float64, got {t.dtype}{hint}")
         if o.dtype != t.dtype and not (t.dtype == torch.float32 and o.dtype in HALF):
-            half = " or half precision" if t.dtype == torch.float32 else ""
-            raise TypeError(f"online[{number}]: expected {t.dtype}{half}, got {o.dtype}")
+            or_half = " or half precision" if t.dtype == torch.float32 else ""
+            raise TypeError(f"online[{number}]: expected {t.dtype}{or_half}, got {o.dtype}")
         for name, x in (("target", t), ("online", o)):
             if x.layout != torch.strided:
                 raise TypeError(f"{name}[{number}]: expected a dense tensor (torch.strided), got {x.layout}")
-            if x.device != target[0].device:
-                where = target[0].device
-                raise ValueError(f"{name}[{number}]: expected on the device of target[0] ({where}), got {x.device}")
-        check.require_shape(f"online[{number}]", o, tuple(t.shape))
+            if x.device != device:
+                raise ValueError(f"{name}[{number}]: expected on the device of target[0] ({device}), got {x.device}")
+        if o.shape != t.shape:
+            check.require_shape(f"online[{number}]", o, tuple(t.shape))
 
 
-def check_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
-    """Refuse a decay that is no float scalar, is on a third device, or, where it can be read, lies outside [0, 1]."""
+def require_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
+    """Refuse a decay that is not a float scalar, is on a third device, or has a readable value outside [0, 1]."""
     check.require_float("decay", decay)
     if decay.numel() != 1:
         raise ValueError(f"decay: expected a 0-d tensor, got shape {tuple(decay.shape)}")
@@ -53,74 +63,96 @@ def check_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
         raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
 
 
-def check_memory(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
-    """Refuse targets that share memory with any other tensor of the lists, or that have no memory any more."""
-    named = [(f"{name}[{n}]", x) for name, xs in (("target", target), ("online", online)) for n, x in enumerate(xs)]
-    named = [(name, x) for name, x in named if x.numel()]
-    for name, x in named:
-        if not x.data_ptr():
+def require_separate_memory(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
+    """Refuse targets that share memory with another tensor of the lists, and tensors whose storage was freed."""
+    tensors = [*target, *online]
+    layouts = tuple((x.data_ptr(), x.element_size(), x.shape, x.stride()) for x in tensors)
+    names = [f"target[{k}]" for k in range(len(target))] + [f"online[{k}]" for k in range(len(online))]
+    for name, (address, _size, shape, _strides) in zip(names, layouts, strict=True):
+        if not address and 0 not in shape:
             raise ValueError(f"{name}: expected values, but its storage was freed")
-    clash = _find_clash([_extent(name, x) for name, x in named])
-    if clash is not None or not all(_is_nested(x) for name, x in named if name.startswith("target")):
-        # it may be the gaps between elements that others fill
-        clash = _find_clash([piece for name, x in named for piece in _elements(name, x)])
+    clash = _find_clash(layouts, len(target))
     if clash is None:
         return
-    owner, other = clash[0].owner, clash[1].owner
+    owner, other = (names[k] for k in clash)
     if owner == other:
-        strides = dict(named)[owner].stride()
+        strides = tensors[clash[0]].stride()
         raise ValueError(f"{owner}: expected elements with memory of their own, got strides {strides}")
     raise ValueError(f"{owner}: expected memory of its own, got that of {other}")
 
 
-def is_dense(x: Tensor) -> bool:
-    """Return whether the elements of a tensor fill one stretch of memory, in whatever order."""
-    return _reach(x) == x.numel() and _is_nested(x)
+def have_clash(ranges: Tensor, targets: int) -> bool:
+    """Return whether a target shares memory with another tensor; for C++. ``ranges`` as in ``_first_clash``."""
+    return _first_clash(ranges, targets) is not None
 
 
-def _reach(x: Tensor) -> int:
-    """Return the number of elements from the first to the last in memory, gaps included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether elements fill one stretch of memory without gaps, in any order."""
+    return _reach(shape, strides) == math.prod(shape) and _is_nested(shape, strides)
 
 
-def _is_nested(x: Tensor) -> bool:
-    """Return whether each axis steps over all that the faster ones reach; then no two elements share memory."""
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last in memory, gaps included; at least one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether each axis steps beyond the reach of the faster axes; then no two elements share memory."""
     reach = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride < reach:
             return False
         reach += (size - 1) * stride
     return True
 
 
-def _extent(name: str, x: Tensor) -> _Range:
-    begin = x.data_ptr()
-    return _Range(begin, begin + _reach(x) * x.element_size(), name, name.startswith("target"))
+@functools.lru_cache(maxsize=16)
+def _find_clash(layouts: tuple[Layout, ...], targets: int) -> tuple[int, int] | None:
+    """Return the numbers of two tensors that share memory, the target first. Online tensors may share."""
+    extents = [
+        (address, address + (0 if 0 in shape else _reach(shape, strides) * size))
+        for address, size, shape, strides in layouts
+    ]
+    clash = _first_clash(torch.tensor(extents, dtype=torch.int64, device="cpu").view(-1, 2), targets)
+    if clash is None and all(_is_nested(shape, strides) for _address, _size, shape, strides in layouts[:targets]):
+        return None
+    pieces = [_pieces(*layout) for layout in layouts]  # exactly: a clash of extents may lie in gaps between elements
+    counts = [len(piece) for piece in pieces]
+    clash = _first_clash(torch.cat(pieces), sum(counts[:targets]))
+    ends = list(itertools.accumulate(counts))
+    return None if clash is None else (bisect.bisect(ends, clash[0]), bisect.bisect(ends, clash[1]))
 
 
-def _elements(name: str, x: Tensor) -> list[_Range]:
-    """Return a range for each element, or for all of them where they leave no gaps."""
-    if is_dense(x):
-        return [_extent(name, x)]
-    offsets = torch.zeros(1, dtype=torch.int64)
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        offsets = (offsets[:, None] + torch.arange(size) * stride).flatten()
-    begin, size = x.data_ptr(), x.element_size()
-    is_target = name.startswith("target")
-    return [_Range(begin + k * size, begin + (k + 1) * size, name, is_target) for k in offsets.tolist()]
+def _pieces(address: int, size: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Return a range for each element, or one for all elements if they leave no gaps."""
+    offsets, length = torch.zeros(1, dtype=torch.int64, device="cpu"), size
+    if 0 not in shape and is_dense(shape, strides):
+        length *= math.prod(shape)
+    else:
+        for count, stride in zip(shape, strides, strict=True):
+            offsets = (offsets[:, None] + torch.arange(count, device="cpu") * stride).flatten()
+    begin = address + offsets * size
+    return torch.stack([begin, begin + length], dim=1)
 
 
-def _find_clash(pieces: list[_Range]) -> tuple[_Range, _Range] | None:
-    """Return the first two pieces that meet and of which one is a target's, that one first."""
-    last_target: _Range | None = None  # that reach furthest so far
-    last_online: _Range | None = None
-    for piece in sorted(pieces):
-        if last_target is not None and piece.begin < last_target.end:
-            return last_target, piece
-        if piece.is_target:
-            if last_online is not None and piece.begin < last_online.end:
-                return piece, last_online
-            last_target = piece
-        elif last_online is None or last_online.end < piece.end:
-            last_online = piece
-    return None
+def _first_clash(ranges: Tensor, targets: int) -> tuple[int, int] | None:
+    """Return the first two ranges that overlap, unless both are online tensors'; the target's first.
+
+    Args:
+        ranges: begin and end in bytes, those of the targets before those of the online tensors ``(N, 2)`` int64.
+        targets: number of ranges of targets.
+    """
+    begin, order = ranges[:, 0].sort(stable=True)
+    end = ranges[order, 1]
+    if (end[:-1] <= begin[1:]).all():  # the usual case: no overlap at all
+        return None
+    is_target = order < targets
+    target_end = torch.where(is_target, end, 0).cummax(0).values  # the furthest so far
+    any_end = end.cummax(0).values
+    overlaps = (begin[1:] < torch.where(is_target[1:], any_end[:-1], target_end[:-1])).nonzero()
+    if not len(overlaps):
+        return None
+    last = int(overlaps[0]) + 1
+    first = int(((end[:last] > begin[last]) & (is_target[:last] | is_target[last])).nonzero()[0])
+    clash = int(order[first]), int(order[last])
+    return clash if is_target[first] else clash[::-1]

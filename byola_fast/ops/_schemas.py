@@ -104,9 +104,8 @@ def augment_views_backward_composite(*args: Any) -> tuple[Tensor, Tensor]:
 
 def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
     """Check the lists before anything is written, as every backend does, and run the reference."""
-    _ema_checks.check_lists(target, online)
-    _ema_checks.check_memory(target, online)
-    _ema_checks.check_decay(decay, target)
+    _ema_checks.require_valid_lists(target, online)
+    _ema_checks.require_decay(decay, target)
     reference.ema_update__reference(target, online, decay)
 
 
@@ -119,6 +118,12 @@ _composites: dict[str, Callable[..., Any]] = {  # in place of the plain referenc
 for _name in OPS:
     _function = _composites.get(_name) or getattr(reference, f"{_name}_reference")
     library.impl(_name, _function, "CompositeExplicitAutograd")
+
+# not public: the C++ of ema_update_ calls them for lists that are new to it
+library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
+library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
+library.impl("_ema_have_clash", _ema_checks.have_clash, "CompositeExplicitAutograd")
+library.impl("_ema_require_separate_memory", _ema_checks.require_separate_memory, "CompositeExplicitAutograd")
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -234,4 +239,4 @@ def _(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
 
 @_fake("ema_update_")
 def _(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
-    _ema_checks.check_lists(target, online)
+    _ema_checks.require_matching_lists(target, online)

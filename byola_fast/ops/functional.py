@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import check_decay
+from byola_fast.ops._ema_checks import require_decay
 from byola_fast.ops.reference import SIZE_SHIFT
 
 __all__ = [
@@ -510,7 +510,8 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
         None; in place on data. A backward pass that saved a target raises an error.
 
     Backends:
-        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Each backend checks the lists.
+        C++ on the CPU, CUDA C++ or Triton on a GPU: one launch for up to 1120 tensors. Shared memory is searched for
+        at the first call, and again only if an address, dtype, shape or stride has changed.
 
     Source:
         BYOL, arXiv:2006.07733, eq. (1).
@@ -541,5 +542,5 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:
         decay = torch.tensor(decay, dtype=torch.float64)
-    check_decay(decay, target)
+    require_decay(decay, target)
     return decay

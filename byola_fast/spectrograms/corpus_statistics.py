@@ -19,7 +19,7 @@ from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
 from byola_fast.spectrograms.statistics import compute_stats
 
-FEWEST_SEGMENTS = 1000  # of small corpora too, whose clips then give several segments each
+MIN_SEGMENTS = 1000  # the clips of a small corpus give several segments each
 BATCH = 64
 
 
@@ -29,12 +29,12 @@ class StatsConfig(FrontEnd):
 
     Attributes:
         audio_dir: folder of audio files, one file, or folder of a packed store.
-        out: JSON file to write, which ``pretrain --stats`` takes; by default none, the numbers are printed alone.
-        segments: random segments that mean and std are taken of, at most one of each clip (or 1000 in all, of fewer
-            clips); more is steadier and takes longer.
+        out: JSON file to write, for ``pretrain --stats``; by default the numbers are only printed.
+        segments: number of random segments, at most one per clip (or 1000 in all, with fewer clips); more is steadier
+            and slower.
         unit_sec: length of a segment, in seconds.
         seed: of the segments; the same seed gives the same numbers.
-        workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
+        workers: processes that decode audio; by default one fewer than CPU cores, at most 8.
     """
 
     audio_dir: str
@@ -46,7 +46,7 @@ class StatsConfig(FrontEnd):
 
 
 class Stats(NamedTuple):
-    """Mean and std of log-mel spectrograms, and of how many segments."""
+    """Mean and std of log-mel spectrograms, and the number of segments."""
 
     mean: float
     std: float
@@ -54,7 +54,7 @@ class Stats(NamedTuple):
 
 
 def run_stats(config: StatsConfig) -> Stats:
-    """Take the statistics of a folder or a packed store, showing progress, and write them where asked for.
+    """Compute the statistics of a folder or a packed store, showing progress, and write them if asked.
 
     Raises:
         FileNotFoundError: no such folder. AudioError or StoreError: no file in it can be read. ValueError: settings out
@@ -91,13 +91,13 @@ def take_stats(
     """Return mean and unbiased std over the log-mels of random segments of a corpus.
 
     Args:
-        source: what ``Batches`` takes.
-        to_lms: the front end, on the device that the log-mels are computed on.
-        segments: at most so many, and at most one of each clip, or 1000 in all of fewer clips; at least 1.
+        source: as for ``Batches``.
+        to_lms: the front end, on the device that computes.
+        segments: as in ``StatsConfig``, at least 1.
         seed: of the choice of clips.
-        workers: as ``Batches``.
-        progress: called with (segments done, of how many).
-        broken: takes the files that are found broken, and why.
+        workers: as for ``Batches``.
+        progress: called with (segments done, total).
+        broken: receives the broken files, with the reason.
 
     Raises:
         AudioError: no file can be read. ValueError: ``segments`` below 1, or segments too short for the front end.
@@ -105,7 +105,7 @@ def take_stats(
     if segments < 1:
         raise ValueError(f"segments: expected at least 1, got {segments}")
     to_lms.num_frames(source.num_samples)  # refuses short segments before anything is read
-    count = min(segments, max(len(source), FEWEST_SEGMENTS))
+    count = min(segments, max(len(source), MIN_SEGMENTS))
     batches = Batches(source, min(BATCH, count), seed=seed, workers=workers, device=to_lms.window.device)
 
     def log_mels() -> Iterator[Tensor]:
@@ -122,7 +122,7 @@ def take_stats(
 
 
 def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:
-    """Write statistics, and what they are of, as JSON.
+    """Write statistics and their front end as JSON.
 
     Raises:
         ValueError: the file cannot be written.
@@ -140,16 +140,16 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
 
     Args:
         path: the JSON file.
-        to_lms: the front end that they are wanted for.
+        to_lms: the front end that will use them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, or taken with another front end (says which setting).
+        ValueError: not such a file, or computed with another front end (names the setting).
     """
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         stats = Stats(float(content["mean"]), float(content["std"]), int(content["segments"]))
-        front_end = {"center": True} | dict(content["front_end"])  # what files that do not say so were taken with
+        front_end = {"center": True} | dict(content["front_end"])  # older files do not say
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -159,6 +159,6 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
         raise ValueError(f"{path}: expected a finite mean and a std above 0, got {stats.mean} and {stats.std}")
     for name in FRONT_END if to_lms is not None else ():
         if front_end.get(name) != getattr(to_lms, name):
-            message = f"{name} {front_end.get(name)}, and is wanted with {getattr(to_lms, name)}"
-            raise ValueError(f"{path}: taken with {message}; take it anew with byola-fast stats --{name}")
+            message = f"{name} {front_end.get(name)}, expected {getattr(to_lms, name)}"
+            raise ValueError(f"{path}: computed with {message}; compute it again with byola-fast stats --{name}")
     return stats

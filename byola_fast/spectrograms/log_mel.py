@@ -51,8 +51,8 @@ class LogMel(torch.nn.Module):
     """Turn waveforms into natural-log mel spectrograms: ``lms = log(mel(|STFT(wav)|^2) + eps)``.
 
     Hann window, frames centred on multiples of ``hop_length`` with reflect padding, ``eps = 2^-23`` (float32's).
-    The defaults are BYOL-A's: 0.95 s at 16 kHz (15200 samples) give 64 mels by 96 frames. int16, as a packed store
-    holds it, is taken as it is: ``view1, view2 = aug(to_lms(wav))`` goes from either to two views.
+    The defaults are BYOL-A's: 0.95 s at 16 kHz (15200 samples) give 64 mels by 96 frames. int16 waveforms, as in a
+    packed store, need no conversion: ``view1, view2 = aug(to_lms(wav))``.
 
     Args:
         sample_rate: rate of the waveforms, in Hz.
@@ -153,7 +153,7 @@ class LogMel(torch.nn.Module):
     def forward(self, wav: torch.Tensor, *, stats: torch.Tensor | None = None) -> torch.Tensor:
         """Return the log-mel spectrogram ``(B, 1, F, T)`` of ``wav`` ``(B, samples)``; see the class.
 
-        With ``stats (2,)``, mean and std, it is pre-normalised on the way: ``(lms - mean) / max(std, eps)``.
+        With ``stats (2,)``, mean and std, it is also pre-normalised: ``(lms - mean) / max(std, eps)``.
         """
         check.require_tensor("wav", wav)
         if wav.ndim not in (1, 2):
@@ -175,7 +175,7 @@ class LogMel(torch.nn.Module):
         return lms[:, None] if wav.ndim == 2 else lms
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LogMel:
-        """Follow ``fn`` to another device but keep the buffers float32, whatever dtype the rest of a model takes."""
+        """Move to the device of ``fn`` but keep the buffers in float32 if a model is converted to another dtype."""
 
         def keep_dtype(buffer: torch.Tensor) -> torch.Tensor:
             moved = fn(buffer)

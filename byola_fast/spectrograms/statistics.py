@@ -1,4 +1,4 @@
-"""Pre-normalisation: scalar mean and std of log-mel spectrograms, known beforehand or running."""
+"""Pre-normalisation: scalar mean and std of log-mel spectrograms, fixed or running."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
     if isinstance(stats, Tensor):
         check.require_float("stats", stats)
         check.require_shape("stats", stats, (2,))
-        return stats.to(device, non_blocking=device.type == "cuda")  # towards the CPU it must wait
+        return stats.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must wait
     if not check.is_pair(stats) or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
         raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
     mean = torch.full((), float(stats[0]), device=device)
@@ -39,10 +39,10 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
 
 
 class RunningStats(nn.Module):
-    """Mean and std of everything seen so far, merged batch by batch on the device (first version of the paper).
+    """Mean and std of all batches so far, merged on the device (first version of the paper).
 
     Args:
-        max_updates: stop after so many batches (the first epochs); None for never.
+        max_updates: stop after so many batches (the first epochs); None for no limit.
 
     Shape:
         ``update(x)`` takes any shape with samples along the first axis; ``stats()`` returns ``(2,)`` float32.
@@ -68,7 +68,7 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
-        """Merge a batch, and return ``stats()`` with it. An empty one does not count."""
+        """Merge a batch and return the new ``stats()``; an empty batch does not count."""
         if x.numel() == 0:
             return self.stats()
         state = (self.mean, self.variance, self.count, self.updates)
@@ -85,7 +85,7 @@ class RunningStats(nn.Module):
 
 
 def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
-    """Return mean and std over all batches, to be stored with the weights and given as ``stats=``.
+    """Return mean and std over all batches, for ``stats=`` and to be stored with weights.
 
     >>> [round(value, 4) for value in compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])]
     [2.5, 1.291]
@@ -94,6 +94,6 @@ def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
     for batch in batches:
         running.update(batch)
     if int(running.count) == 0:
-        raise ValueError("stats: no finite log-mel spectrogram to take statistics of")
+        raise ValueError("stats: expected at least one finite log-mel spectrogram, got none")
     mean, std = running.stats().tolist()
     return mean, std

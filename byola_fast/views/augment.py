@@ -1,4 +1,4 @@
-"""Two views of every sample: the stateless ``augment`` and the module ``Augment`` with its memory.
+"""Two views of every sample: the function ``augment`` and the module ``Augment`` with a memory.
 
 lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per view, per sample
 """
@@ -6,7 +6,7 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,38 +24,32 @@ Views = tuple[Tensor, Tensor]
 ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
 
 
+class _Keywords(SettingsByName, total=False):
+    """The keywords of ``augment`` but for ``return_params``, on which its result depends."""
+
+    preset: str
+    stats: tuple[float, float] | Tensor | None
+    seed: int | Tensor | None
+    step: int | Tensor
+    sample_offset: int
+    generator: torch.Generator | None
+    out: Tensor | None
+    params: AugmentParams | None
+    post_norm: bool
+
+
+class _CallKeywords(TypedDict, total=False):
+    """Likewise, of a call of ``Augment``."""
+
+    sample_offset: int
+    params: AugmentParams | None
+    out: Tensor | None
+
+
 @overload
-def augment(
-    lms: Tensor,
-    *,
-    return_params: Literal[False] = False,
-    preset: str = ...,
-    stats: tuple[float, float] | Tensor | None = ...,
-    seed: int | Tensor | None = ...,
-    step: int | Tensor = ...,
-    sample_offset: int = ...,
-    generator: torch.Generator | None = ...,
-    out: Tensor | None = ...,
-    params: AugmentParams | None = ...,
-    post_norm: bool = ...,
-    **settings: Unpack[SettingsByName],
-) -> Views: ...
+def augment(lms: Tensor, *, return_params: Literal[False] = False, **keywords: Unpack[_Keywords]) -> Views: ...
 @overload
-def augment(
-    lms: Tensor,
-    *,
-    return_params: Literal[True],
-    preset: str = ...,
-    stats: tuple[float, float] | Tensor | None = ...,
-    seed: int | Tensor | None = ...,
-    step: int | Tensor = ...,
-    sample_offset: int = ...,
-    generator: torch.Generator | None = ...,
-    out: Tensor | None = ...,
-    params: AugmentParams | None = ...,
-    post_norm: bool = ...,
-    **settings: Unpack[SettingsByName],
-) -> ViewsAndParams: ...
+def augment(lms: Tensor, *, return_params: Literal[True], **keywords: Unpack[_Keywords]) -> ViewsAndParams: ...
 def augment(
     lms: Tensor,
     *,
@@ -79,12 +73,12 @@ def augment(
     Args:
         lms: log-mel spectrograms, natural logarithm.
         preset: "byola-v1" (mixup_ratio 0.4) or "byola-v2" (mixup_ratio 0.2, fader_gain 1).
-        stats: (mean, std) for the pre-normalisation; the batch's own where None, ``(0, 1)`` for no pre-normalisation.
-        seed: in [0, 2^63), or a 0-d int64 tensor; drawn from ``generator`` or torch's default generator where None.
-        step: in [0, 2^32), or a 0-d int64 tensor; with one seed, every step draws anew.
+        stats: (mean, std) for the pre-normalisation; by default the batch's, ``(0, 1)`` for none.
+        seed: in [0, 2^63), or a 0-d int64 tensor; by default drawn from ``generator`` or torch's default generator.
+        step: in [0, 2^32), or a 0-d int64 tensor; each step of a seed draws other parameters.
         sample_offset: number of the first sample in the global batch.
-        generator: where the seed comes from; on the CPU or on the batch's device.
-        out: a contiguous ``(2, B, ...)`` tensor to write the views to and reuse.
+        generator: draws the seed; on the CPU or on the batch's device.
+        out: a contiguous ``(2, B, ...)`` tensor that receives the views.
         params: parameters to replay instead of drawing.
         return_params: return ``view1, view2, params``.
         post_norm: normalise both views jointly to mean 0 and std 1.
@@ -131,21 +125,21 @@ def augment(
 class Augment(nn.Module):
     """Make two random views of each batch, mixing in past inputs from a memory bank.
 
-    The module holds the bank, the statistics of the pre-normalisation and the state of its random numbers (seed and
-    step) as buffers: ``state_dict`` into a new ``Augment`` continues the very same stream of views. A call advances
-    step and bank once and never syncs a GPU.
+    The bank, the statistics of the pre-normalisation and the random state (seed and step) are buffers, so that a new
+    ``Augment`` with the same ``state_dict`` continues the stream of views. A call advances step and bank once and never
+    syncs a GPU.
 
     Args:
         preset: "byola-v1" or "byola-v2".
         n_memory: rows of the memory bank; with 0, partners always come from the same batch.
-        shape: (mels, frames) of the inputs; the first batch fixes it where None.
+        shape: (mels, frames) of the inputs; by default that of the first batch.
         bank_dtype: float32, or float16 for half the memory.
-        seed: in [0, 2^63); drawn from torch's default generator where None.
-        stats: (mean, std); a ``RunningStats``; None for running statistics without an end (first version of the paper),
-            updated in training mode only.
+        seed: in [0, 2^63); by default drawn from torch's default generator.
+        stats: (mean, std); a ``RunningStats``; None for running statistics (first version of the paper), updated in
+            training mode only.
         post_norm: normalise both views jointly to mean 0 and std 1.
-        sync: with torch.distributed initialised, every rank pushes all ranks' inputs and statistics are joint, so that
-            views do not depend on the world size; ranks must then give equal batches and their own ``sample_offset``.
+        sync: with torch.distributed initialised, push the inputs of all ranks and use joint statistics, so that views
+            do not depend on the world size. Ranks must give batches of equal size and their own ``sample_offset``.
         **settings: any of ``byola_fast.views.params.Settings``.
 
     Shape:
@@ -155,11 +149,11 @@ class Augment(nn.Module):
         As ``augment``; inputs that are not finite are kept out of the bank and counted in ``bank.refused``.
 
     Autograd:
-        As ``augment``; partners from the bank get none. Not with ``sync`` over several ranks, which says so.
+        As ``augment``; partners from the bank get none. With ``sync`` over several ranks, an error.
 
     Source:
-        arXiv:2103.06695. Differs: both views draw from the bank as it stood before the batch, which is
-        then pushed once; while the bank is empty, partners come from the batch itself, as in ``augment``.
+        arXiv:2103.06695. Differs: both views draw from the bank before the batch is pushed, once; while the bank is
+        empty, partners come from the batch, as in ``augment``.
 
     >>> aug = Augment("byola-v2", seed=0)
     >>> view1, view2 = aug(torch.randn(4, 64, 96))
@@ -170,27 +164,15 @@ class Augment(nn.Module):
     rng: Tensor
     fixed_stats: Tensor | None
 
-    if TYPE_CHECKING:  # nn.Module's own says Any
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         @overload
         def __call__(
-            self,
-            lms: Tensor,
-            *,
-            return_params: Literal[False] = False,
-            sample_offset: int = ...,
-            params: AugmentParams | None = ...,
-            out: Tensor | None = ...,
+            self, lms: Tensor, *, return_params: Literal[False] = False, **keywords: Unpack[_CallKeywords]
         ) -> Views: ...
         @overload
         def __call__(
-            self,
-            lms: Tensor,
-            *,
-            return_params: Literal[True],
-            sample_offset: int = ...,
-            params: AugmentParams | None = ...,
-            out: Tensor | None = ...,
+            self, lms: Tensor, *, return_params: Literal[True], **keywords: Unpack[_CallKeywords]
         ) -> ViewsAndParams: ...
         def __call__(self, lms: Tensor, **keywords: Any) -> Views | ViewsAndParams: ...
 
@@ -255,7 +237,7 @@ class Augment(nn.Module):
         if return_params or (torch.is_grad_enabled() and lms.requires_grad):
             params = replace(params, rng=params.rng.clone(), bank_count=held.clone())
         if torch.is_grad_enabled() and lms.requires_grad:
-            rows = rows.clone()  # backward reads the bank as it was, and the push below overwrites some
+            rows = rows.clone()  # backward reads rows that the push below overwrites
         views = _make_views(
             x,
             params,
@@ -271,7 +253,7 @@ class Augment(nn.Module):
         return _answer(views, lms, params if return_params else None)
 
     def _gather(self, x: Tensor) -> tuple[int, Tensor | None]:
-        """Return this rank and all ranks' inputs, in the order of ranks; ``(0, None)`` in a process of its own."""
+        """Return this rank and the inputs of all ranks in order; ``(0, None)`` with one process."""
         distributed = torch.distributed
         if not (self.sync and distributed.is_available() and distributed.is_initialized()):
             return 0, None
@@ -351,7 +333,7 @@ def _make_views(
     bank: Tensor | None = None,
     pool: Tensor | None = None,
 ) -> Tensor:
-    """Make the views, ``(2, B, *size)``; with a ``pool``, which all ranks share, statistics are joint too."""
+    """Make the views, ``(2, B, *size)``; with the ``pool`` of all ranks, statistics are joint too."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (stats is not None and stats.requires_grad))
     if differentiable and pool is not None:
         raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
@@ -381,7 +363,7 @@ def _make_views(
 
 
 def _gather_sums(sums: Tensor) -> Tensor:
-    """Return all ranks' ``(2, B, 3)`` sums in the order of samples, so that adding them up rounds as in one process."""
+    """Return the ``(2, B, 3)`` sums of all ranks in sample order, so that adding them rounds as in one process."""
     return concat_ranks(sums).unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""How each view came about, step by step, for pictures."""
+"""The steps that lead to each view, for pictures."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from byola_fast.views.params import resolve_settings
 
 @dataclass(frozen=True)
 class ViewSteps:
-    """How one view came about.
+    """The steps that lead to one view.
 
     Attributes:
         lam: weight of the partner.
-        partner: ``(F, T)`` what was mixed in; None where there was no partner.
-        partner_name: where it comes from.
+        partner: ``(F, T)``; None for no partner.
+        partner_name: its segment.
         mix: ``(F, T)``.
         crop: the box (i, j, h, w) on the virtual canvas.
-        fader: what was added at the first and the last frame.
+        fader: values added at the first and the last frame.
         view: the result.
     """
 
@@ -59,12 +59,12 @@ def explain_views(
     stats: tuple[float, float] | None = None,
     **settings: Any,
 ) -> list[Panel]:
-    """Augment a batch and retrace, for its first samples, each step that led to their views.
+    """Augment a batch and return, for its first samples, the steps that lead to their views.
 
     Args:
         lms: ``(B, 1, F, T)``.
         names: of the B segments.
-        samples: how many panels to make, at most B.
+        samples: number of panels, at most B.
         preset, seed, stats, settings: as in ``augment``.
     """
     chosen = resolve_settings(preset, settings)

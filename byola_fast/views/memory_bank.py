@@ -15,12 +15,12 @@ from byola_fast.ops import _checks as check
 class MemoryBank(nn.Module):
     """Keep the last ``n_memory`` clean, pre-normalised inputs, first in, first out.
 
-    Rows and cursor are persistent buffers on the device, so a step neither syncs nor depends on how full the bank is,
-    and a CUDA graph can hold it. Samples that are not finite are kept out and counted.
+    Rows and cursor are persistent buffers on the device, so that no step syncs and a CUDA graph can hold it. Samples
+    that are not finite are kept out and counted.
 
     Args:
-        n_memory: rows, up to 2^24; 0 keeps nothing, and refuses and counts nothing.
-        shape: (mels, frames) of a row; the first batch fixes it where None.
+        n_memory: rows, up to 2^24; 0 keeps and counts nothing.
+        shape: (mels, frames) of a row; by default that of the first batch.
         dtype: of the rows: float32, or float16 for half the memory.
 
     Shape:
@@ -29,7 +29,7 @@ class MemoryBank(nn.Module):
 
     Source:
         The FIFO of log-mixup-exp, arXiv:2103.06695. Differs: a batch is pushed once, after both views
-        were drawn from the bank as it stood before; published code pushes each sample once per view in between.
+        were drawn from the bank; published code pushes each sample once per view in between.
     """
 
     rows: Tensor | None
@@ -74,8 +74,8 @@ class MemoryBank(nn.Module):
         """Return the rows for a batch ``x (B, F, T)``, allocating them for the first one.
 
         Raises:
-            ValueError: x has another shape than the rows, or is on another device. RuntimeError: the shape would have
-            to be fixed while a graph is traced.
+            ValueError: x has another shape than the rows, or is on another device. RuntimeError: the shape is unknown
+            while a graph is traced.
         """
         if self.rows is None:
             if torch.compiler.is_compiling():

@@ -93,7 +93,7 @@ class Settings(ViewSettings):
         check.require_one_of("interpolation", self.interpolation, check.INTERPOLATIONS)
 
     def check_ranges(self, mels: int, frames: int) -> None:
-        """Refuse what ``ops.draw_params`` would refuse for inputs of a size, before there are any.
+        """Refuse what ``ops.draw_params`` would refuse for inputs of a size.
 
         Raises:
             ValueError: a value out of range; names the setting.
@@ -124,19 +124,19 @@ def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """The random parameters of two views of one batch, drawn or to be replayed. Views come first.
+    """The random parameters of both views of a batch, for replay. Views come first.
 
     Attributes:
         lam: ``(2, B)`` float32, weight of the partner in each sample, in [0, 1].
-        bank_index: ``(2, B)`` int64, the partner's row in the bank, or in the batch where there is no bank or it was
-            empty; -1: no partner, not mixed.
+        bank_index: ``(2, B)`` int64, the partner's row in the bank, or in the batch if the bank is missing or empty;
+            -1: no partner, not mixed.
         crop: ``(2, B, 4)`` int32, boxes (i, j, h, w) on the virtual canvas: first mel, first frame, mels, frames.
-        fader: ``(2, B, 2)`` float32, what is added at the first and the last frame.
-        rng: ``(2,)`` int64, seed and step; the Gaussian mixer's noise follows from them. Zeros where not given.
-        bank_count: ``()`` int64, rows that the bank held at the draw; None without a bank.
+        fader: ``(2, B, 2)`` float32, value added at the first and the last frame.
+        rng: ``(2,)`` int64, seed and step, which the Gaussian mixer's noise follows from; zeros by default.
+        bank_count: ``()`` int64, rows in the bank at the draw; None without a bank.
         sample_offset: number of the first sample in the global batch.
 
-    ``params[10:20]`` is what samples 10 to 19 were given.
+    ``params[10:20]`` are the parameters of samples 10 to 19.
     """
 
     lam: Tensor
@@ -172,13 +172,13 @@ class AugmentParams:
         return replace(self, **moved)
 
     def check(self, batch: int, device: torch.device, canvas: tuple[int, int], rows: int) -> None:
-        """Refuse parameters that do not fit a batch; values are looked at on the CPU only.
+        """Refuse parameters that do not fit a batch; values are checked on the CPU only.
 
         Args:
             batch: B.
             device: where the batch is.
             canvas: (mels, frames) of the virtual canvas.
-            rows: how many rows partners are chosen from.
+            rows: number of rows to choose partners from.
         """
         check.require_float("params.lam", self.lam)
         for name, wanted in (("lam", ()), ("bank_index", ()), ("crop", (4,)), ("fader", (2,))):

@@ -110,7 +110,7 @@ class ShowConfig:
 
     Attributes:
         out: picture to write; its suffix is the format (png, pdf, svg).
-        samples: segments to draw; by default 1 of a file and 3 of a folder.
+        samples: number of segments to draw; by default 1 for a file and 3 for a folder.
         preset: "byola-v1" (mixup up to 0.4) or "byola-v2" (mixup up to 0.2, and a random linear fader).
         interpolation: of the resized crops: "bilinear" or "bicubic".
         unit_sec: length of a segment, in seconds.

@@ -194,7 +194,7 @@ def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
     assert max(map(len, done)) - min(map(len, done)) <= 1
 
 
-def test_a_lost_rank_is_told_and_what_is_done_stays(weights, corpus, tmp_path, monkeypatch):
+def test_a_lost_rank_is_named_and_finished_work_stays(weights, corpus, tmp_path, monkeypatch):
     class Lost(World):
         def all_max(self, *values):
             raise RuntimeError("Connection closed by peer")

@@ -77,7 +77,7 @@ def test_an_exported_program_runs_without_this_package(tmp_path):
         torch.testing.assert_close(frames, embedder(wav, frames=True).frames, rtol=1e-4, atol=1e-5)
 
 
-def test_from_the_command_line_a_difference_is_told(embedder, tmp_path, capsys):
+def test_the_command_reports_the_difference(embedder, tmp_path, capsys):
     weights = tmp_path / "encoder.safetensors"
     save_encoder(weights, embedder.encoder, config=describe_encoder(embedder.encoder, embedder.to_lms), stats=(-6, 3))
     out = tmp_path / "e.onnx"

@@ -1,4 +1,4 @@
-"""Many files, any length: equal to the whole at once, whatever the blocks and batches."""
+"""Many files of any length give the embeddings of the whole, for any blocks and batches."""
 
 from __future__ import annotations
 

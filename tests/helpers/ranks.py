@@ -1,4 +1,4 @@
-"""Several processes on one machine, as torchrun would start them: for tests of what they do together."""
+"""Several processes on one machine, started as by torchrun."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finish(processes: list[Any], seconds: float = 120.0) -> list[int | None]:
 
 
 def run(count: int, out: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call a function in several processes and return what it returned in each."""
+    """Call a function in several processes and return the result of each."""
     out.mkdir(parents=True, exist_ok=True)
     codes = finish(start(count, out, function, *args))
     assert codes == [0] * count, [(out / f"rank{rank}.err").read_text() for rank in range(count)]

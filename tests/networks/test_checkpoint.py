@@ -54,7 +54,7 @@ def test_a_failure_while_saving_leaves_the_old_file_whole(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_the_system_says_is_told(tmp_path):
+def test_the_system_error_is_in_the_message(tmp_path):
     """torch.save wraps a failing write in words of its own; the limit is a real one."""
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"step": 1})
@@ -123,7 +123,7 @@ def test_unusable_files_say_what_is_wrong(tmp_path):
 def test_the_folder_of_a_run_names_its_weights(tmp_path):
     for name in ("checkpoint.pt", "encoder.pth"):
         (tmp_path / name).touch()
-        with pytest.raises(CheckpointError, match=re.escape(f"Is a directory; give a file, as {tmp_path / name}")):
+        with pytest.raises(CheckpointError, match=re.escape(f"Is a directory; give a file, such as {tmp_path / name}")):
             load_checkpoint(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The target network: its arithmetic over many steps, half precision, tied weights, buffers, wrappers, state."""
+"""The target network: arithmetic over many steps, half precision, tied weights, buffers, wrappers, state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_net() -> nn.Module:
 
 
 def jump(net: nn.Module) -> None:
-    """Stand in for a step of an optimiser."""
+    """Change the parameters as an optimiser would."""
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype))
@@ -38,7 +38,7 @@ def test_twenty_steps_against_a_loop_in_float64():
         assert not torch.equal(parameter, net.get_parameter(name))
 
 
-def test_target_is_a_copy_of_its_own_without_gradients():
+def test_the_target_is_a_separate_copy_without_gradients():
     net = make_net()
     ema = EMA(net)
     assert all(p.requires_grad for p in net.parameters())
@@ -58,11 +58,11 @@ def test_half_networks_have_float32_targets_that_move(dtype):
     for _ in range(3):
         ema.update()
     moved = (ema.target[0].weight - before).double()
-    assert moved.min() > 3e-4 * 0.9 * 0.9  # each step a thousandth of 0.125, which half precision would lose
+    assert moved.min() > 3e-4 * 0.9 * 0.9  # each step moves by 0.125 / 1000, which rounds to zero in half precision
     assert ema(torch.randn(4, 5, dtype=dtype)).dtype == torch.float32
 
 
-def test_half_asked_for_later_does_not_reach_the_target():
+def test_half_leaves_the_target_in_float32():
     ema = EMA(make_net())
     assert {p.dtype for p in ema.half().parameters()} == {torch.float32}
     assert {p.dtype for p in ema.double().parameters()} == {torch.float64}
@@ -79,18 +79,18 @@ def test_tied_weights_move_once():
     assert torch.equal(ema.target[1].weight, torch.full((4, 4), 0.5))
 
 
-@pytest.mark.parametrize(("mode", "share"), [("none", 0.0), ("copy", 1.0), ("ema", 0.25)])
-def test_buffers(mode, share):
+@pytest.mark.parametrize(("mode", "weight"), [("none", 0.0), ("copy", 1.0), ("ema", 0.25)])
+def test_buffers(mode, weight):
     net = make_net()
     ema = EMA(net, decay=0.75, buffers=mode)
     net[1].running_mean.fill_(4.0)
     net[1].num_batches_tracked.fill_(9)
     ema.update()
-    assert_close(ema.target[1].running_mean, torch.full((7,), 4 * share, dtype=torch.float64))
+    assert_close(ema.target[1].running_mean, torch.full((7,), 4 * weight, dtype=torch.float64))
     assert int(ema.target[1].num_batches_tracked) == (0 if mode == "none" else 9)
 
 
-def test_wrapped_later_or_from_the_start():
+def test_wrapped_before_or_after():
     net = make_net()
     plain, wrapped = EMA(net, decay=0.5), EMA(torch.compile(net, backend="eager"), decay=0.5)
     net[0] = torch.compile(net[0], backend="eager")
@@ -103,7 +103,7 @@ def test_wrapped_later_or_from_the_start():
     assert torch.equal(plain.target[0].weight, wrapped.target[0].weight)
 
 
-def test_a_network_of_another_make_is_refused():
+def test_a_network_with_other_parameters_is_refused():
     net = make_net()
     ema = EMA(net)
     net.append(nn.Linear(3, 3))
@@ -111,7 +111,7 @@ def test_a_network_of_another_make_is_refused():
         ema.update()
 
 
-def test_state_goes_into_a_new_module():
+def test_state_loads_into_a_new_module():
     net = make_net()
     ema = EMA(net, decay=0.5)
     jump(net)
@@ -126,7 +126,7 @@ def test_state_goes_into_a_new_module():
 
 
 @pytest.mark.parametrize("buffers", ["none", "ema"])
-def test_follows_tensors_that_were_replaced(buffers):
+def test_replaced_tensors_are_followed(buffers):
     net = make_net()
     ema = EMA(net, decay=0.5, buffers=buffers)
     ema.update()
@@ -141,7 +141,7 @@ def test_follows_tensors_that_were_replaced(buffers):
     assert torch.equal(ema.target[1].running_mean, torch.full((7,), 0.5 if buffers == "ema" else 0.0))
 
 
-def test_another_dtype_later_is_followed_or_refused():
+def test_a_new_dtype_is_followed_or_refused():
     net = make_net()
     ema = EMA(net, decay=0.5)
     ema.update()
@@ -155,7 +155,7 @@ def test_another_dtype_later_is_followed_or_refused():
         ema.update()
 
 
-def test_a_copy_moves_alone():
+def test_a_deep_copy_is_independent():
     net = make_net()
     ema = EMA(net, decay=0.5)
     ema.update()
@@ -167,7 +167,7 @@ def test_a_copy_moves_alone():
     assert not torch.equal(other.target[0].weight, before)
 
 
-def test_the_decay_may_change_but_not_leave_its_range():
+def test_the_decay_may_change_within_its_range():
     net = make_net()
     ema = EMA(net, decay=1.0)
     jump(net)
@@ -196,11 +196,10 @@ def test_refused_settings(settings, words):
         EMA(make_net(), **settings)
 
 
-# what an update may meet
+# changes between updates
 
 
-def test_a_thousand_tensors_replaced_within_are_followed():
-    """Storages, shapes and dtypes change under the same tensors: nothing about them may be remembered."""
+def test_new_storages_shapes_and_dtypes_in_the_same_tensors():
     net = nn.ParameterList(torch.zeros(3) for _ in range(100))
     ema = EMA(net, decay=0.5)
     ema.update()
@@ -226,7 +225,7 @@ def test_a_thousand_tensors_replaced_within_are_followed():
     assert all(torch.equal(p, b) for p, b in zip(ema.target, before, strict=True))
 
 
-def test_parameters_of_their_own_that_share_memory_move_once():
+def test_parameters_that_share_memory_move_once():
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     net[1].weight = nn.Parameter(net[0].weight.data)
     ema = EMA(net, decay=0.5)
@@ -238,7 +237,7 @@ def test_parameters_of_their_own_that_share_memory_move_once():
         assert torch.equal(parameter, torch.full((4, 4), 0.5))
 
 
-def test_target_and_online_in_the_same_memory_are_refused():
+def test_a_target_in_the_memory_of_the_online_network_is_refused():
     net = make_net()
     ema = EMA(net)
     net[0].weight.data = ema.target[0].weight.data
@@ -297,7 +296,7 @@ def test_inside_distributed_data_parallel():
         distributed.destroy_process_group()
 
 
-def test_integers_among_the_parameters_are_copied_and_complex_ones_refused():
+def test_integer_parameters_are_copied_and_complex_ones_refused():
     net = make_net()
     net.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
     ema = EMA(net)
@@ -323,16 +322,16 @@ def test_a_cosine_decay_over_its_whole_length():
     wanted = net.weight.detach().double()
     for step in range(15):
         jump(net)
-        share = wanted_decay(step, 0.9, 12)
-        assert float(ema.current_decay()) == pytest.approx(share, abs=1e-15)
-        wanted = share * wanted + (1 - share) * net.weight.detach().double()
+        decay = wanted_decay(step, 0.9, 12)
+        assert float(ema.current_decay()) == pytest.approx(decay, abs=1e-15)
+        wanted = decay * wanted + (1 - decay) * net.weight.detach().double()
         ema.update()
         assert int(ema.step) == step + 1
         assert_close(ema.target.weight, wanted)
     assert float(ema.current_decay()) == 1.0
 
 
-def test_the_schedule_goes_on_where_its_state_was_saved():
+def test_the_schedule_resumes_from_its_state():
     net = make_net()
     ema = EMA(net, decay=CosineDecay(0.5, total_steps=10))
     for _ in range(4):
@@ -348,7 +347,7 @@ def test_the_schedule_goes_on_where_its_state_was_saved():
         EMA(net).load_state_dict(ema.state_dict())
 
 
-def test_a_refused_update_is_no_step():
+def test_a_refused_update_does_not_count_as_a_step():
     net = nn.Linear(2, 2)
     ema = EMA(net, decay=CosineDecay(0.5, total_steps=10))
     net.weight.data = torch.zeros(3, 3)
@@ -357,7 +356,7 @@ def test_a_refused_update_is_no_step():
     assert int(ema.step) == 0
 
 
-def test_a_schedule_given_later_says_what_to_do():
+def test_a_schedule_assigned_later_is_refused_with_advice():
     ema = EMA(make_net())
     ema.decay = CosineDecay(0.5, total_steps=10)
     with pytest.raises(RuntimeError, match=r"must be given to EMA\(...\) itself"):
@@ -390,7 +389,7 @@ def test_the_schedule_in_a_cuda_graph():
         assert all(torch.equal(p, q) for p, q in zip(ema.parameters(), eager.parameters(), strict=True))
 
 
-# the averaged weights in place of the online ones
+# the averaged weights in the online network
 
 
 def state_of(module):
@@ -408,25 +407,25 @@ def test_swapped(dtype, buffers):
     ema.update()
     jump(net)
     net(torch.randn(6, 5, dtype=dtype))
-    own, average = state_of(net), state_of(ema.target)
+    before, average = state_of(net), state_of(ema.target)
     objects = list(net.parameters())
     places = [p.data_ptr() for p in objects]
     with ema.swapped() as averaged:
         assert averaged is net
-        followed = [name for name in own if buffers != "none" or name in dict(net.named_parameters())]
+        followed = [name for name in before if buffers != "none" or name in dict(net.named_parameters())]
         for name, value in net.state_dict().items():
-            assert torch.equal(value, average[name].to(value.dtype) if name in followed else own[name])
+            assert torch.equal(value, average[name].to(value.dtype) if name in followed else before[name])
         assert all(p is q and p.dtype == dtype for p, q in zip(net.parameters(), objects, strict=True))
         net.eval()(torch.randn(6, 5, dtype=dtype))
         net.train()
     assert [p.data_ptr() for p in net.parameters()] == places
     for name, value in net.state_dict().items():
-        assert torch.equal(value, own[name])
+        assert torch.equal(value, before[name])
     for name, value in ema.target.state_dict().items():
         assert torch.equal(value, average[name])
     net(torch.randn(6, 5, dtype=dtype)).float().sum().backward()
     optimizer.step()
-    assert not torch.equal(net[0].weight, own["0.weight"])
+    assert not torch.equal(net[0].weight, before["0.weight"])
     ema.update()
 
 
@@ -434,18 +433,18 @@ def test_swapped_is_undone_after_an_error():
     net = make_net()
     ema = EMA(net, decay=0.5)
     jump(net)
-    own = state_of(net)
+    before = state_of(net)
     with pytest.raises(ZeroDivisionError), ema.swapped():
         _ = 1 / 0
-    assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     ema.update()
 
 
-def test_swapped_is_undone_when_it_fails_half_way(monkeypatch):
+def test_swapped_is_undone_if_it_fails_half_way(monkeypatch):
     net = make_net()
     ema = EMA(net, decay=0.5)
     jump(net)
-    own = state_of(net)
+    before = state_of(net)
     pairs = ema._current_plan().pairs
     pairs[2] = (pairs[2][0], None)
     with pytest.raises(AttributeError), ema.swapped():
@@ -453,7 +452,7 @@ def test_swapped_is_undone_when_it_fails_half_way(monkeypatch):
     pairs[2] = (pairs[2][0].to("meta"), net[1].weight)
     with pytest.raises((RuntimeError, NotImplementedError)), ema.swapped():
         pass
-    assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_no_update_and_no_second_swap_while_swapped():

@@ -1,4 +1,4 @@
-"""Both encoders: size, names, arithmetic, and what they refuse."""
+"""Both encoders: size, names, arithmetic, refused input."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_zero_and_half_precision_are_finite():
     assert_close(byol_loss(large, large), torch.tensor(0.0, dtype=torch.float64))
 
 
-def test_collapse_is_its_formula_and_tells_health_from_collapse():
+def test_spread_is_its_formula_and_separates_health_from_collapse():
     z = torch.randn(9, 5)
     rows = torch.nn.functional.normalize(z.double(), dim=1)
     deviation = ((rows - rows.mean(0)).square().sum(0) / 8).sqrt()

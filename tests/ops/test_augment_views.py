@@ -1,4 +1,4 @@
-"""The fused op and the normalising step against the method in float64."""
+"""augment_views and normalize against the method in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_partners_from_the_batch(shape, dtype, interpolation, mixup, device):
 def test_partners_from_the_bank(interpolation, bank_dtype, device):
     x = torch.randn(4, 63, 97, device=device)
     bank = torch.randn(9, 63, 97, device=device).to(bank_dtype)
-    bank[5:] = math.nan  # rows not filled must not matter
+    bank[5:] = math.nan  # unfilled rows must have no effect
     count = torch.tensor(5, device=device)
     params = draw(4, (63, 97), device, bank_count=count)
     assert int(params.bank_index.max()) < 5
@@ -106,7 +106,7 @@ def test_gaussian_noise_follows_from_seed_step_and_element(dtype, device):
 
 
 def test_gaussian_noise_is_standard_normal():
-    """With x at -inf and lam 1 the mix is the noise itself; bounds are five standard errors."""
+    """With x = -inf and lam = 1 the mix is the noise; bounds are five standard errors."""
     x = torch.full((20, 64, 96), -math.inf)
     whole = torch.tensor([0, 0, 64, 96], dtype=torch.int32).expand(2, 20, 4).contiguous()
     one, zero = torch.ones(2, 20), torch.zeros(2, 20, 2)

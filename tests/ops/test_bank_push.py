@@ -64,7 +64,7 @@ def test_pre_normalisation_and_strides(device):
     check_against_deque(5, [torch.randn(3, 4, 9, device=device)[:, ::2, ::3]] * 3, stats=stats, device=device)
 
 
-def test_what_overflows_the_bank_is_refused(device):
+def test_samples_that_overflow_the_dtype_of_the_bank_are_refused(device):
     rows = torch.zeros(3, 1, 1, dtype=torch.float16, device=device)
     cursor = torch.zeros(3, dtype=torch.int64, device=device)
     ops.bank_push_(rows, cursor, torch.tensor([[[1.0]], [[1e6]], [[2.0]]], device=device))

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True), and no recompilation while crops, steps and the bank change."""
+"""torch.compile(fullgraph=True), without recompilation while crops, steps and the bank change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def test_a_model_that_calls_the_ops_compiles_whole_and_once(device):
+def test_a_model_that_calls_the_ops_compiles_once_without_graph_breaks(device):
     def model(x, z, lam, crop, sums, weight):
         mixed = ops.log_mixup_exp(x, z, lam)
         y = ops.resize_crop(mixed, crop, size=(6, 9), interpolation="bicubic")
@@ -38,7 +38,7 @@ def test_a_model_that_calls_the_ops_compiles_whole_and_once(device):
             torch.testing.assert_close(a, b)
 
 
-def test_the_module_compiles_whole_and_once(device):
+def test_the_module_compiles_once_without_graph_breaks(device):
     eager = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12)).to(device)
     traced = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12)).to(device)
     compiled = torch.compile(traced, fullgraph=True)
@@ -53,7 +53,7 @@ def test_the_module_compiles_whole_and_once(device):
     assert torch.equal(traced.bank.cursor, eager.bank.cursor)
 
 
-def test_the_function_compiles_and_draws_anew(device):
+def test_the_function_compiles_and_draws_again_at_each_step(device):
     compiled = torch.compile(lambda x, step: augment(x, seed=3, step=step, return_params=True), fullgraph=True)
     x = torch.randn(4, 8, 12, device=device)
     for step in range(4):
@@ -62,12 +62,12 @@ def test_the_function_compiles_and_draws_anew(device):
         assert torch.equal(params.crop, augment(x, seed=3, step=step, return_params=True)[2].crop)
 
 
-def test_without_a_seed_a_compiled_call_draws_anew(device):
+def test_without_a_seed_each_compiled_call_draws_again(device):
     compiled = torch.compile(lambda x: augment(x)[0], fullgraph=True)
     x = torch.randn(4, 8, 12, device=device)
     assert not torch.equal(compiled(x), compiled(x))
 
 
-def test_an_unknown_bank_shape_is_said_while_tracing():
+def test_an_unknown_bank_shape_raises_while_tracing():
     with pytest.raises(Exception, match="give shape="):
         torch.compile(Augment(), fullgraph=True)(torch.randn(3, 8, 12))

@@ -1,4 +1,4 @@
-"""The C++ kernels' own exp and log over every binade, and every instruction set they are built for."""
+"""exp and log of the C++ kernels in every binade, and the kernels built for every instruction set."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print(cpu.module().build_info()["simd"])
 
 
 def test_exp_and_log_over_every_binade():
-    byola_fast.doctor()  # loads them
+    byola_fast.doctor()  # loads the kernels
     check_math()
 
 
@@ -54,7 +54,7 @@ HERE = list(CAPABILITIES)[: LEVELS.index(torch.backends.cpu.get_cpu_capability()
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", HERE)
 def test_every_instruction_set_of_this_machine(capability):
-    """The same kernels built for less than this CPU can do give the same views."""
+    """Kernels built for an older instruction set of this CPU give the same views."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "BYOLA_FAST_STRICT": "1"}
     code = CHECK.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -74,7 +74,7 @@ def test_the_same_answer_for_any_number_of_threads(interpolation):
 
 
 def test_no_memory_of_the_size_of_the_batch_is_allocated():
-    """Beyond the reused output, only parameters and sums, O(B), come from torch's allocator."""
+    """Besides the reused output, torch allocates only parameters and sums, O(B)."""
     x = torch.randn(64, 64, 96)
     out = torch.empty(2, 64, 64, 96)
     byola_fast.augment(x, seed=1, out=out)

@@ -1,4 +1,4 @@
-"""How a backend takes an op over: load on the first call, one warning, strict mode, graphs compiled before."""
+"""Loading of backends: on the first call, with one warning, in strict mode, and from graphs compiled earlier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from byola_fast.ops import BackendError, _dispatch
 
 X = torch.randn(2, 3)
 
-# an op that no real backend knows; its reference adds 1
+# an op without a real backend; its reference adds 1
 probe = torch.library.Library("byola_fast", "FRAGMENT")
 probe.define("probe(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 probe.impl("probe", lambda x: x + 1, "CompositeExplicitAutograd")
@@ -26,7 +26,7 @@ def call():
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry of its own."""
+    """An empty registry of backends."""
     fresh = _dispatch._Registry()
     monkeypatch.setattr(_dispatch, "_registry", fresh)
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
@@ -36,7 +36,7 @@ def registry(monkeypatch):
 
 
 def backend(name, value, *, fails=None, delay=0.0, calls=None):
-    """A backend whose probe answers a constant."""
+    """A backend with a probe that returns a constant."""
     kept = []
 
     def prepare():

@@ -1,8 +1,9 @@
-"""What ``ema_update_`` refuses, by the C++ checks and by those in Python alike: a clear error and nothing written."""
+"""The lists that ``ema_update_`` refuses, with a clear error and before it writes, and when it checks them again."""
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byola_fast import ops
-from byola_fast.ops import _dispatch, _schemas
+from byola_fast.ops import _dispatch, _ema_checks, _schemas
 
 
 def by_the_backend(target, online, decay):
@@ -56,7 +57,7 @@ REFUSED = {
         [z(2, dtype=torch.bfloat16)],
         0.5,
         TypeError,
-        "target[0]: expected float32 or float64, got torch.bfloat16; half would never move",
+        "target[0]: expected float32 or float64, got torch.bfloat16; small updates round to zero in half precision",
     ),
     "integers": (
         [z(2, dtype=torch.int64)],
@@ -183,24 +184,145 @@ def test_refused(case, way):
         ([z(1)], [None], "online[0]: expected a torch.Tensor, got NoneType"),
     ],
 )
-def test_what_is_no_tensor_is_named(target, online, words):
+def test_a_value_that_is_not_a_tensor_is_named(target, online, words):
     with pytest.raises(TypeError, match=re.escape(words)):
         ops.ema_update_(target, online, 0.5)
 
 
-def test_a_decay_that_is_no_number():
+def test_a_decay_that_is_not_a_number():
     with pytest.raises(TypeError, match="decay: expected a number or a 0-d tensor, got str"):
         ops.ema_update_([z(1)], [z(1)], "0.5")
 
 
-def test_the_backend_checks_by_itself():
-    """Else the cases above would test Python's checks twice."""
+def test_the_backend_is_compiled():
+    """Otherwise the cases above would test the reference twice."""
     backend, _why = _dispatch.backend_in_use("CPU", "ema_update_")
     assert backend == "cpp" or not _dispatch.strict()
 
 
+@pytest.fixture
+def searches(monkeypatch):
+    """Return the numbers of ranges in the searches for shared memory; a search of disjoint tensors takes one."""
+    numbers, search = [], _ema_checks._first_clash
+    monkeypatch.setattr(_ema_checks, "_first_clash", lambda ranges, n: (numbers.append(n), search(ranges, n))[1])
+    return numbers
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_neighbours_and_gaps_are_nobodys(way):
+def test_the_same_lists_are_searched_once(searches, way):
+    wide = torch.arange(18.0).view(3, 6)
+    lists = [
+        ([z(number), wide.clone()[:, ::2], wide.clone().t()], [z(number), wide[:, 1::2], wide.t().contiguous()])
+        for number in range(8)
+    ]
+    for _ in range(3):
+        for target, online in lists:
+            way(target, [*online], 0.5)
+    assert len(searches) == 8
+    for target, online in lists:
+        assert torch.equal(target[1], online[1] - 0.125)
+        assert torch.equal(target[2], online[2])
+
+
+def test_a_loop_over_a_thousand_pairs_is_searched_once(searches):
+    if _dispatch.backend_in_use("CPU", "ema_update_")[0] == "reference":
+        pytest.skip("the reference remembers 16 lists")
+    target, online = z(1000).split(1), torch.ones(1000).split(1)
+    for _ in range(2):
+        for t, o in zip(target, online, strict=True):
+            ops.ema_update_([t], [o], 0.5)
+    assert all(t.item() == 0.75 for t in target)
+    assert len(searches) == 1000
+
+
+def test_more_tensors_than_are_remembered(searches):
+    line, other = z(70_000), torch.ones(70_000)
+    for _ in range(2):
+        for pieces in (line.split(1), line.split(2)):
+            ops.ema_update_(pieces, other.split(pieces[0].numel()), 0.5)
+    assert (line == 1 - 0.5**4).all()
+    assert 2 <= len(searches) <= 4
+
+
+def shared(target, online):
+    target.set_(online.detach())
+
+
+def longer(target, online):
+    target.data = target.as_strided((5,), (1,))
+    online.data = z(5)
+
+
+CHANGES = {
+    "another storage": (shared, "expected memory of its own, got that of online[0]"),
+    "the next tensor's memory": (longer, "expected memory of its own, got that of target[1]"),
+    "strides": (lambda t, o: t.as_strided_((4,), (0,)), "expected elements with memory of their own, got strides (0,)"),
+    "shape of the online tensor": (lambda t, o: o.resize_(3), "expected shape (4,), got (3,)"),
+    "shape of the target": (lambda t, o: t.resize_(3), "expected shape (3,), got (4,)"),
+    "dtype": (lambda t, o: setattr(o, "data", o.view(torch.int32)), "expected torch.float32 or half precision"),
+    "target freed": (lambda t, o: t.untyped_storage().resize_(0), "expected values, but its storage was freed"),
+    "online freed": (lambda t, o: o.untyped_storage().resize_(0), "expected values, but its storage was freed"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_lists_that_changed_are_checked_again(change, way):
+    line = z(8)
+    target, online = [line[:4], line[4:]], [torch.ones(4), torch.ones(4)]
+    for _ in range(2):
+        way(target, online, 0.5)
+    change_lists, words = CHANGES[change]
+    change_lists(target[0], online[0])
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+            way(target, online, 0.5)
+    if "freed" not in change or "online" in change:
+        assert line.tolist() == [0.75] * 8
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lists_that_changed_are_followed(way):
+    target, online = [torch.zeros(2, 2)], [torch.tensor([[0.0, 1.0], [2.0, 3.0]])]
+    way(target, online, 0.0)
+    online[0].t_()  # at the same address
+    way(target, online, 0.0)
+    assert target[0].tolist() == [[0, 2], [1, 3]]
+    online[0].data = torch.full((2, 2), 4.0, dtype=torch.bfloat16)
+    way(target, online, 0.0)
+    assert target[0].tolist() == [[4, 4], [4, 4]]
+    way([online[0].float()], target, 0.0)
+    target[0].data = torch.zeros(2, 2, dtype=torch.float64)
+    online[0].data = torch.ones(2, 2, dtype=torch.float64)
+    way(target, online, 0.5)
+    assert target[0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_line_of_memory_in_other_pieces(way):
+    """The address of the first tensor stays the same."""
+    line, other = z(12), torch.ones(12)
+    for pieces in ([12], [4, 8], [8, 4], [4, 4, 4], [12]):
+        way(line.split(pieces), other.split(pieces), 0.5)
+    assert line.tolist() == [1 - 0.5**5] * 12
+    way(other.split([4, 8]), line.split([4, 8]), 0.0)
+    assert torch.equal(line, other)
+
+
+def test_threads_keep_plans_of_their_own():
+    lists = [([z(3)], [torch.ones(3)]) for _ in range(20)]
+
+    def update(number):
+        for _ in range(50):
+            ops.ema_update_(*lists[number], 0.5)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(update, range(20)))
+    assert all(target[0].tolist() == [1.0] * 3 for target, _online in lists)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_may_touch_and_fill_the_gaps_of_others(way):
     line = torch.arange(24.0)
     target = [line[0:4], line[4:5], line[8:16:2], line[16:].view(2, 4)[:, :2]]
     online = [torch.zeros(4), torch.zeros(1), line[9:16:2], line[16:].view(2, 4)[:, 2:]]

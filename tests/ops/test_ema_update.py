@@ -1,4 +1,4 @@
-"""ema_update_ against its formula, rounding by rounding."""
+"""``ema_update_`` against its formula, rounding by rounding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRS = [
 
 
 def one_by_one(target, online, decay):
-    """The stated roundings in numpy, which fuses nothing."""
+    """The formula with its roundings in numpy, which fuses nothing."""
     kind = np.float64 if target.dtype == torch.float64 else np.float32
     t, o = target.cpu().numpy(), online.to(target.dtype).cpu().numpy()
     weight = kind(1 - np.float64(decay))
@@ -110,7 +110,7 @@ def test_memory_formats(target_dtype, online_dtype, of_target, of_online, device
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-def test_nan_inf_and_denormals_as_the_reference(decay, device):
+def test_nan_inf_and_denormals_match_the_reference(decay, device):
     values = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 1.0, 3e38, -3e38, torch.inf, -torch.inf, torch.nan], device=device)
     target, online = (x.reshape(-1).contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
     wanted, weight = target.clone(), torch.tensor(decay, device=device)
@@ -141,7 +141,7 @@ def test_close_to_the_formula_and_a_fixed_point(device):
     assert torch.equal(t, same)
 
 
-def test_a_float32_target_moves_where_bfloat16_would_stay(device):
+def test_a_float32_target_moves_by_steps_too_small_for_bfloat16(device):
     target, online = torch.ones(5, device=device), torch.full((5,), 1.0078125, dtype=torch.bfloat16, device=device)
     for _ in range(500):
         ops.ema_update_([target], [online], 0.999)
@@ -161,7 +161,7 @@ def test_no_tensors_at_all(device):
     ops.ema_update_((torch.zeros(0, 3, device=device),), (torch.zeros(0, 3, device=device),), 0.5)
 
 
-def test_a_backward_pass_that_saved_a_target_hears_of_the_update(device):
+def test_backward_raises_if_a_saved_target_was_updated(device):
     target, x = torch.ones(3, device=device), torch.ones(3, device=device, requires_grad=True)
     y = (target * x).sum()
     ops.ema_update_([target], [torch.zeros(3, device=device)], 0.5)

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernel of ``ema_update_``: its arithmetic everywhere, its compilation by nvcc, its results on a GPU.
+"""The CUDA C++ kernel of ``ema_update_``: arithmetic on any machine, compilation by nvcc, results on a GPU.
 
-The kernel has neither shared memory nor barriers, so a C++ compiler can run every thread of every block one after the
-other: the table of addresses, the bisection, the chunks and the roundings are those of the GPU.
+The kernel has no shared memory and no barriers, so the CPU can run the threads of all blocks one after the other, with
+the GPU's table of addresses, bisection, chunks and roundings.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def emulated(tmp_path_factory):
     return update
 
 
-def assert_as_the_reference(update, target, online, decay):
+def assert_matches_the_reference(update, target, online, decay):
     wanted = [t.clone() for t in target]
     number = decay if isinstance(decay, torch.Tensor) else torch.tensor(decay, dtype=torch.float64)
     reference.ema_update__reference(wanted, online, number)
@@ -106,7 +106,7 @@ def test_every_rounding(emulated, target_dtype, online_dtype, decay):
     for number in (decay, *(torch.tensor(decay, dtype=dtype) for dtype in DECAY_DTYPES)):
         target = [torch.randn(size, dtype=target_dtype) for size in sizes]
         online = [torch.randn(size).to(online_dtype) for size in sizes]
-        assert assert_as_the_reference(emulated, target, online, number) == 1
+        assert assert_matches_the_reference(emulated, target, online, number) == 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,34 +119,34 @@ def test_any_sizes_alignments_and_dtypes(emulated, data):
         shifts = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
         target.append(torch.randn(size + shifts[0], dtype=target_dtype)[shifts[0] :])
         online.append(torch.randn(size + shifts[1]).to(online_dtype)[shifts[1] :])
-    assert_as_the_reference(emulated, target, online, data.draw(st.floats(0, 1)))
+    assert_matches_the_reference(emulated, target, online, data.draw(st.floats(0, 1)))
 
 
 def test_half_precision_of_every_bit_pattern(emulated):
     bits = torch.from_numpy(np.arange(2**16, dtype=np.uint16).view(np.int16))
     for dtype in (torch.float16, torch.bfloat16):
-        assert_as_the_reference(emulated, [torch.zeros(2**16)], [bits.view(dtype)], 0.0)
+        assert_matches_the_reference(emulated, [torch.zeros(2**16)], [bits.view(dtype)], 0.0)
 
 
 @pytest.mark.parametrize(
     ("count", "few", "launches"),
     [(0, True, 0), (FEW, True, 1), (FEW + 1, True, 2), (MANY, False, 1), (MANY + 1, False, 2), (3 * MANY, False, 3)],
 )
-def test_as_few_launches_as_the_tables_have_room_for(emulated, count, few, launches):
+def test_a_new_launch_only_if_the_table_is_full(emulated, count, few, launches):
     sizes = [1 + (37 * number) % 61 for number in range(count)]
     target, online = ([torch.randn(size) for size in sizes] for _ in range(2))
     found = []
-    assert_as_the_reference(lambda *a: found.append(emulated(*a, few=few)), target, online, 0.9)
+    assert_matches_the_reference(lambda *a: found.append(emulated(*a, few=few)), target, online, 0.9)
     assert found == [launches]
 
 
-def test_empty_tensors_take_no_room(emulated):
+def test_empty_tensors_take_no_room_in_the_table(emulated):
     target, online = ([torch.randn(size) for size in (0, 5, 0, 4097, 0)] for _ in range(2))
-    assert assert_as_the_reference(emulated, target, online, 0.9) == 1
+    assert assert_matches_the_reference(emulated, target, online, 0.9) == 1
     assert emulated([torch.zeros(0)], [torch.zeros(0)], 0.9) == 0
 
 
-# registers of a thread at most: 64 leave room for four blocks of 256 threads, enough loads to hide the memory's latency
+# registers of a thread at most: 64 allow four blocks of 256 threads, enough loads to hide the latency of memory
 REGISTERS = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
 
 
@@ -189,7 +189,7 @@ def test_compiles_loads_and_registers_with_or_without_a_gpu():
     assert re.search(r"CUDA: registered at .*register_cuda\.cpp", done.stdout)
 
 
-def test_the_build_is_left_alone_where_it_is_of_no_use(monkeypatch, tmp_path):
+def test_nothing_is_built_without_a_gpu_or_nvcc(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("BYOLA_FAST_CUDA_EXTENSION", raising=False)
     with pytest.raises(BackendError, match="no GPU is available to torch"):
@@ -204,7 +204,7 @@ def test_the_build_is_left_alone_where_it_is_of_no_use(monkeypatch, tmp_path):
         cuda.prepare()
 
 
-def test_it_is_preferred_and_can_be_left_out(monkeypatch):
+def test_it_is_preferred_and_can_be_disabled(monkeypatch):
     for chosen, expected in (("", ["cuda"]), ("1", ["cuda"]), ("0", [])):
         added = []
         monkeypatch.setattr(_dispatch, "add_backend", added.append)
@@ -214,7 +214,7 @@ def test_it_is_preferred_and_can_be_left_out(monkeypatch):
         assert all((backend.key, backend.ops) == ("CUDA", ("ema_update_",)) for backend in added)
 
 
-def test_nvcc_is_found_where_it_may_be(monkeypatch, tmp_path):
+def test_nvcc_is_found_in_cuda_home_or_on_path(monkeypatch, tmp_path):
     for folder in ("home", "path"):
         (tmp_path / folder / "bin").mkdir(parents=True)
         (tmp_path / folder / "bin" / "nvcc").write_text("#!/bin/sh\n")
@@ -229,7 +229,7 @@ def test_nvcc_is_found_where_it_may_be(monkeypatch, tmp_path):
     assert cuda.cuda_home(tmp_path / "home" / "bin" / "nvcc") == (tmp_path / "home").resolve()
 
 
-def test_another_architecture_has_a_build_of_its_own(monkeypatch):
+def test_each_architecture_has_its_own_build(monkeypatch):
     names = set()
     for chosen in ("8.0", "9.0", "8.0;9.0+PTX"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)

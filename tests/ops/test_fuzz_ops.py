@@ -1,8 +1,8 @@
 """Every op of the CPU backend on arguments of any shape, layout, dtype and value, against the reference in float64.
 
-Other tests look at one op at a time with plain parameters; here every argument is laid out in memory anyhow (permuted,
-sliced with NaN between, expanded, misaligned, lazily negated), on any number of threads, and two things must hold: the
-result is that of the reference in float64, and bit for bit that of contiguous copies on one thread.
+Every argument has a random memory layout (permuted, sliced with NaN between, expanded, misaligned, lazily negated), and
+the number of threads is random. The result must agree with the reference in float64, and must equal, bit for bit, the
+result for contiguous copies on one thread.
 
     BYOLA_FAST_FUZZ=3000 python -m pytest tests/ops/test_fuzz_ops.py     # by hand
 """
@@ -32,7 +32,7 @@ OPS = torch.ops.byola_fast
 
 
 def wide(arguments: list[Any]) -> list[Any]:
-    """Float tensors in float64, all else as it is."""
+    """Convert float tensors to float64; keep all other arguments."""
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
 
 
@@ -43,7 +43,7 @@ def plain(arguments: list[Any]) -> list[Any]:
 def check(
     data: st.DataObject, op: Callable[..., Any], arguments: list[Any], definition: Callable[..., Any], factor: float = 1
 ) -> None:
-    """Compare an op with its definition in float64, and with itself on contiguous copies; arguments must stay."""
+    """Compare an op with its definition in float64 and with itself on contiguous copies; arguments must not change."""
     before = [bits(x) for x in plain(arguments) if isinstance(x, Tensor)]
     with threads(data.draw(st.integers(1, 3))):
         results = op(*arguments)
@@ -65,9 +65,9 @@ def check(
 @given(st.data())
 def test_log_mixup_exp(data):
     shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
-    dtype, of_lam = data.draw(st.sampled_from(FLOATS)), data.draw(st.sampled_from(FLOATS))
+    dtype, lam_dtype = data.draw(st.sampled_from(FLOATS)), data.draw(st.sampled_from(FLOATS))
     x, z, grad = (lay_out(data, normal(data, shape, dtype)) for _ in range(3))
-    lam = lay_out(data, uniform(data, shape[:1]).to(of_lam))  # any dtype, of values that the arithmetic has
+    lam = lay_out(data, uniform(data, shape[:1]).to(lam_dtype))
     check(data, ops.log_mixup_exp, [x, z, lam], reference.log_mixup_exp_reference)
     check(data, OPS.log_mixup_exp_backward, [grad, x, z, lam], reference.log_mixup_exp_backward_reference)
 
@@ -86,7 +86,7 @@ def test_resize_crop(data):
     check(data, ops.resize_crop, [x, crop, size, interpolation, canvas], lambda x, crop, size, interpolation, canvas:
           reference.resize_crop_reference(x, crop, list(size), list(canvas), interpolation))  # fmt: skip
     rest = [list(shape[1:]), list(canvas), interpolation]
-    # an element of a small crop gathers all of its outputs
+    # one element of a small crop may gather all outputs
     gathered = 1 + size[0] * size[1] / 4
     check(data, OPS.resize_crop_backward, [grad, crop, *rest], reference.resize_crop_backward_reference, gathered)
     with_channel = ops.resize_crop(x[:, None], crop, size, interpolation, canvas)
@@ -118,8 +118,8 @@ def test_augment_views(data):
         rows = filled or rows
     if data.draw(st.booleans()):
         std = data.draw(st.floats(0.5, 4))
-        of_stats = data.draw(st.sampled_from([torch.float32, torch.float64]))
-        stats = lay_out(data, torch.tensor([data.draw(st.floats(-5, 5)), std], dtype=of_stats), EXACT)
+        stats_dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        stats = lay_out(data, torch.tensor([data.draw(st.floats(-5, 5)), std], dtype=stats_dtype), EXACT)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     crop = torch.stack([random_crops(batch, canvas, generator) for _ in range(2)])
     index = torch.randint(-1, max(rows, 1), (2, batch), generator=generator).clamp_max(rows - 1)
@@ -138,7 +138,7 @@ def test_augment_views(data):
 
     def op(*arguments):
         views, sums = OPS.augment_views(*arguments)
-        return views, sums.float()  # of what the dtype of the arithmetic holds: checked as such
+        return views, sums.float()  # sums of float32 values: checked with float32's tolerance
 
     elements = size[0] * size[1]
     check(data, lambda *a: op(*a)[0], arguments, lambda *a: definition(*a)[0], factor=2)
@@ -188,7 +188,7 @@ def test_draw_params(data):
     for got, wanted in zip(drawn, expected, strict=True):
         assert got.dtype == wanted.dtype
         assert torch.equal(bits(got), bits(wanted))
-    ops.resize_crop(torch.zeros(batch, 1, 1), drawn[2][0], size=(1, 1), canvas=size)  # boxes fit, or this says so
+    ops.resize_crop(torch.zeros(batch, 1, 1), drawn[2][0], size=(1, 1), canvas=size)  # raises unless all boxes fit
 
 
 @fuzzed
@@ -206,17 +206,17 @@ def test_sums_statistics_and_normalize(data):
     size = float(exact.abs().max()) if x.numel() else 0.0
     per_sample = x.numel() // max(len(x), 1)
     for column, power in enumerate((0, 1, 2)):
-        bound = 1e-6 * per_sample * max(size, 1.0) ** power  # of float32 before doubles add up
+        bound = 1e-6 * per_sample * max(size, 1.0) ** power  # from the partial sums in float32
         torch.testing.assert_close(sums[:, column], expected[:, column], rtol=0, atol=bound)
 
     spread = float(exact.std()) if x.numel() > 1 else 0.0
-    if spread > 0.1:  # statistics of next to nothing are as uncertain as their roundings
+    if spread > 0.1:  # rounding errors dominate a smaller std
         wanted = torch.stack([exact.mean(), exact.std()])
         close = dict(rtol=1e-5, atol=1e-5 * max(size, 1))
         torch.testing.assert_close(batch_stats(x).double(), wanted, **close)
         given = lay_out(data, expected)
         conditioned = 2 * max(1.0, size / spread)
-        if given.stride(0) and given.stride(1):  # else other sums
+        if given.stride(0) and given.stride(1):  # an expanded tensor holds other sums
             check(data, ops.normalize, [x, given], reference.normalize_reference, conditioned)
     sums = lay_out(data, expected, EXACT)
     inplace = lay_out(data, x, EXACT)
@@ -228,7 +228,7 @@ def test_sums_statistics_and_normalize(data):
 @fuzzed
 @given(st.data())
 def test_running_stats(data):
-    """Batches of any dtype and layout, some samples not finite, some batches past the limit."""
+    """Batches of any dtype and layout, with samples that are not finite and batches after the limit."""
     limit = data.draw(st.one_of(st.none(), st.integers(1, 4)))
     running, seen, largest, counted = RunningStats(limit), [], 1.0, 0
     for _ in range(data.draw(st.integers(1, 6))):
@@ -255,10 +255,10 @@ def test_running_stats(data):
 @fuzzed
 @given(st.data())
 def test_bank_push(data):
-    """Rows and cursor of any dtype and layout that are allowed; what is written follows the definition."""
+    """Rows and cursor of any allowed dtype and layout; the written rows follow the definition."""
     n_memory, mels, frames = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 40)))
-    of_rows = data.draw(st.sampled_from(FLOATS))
-    rows = normal(data, (n_memory, mels, frames), of_rows)
+    rows_dtype = data.draw(st.sampled_from(FLOATS))
+    rows = normal(data, (n_memory, mels, frames), rows_dtype)
     rows = lay_out(data, rows, ["contiguous", "offset"])
     state = [data.draw(st.integers(0, n_memory - 1)), data.draw(st.integers(0, n_memory)), data.draw(st.integers(0, 9))]
     cursor = lay_out(data, torch.tensor(state), ["contiguous", "offset"])
@@ -283,14 +283,14 @@ def test_bank_push(data):
 @fuzzed
 @given(st.data())
 def test_ema_update(data):
-    """Bit for bit: three stated roundings, whatever the layouts."""
+    """Bit for bit, for any layout: three specified roundings."""
     target, online = [], []
     for _ in range(data.draw(st.integers(0, 5))):
         shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=4)))
-        of_target = data.draw(st.sampled_from([torch.float32, torch.float64]))
-        half = [torch.float16, torch.bfloat16] if of_target == torch.float32 else []
-        target.append(lay_out(data, normal(data, shape, of_target), EXACT))
-        online.append(lay_out(data, normal(data, shape, data.draw(st.sampled_from([of_target, *half])))))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        half = [torch.float16, torch.bfloat16] if dtype == torch.float32 else []
+        target.append(lay_out(data, normal(data, shape, dtype), EXACT))
+        online.append(lay_out(data, normal(data, shape, data.draw(st.sampled_from([dtype, *half])))))
     decay = data.draw(st.floats(0, 1))
     kept, twin = [o.clone() for o in online], [t.clone() for t in target]
     reference.ema_update__reference(twin, online, torch.tensor(decay, dtype=torch.float64))
@@ -353,7 +353,7 @@ def test_a_canvas_out_of_all_proportion_is_refused(canvas):
 
 
 def test_a_hop_that_overflows_int64_gives_one_frame():
-    """Unused lanes of the kernel once read at multiples of it."""
+    """Unused lanes of the kernel once read at multiples of the hop."""
     wav, window, bank = torch.randn(3, 2000), torch.ones(64), torch.ones(2, 33)
     one = ops.log_mel(wav, window, bank, n_fft=64, hop_length=2100)
     assert one.shape == (3, 2, 1)

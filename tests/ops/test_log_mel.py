@@ -1,4 +1,4 @@
-"""The op of the front end against torchaudio and float64: every backend present, hard waveforms, odd sizes."""
+"""log_mel against torchaudio and float64: every available backend, difficult waveforms, odd sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def noise(*shape: int, level: float = 0.1) -> Tensor:
 
 
 def exact(to_lms: LogMel, wav: Tensor) -> Tensor:
-    """(B, F, T) in float64 by plain PyTorch on the CPU, which test_frontend.py checks against numpy."""
+    """Return (B, F, T) in float64 by plain PyTorch on the CPU; test_log_mel_module.py checks it against numpy."""
     tensors = (tensor.cpu() for tensor in (to_lms.window, to_lms.filter_bank, to_lms.bands))
     return log_mel_reference(wav.double().cpu(), *tensors, None, to_lms.n_fft, to_lms.hop_length, to_lms.center)
 
@@ -50,7 +50,7 @@ TONES = ("sine at Nyquist", "sine at 440 Hz", "sine over a floor of 100 dB below
 
 
 def clips() -> dict[str, Tensor]:
-    """Waveforms that are hard on a transform in float32, ``(1, samples)`` float64."""
+    """Waveforms ``(1, samples)`` float64 that are difficult for a transform in float32."""
     n = torch.arange(15200, dtype=torch.float64)[None]
     return {
         "noise": noise(1, 15200),
@@ -76,7 +76,7 @@ def test_float32_agrees_with_torchaudio_and_float64(name, mel_scale, norm, devic
     loud = wanted > wanted.max() - math.log(1e8)  # 80 dB
     for bins, limit in ((loud, 1e-4), (~loud, 1e-3)):
         if bins.any():
-            # Beside a pure tone other bins hold what the transform rounded, in torchaudio as in any other float32.
+            # Beside a pure tone, other bins hold the transform's rounding errors, in torchaudio too.
             allowed = max(limit, 3 * (common - wanted)[bins].abs().max().item())
             assert name in TONES or allowed == limit
             assert (lms - common)[bins].abs().max() <= allowed
@@ -120,12 +120,12 @@ def test_any_sizes_agree_with_the_reference(n_fft, hop_length, n_mels, batch, ce
     assert lms.shape == (batch, n_mels, ops.num_frames(samples, n_fft, hop_length, center)) == wanted.shape
     assert lms.is_contiguous()
     assert lms.dtype == (torch.float32 if dtype == torch.int16 else dtype)
-    # A float32 transform is wrong by 1e-7 of a frame's largest magnitude; squared and beside eps, few bins feel it.
-    # Where primes near n_fft are transformed by definition, roundings of n_fft terms add up.
+    # A float32 transform has an error of 1e-7 of a frame's largest magnitude; squared and beside eps, few bins show it.
+    # Factor 3, because large prime lengths are transformed by definition, and the roundings of n_fft terms add up.
     assert_close(lms, wanted, factor=3)
 
 
-def test_a_large_prime_takes_the_plain_way():
+def test_a_large_prime_runs_plain_pytorch():
     wav, window = noise(2, 3000).float(), torch.hann_window(1018)
     bank = torch.rand(2, 510)
     lms = ops.log_mel(wav, window, bank, n_fft=1018, hop_length=300)  # 2 times 509
@@ -142,7 +142,7 @@ def test_int16_equals_the_same_waveform_in_float32(device):
     torch.testing.assert_close(lms, to_lms(whole.float() / 32768), rtol=0, atol=0 if device.type == "cpu" else 1e-6)
 
 
-def test_statistics_pre_normalise_on_the_way(device):
+def test_statistics_pre_normalise(device):
     to_lms = LogMel(n_mels=5).to(device)
     wav = noise(2, 4000).float().to(device)
     stats = torch.tensor([-7.1, 4.2], device=device)
@@ -153,7 +153,7 @@ def test_statistics_pre_normalise_on_the_way(device):
 
 def test_frames_do_not_depend_on_batch_threads_or_strides():
     to_lms = LogMel()
-    wav = noise(7, 40000).float()  # three pieces, the last of them partly empty
+    wav = noise(7, 40000).float()  # three pieces, the last one partly empty
     wanted = to_lms(wav)
     for count in (1, 2, 3):
         with threads(count):
@@ -163,7 +163,7 @@ def test_frames_do_not_depend_on_batch_threads_or_strides():
     assert torch.equal(to_lms(torch.cat([wav, wav], 1)[:, :40000]), wanted)
     assert torch.equal(to_lms(wav.T.contiguous().T), wanted)
     assert torch.equal(to_lms(wav.repeat_interleave(2, 0)[::2]), wanted)
-    # a frame is the same wherever it lies: 160 samples on, one column on
+    # a frame is the same at any position: 160 samples earlier, one column earlier
     inner = to_lms(wav[:, 160:])[..., 4:200]
     assert torch.equal(inner, wanted[..., 5:201])
 
@@ -221,7 +221,7 @@ def test_the_backward_of_the_reference_is_its_derivative():
     torch.testing.assert_close(single.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
-def test_export_takes_plain_pytorch():
+def test_export_uses_plain_pytorch():
     to_lms = LogMel()
     wav = noise(3, 15200).float()
     batch = torch.export.Dim("batch", min=2, max=64)

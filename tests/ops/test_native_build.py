@@ -1,4 +1,4 @@
-"""Compilation on first use, and whatever can happen to the cache: each case ends in a working package and one line."""
+"""Compilation on first use, and faults of the cache: each case ends with a working package and one message."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ print(byola_fast.doctor().backends["CPU", "resize_crop"])
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Sources that compile in no time, and an empty cache."""
+    """Sources that compile quickly, and an empty cache."""
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "kernels.cpp").write_text(TINY)
     monkeypatch.setattr(build, "source_folder", lambda: folder)
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BYOLA_FAST_STRICT", raising=False)
-    monkeypatch.setattr(cpu, "_module", cpu.module())  # put back what a test loads in its place
+    monkeypatch.setattr(cpu, "_module", cpu.module())  # restores the module after a test that loads another one
     return folder
 
 
 def run(code, *arguments, **environment):
-    """Run a new Python process; drop what torch itself prints."""
+    """Run a new Python process; return it and the package's messages, without torch's."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("byola_fast")]
@@ -101,7 +101,7 @@ def test_a_build_killed_half_way_is_done_again(tiny):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (folder / build.MARKER).exists()
-    (folder / "lock").touch()  # what some versions of torch leave behind
+    (folder / "lock").touch()  # some versions of torch leave it behind
     (folder / f"{cpu.NAME}.so").write_bytes(b"half a library")
     (tiny / "slow.cpp").unlink()
     half = build.cache_folder() / cpu.build_name()
@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch,
 
 
 def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
-    """As on Lustre mounted without flock: every op raised OSError."""
+    """On Lustre mounted without flock, every op once raised OSError."""
     lock = build.fcntl.flock
 
     def no_locks(file, kind):
@@ -141,7 +141,7 @@ def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
     assert cpu.prepare() == library
 
 
-def test_no_folder_at_all_says_what_would_help(tiny, tmp_path, monkeypatch):
+def test_the_error_without_any_folder_names_the_remedy(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
@@ -172,14 +172,14 @@ def test_a_compiler_error_is_named_and_kept(tiny):
     assert "this is not C++" in (folder / "build.log").read_text()
 
 
-def test_an_environment_that_is_not_activated_finds_ninja(tiny):
+def test_ninja_is_found_if_the_environment_is_not_activated(tiny):
     done, lines = run(PREPARE, tiny, PATH="/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).exists()
     assert len(lines) == 2
 
 
-def test_another_torch_python_cpu_or_source_has_a_build_of_its_own(tiny, monkeypatch):
+def test_another_torch_python_cpu_or_source_has_its_own_build(tiny, monkeypatch):
     names = {cpu.build_name()}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.11.0")
@@ -203,7 +203,7 @@ def test_missing_sources_say_how_to_install(monkeypatch, tmp_path):
         build.source_folder()
 
 
-def test_the_sources_hold_no_threads_that_need_a_flag():
-    """at::parallel_for is serial without -fopenmp, in silence; the kernels use the stable one, which never is."""
+def test_the_sources_use_no_threads_that_need_a_flag():
+    """Without -fopenmp, at::parallel_for is silently serial; torch::stable::parallel_for is not."""
     for path in build.source_folder().glob("*_cpu.cpp"):
         assert "at::parallel_for" not in path.read_text()

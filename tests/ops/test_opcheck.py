@@ -12,7 +12,7 @@ OPS = torch.ops.byola_fast
 
 
 def samples(device):
-    """One or more calls of every op, by name."""
+    """Yield (op, arguments), one or more per op."""
     rng = torch.tensor([3, 4], device=device)
     count = torch.tensor(4, device=device)
     lam, index, crop, fader = ops.draw_params(rng, 3, (5, 7), fader_gain=1.0, bank_count=count)

@@ -1,4 +1,4 @@
-"""The random numbers: known answers, and integer sizes and positions over every 24-bit draw."""
+"""Random numbers: known answers, and integer sizes and positions over every 24-bit draw."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from byola_fast.ops import draw_params, functional, philox
 
 EVERY_U24 = torch.arange(2**24)
-KNOWN_ANSWERS = [  # counter, key, output of philox4x32-10, from Random123's kat_vectors
+KNOWN_ANSWERS = [  # counter, key, output of philox4x32-10; from Random123's kat_vectors
     ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     (
@@ -28,7 +28,7 @@ def test_known_answers(counter, key, expected, device):
     assert tuple(int(word) for word in words) == expected
 
 
-def test_words_of_views_use_the_documented_counter(device):
+def test_view_words_use_the_documented_counter(device):
     seed, step, offset = 2**40 + 5, 7, 2**32 - 1
     rng = torch.tensor([seed, step], device=device)
     words = philox.view_words(rng, 3, offset, philox.SLOT_RATIO)
@@ -39,7 +39,7 @@ def test_words_of_views_use_the_documented_counter(device):
             assert tuple(int(word[view, b]) for word in words) == expected
 
 
-def test_segment_draws_are_spread_and_depend_on_everything():
+def test_segment_draws_differ_by_seed_epoch_and_index():
     draws = {philox.segment_u24(s, e, i) for s in range(5) for e in range(5) for i in range(5)}
     assert len(draws) == 125
     assert all(0 <= draw < 2**24 for draw in draws)
@@ -59,21 +59,21 @@ def test_segment_draws_are_spread_and_depend_on_everything():
     ],
 )
 def test_sizes_over_every_draw(length, scale, canvas):
-    """Each size is drawn as often as int(U(*scale) * length) gives it, to within the stated 2^-16 of a bin."""
+    """The frequency of each size is that of int(U(*scale) * length), within the documented 2^-16 of a bin."""
     base, slope = functional.size_range("scale", length, scale)
     sizes = ((base + slope * EVERY_U24) >> 40).clamp(1, canvas)
     low, high = scale[0] * length, scale[1] * length
     exact = (low + (high - low) * (EVERY_U24.double() / 2**24)).long().clamp(1, canvas)
-    counts, wanted = (torch.bincount(s, minlength=canvas + 1) for s in (sizes, exact))
+    counts, expected = (torch.bincount(s, minlength=canvas + 1) for s in (sizes, exact))
     per_bin = 2**24 / max(high - low, 1)
-    assert (counts - wanted).abs().max() <= 2 + 2 * per_bin * 2**-16  # a bin has two edges; each falls between draws
+    assert (counts - expected).abs().max() <= 2 + 2 * per_bin * 2**-16  # a bin has two edges; each falls between draws
     assert sizes.max() <= max(1, math.ceil(high) - 1 if high > low else int(high))
     assert sizes[0] == min(max(int(low), 1), canvas)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 48, 57, 143, 2048, 2**20 + 7])
 def test_positions_over_every_draw(positions):
-    """Every position that fits is drawn, both ends included, as evenly as 2^24 draws can be dealt out."""
+    """Every valid position is drawn, both ends included, equally often up to one draw."""
     place = (EVERY_U24 * positions) >> 24
     counts = torch.bincount(place, minlength=positions)
     assert counts.numel() == positions
@@ -90,7 +90,7 @@ def test_lam_and_fader_round_once_over_every_draw():
 
 
 def test_drawn_parameters_follow_from_the_words(device):
-    """The draw, sample by sample, in Python integers."""
+    """Repeat the draw for each sample in Python integers."""
     seed, step, offset, batch, (mels, frames) = 2**35 + 17, 9, 1000, 37, (63, 97)
     count = torch.tensor(29, device=device)
     rng = torch.tensor([seed, step], device=device)
@@ -114,8 +114,8 @@ def test_drawn_parameters_follow_from_the_words(device):
             )
             box = [(u[2] * (canvas[0] - h + 1)) >> 24, (u[3] * (canvas[1] - w + 1)) >> 24, h, w]
             assert crop[view, b].tolist() == box
-            wanted = torch.tensor(words(philox.SLOT_RATIO)[0] / 2**24, dtype=torch.float32) * 0.3
-            assert lam[view, b].item() == wanted.item()
+            expected = torch.tensor(words(philox.SLOT_RATIO)[0] / 2**24, dtype=torch.float32) * 0.3
+            assert lam[view, b].item() == expected.item()
             partner = words(philox.SLOT_PARTNER)[0]
             assert bank_index[view, b].item() == (partner * 29) >> 24
             other = (partner * (batch - 1)) >> 24
@@ -147,9 +147,9 @@ def test_distributions_of_a_million_samples():
     assert w.max() == 143
     clipped = (h == 64).double().mean()
     assert abs(clipped - (96 - 64) / (96 - 38.4)) < 10 * error
-    for start, room in ((i, 64 - h), (j, 144 - w)):
-        free = room > 0
-        assert abs((start[free] / room[free]).mean() - 0.5) < 4 * error
-        assert bool((start[free] == room[free]).any())
+    for start, largest in ((i, 64 - h), (j, 144 - w)):
+        free = largest > 0
+        assert abs((start[free] / largest[free]).mean() - 0.5) < 4 * error
+        assert bool((start[free] == largest[free]).any())
         assert bool((start[free] == 0).any())
     assert not torch.equal(crop[0], crop[1])

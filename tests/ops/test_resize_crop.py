@@ -65,7 +65,7 @@ def test_crops_of_one_row_one_column_and_only_margin(interpolation, device):
     assert (y[4] == 0).all()
 
 
-def test_the_whole_input_comes_back_unchanged(device):
+def test_a_crop_of_the_whole_input_returns_it_unchanged(device):
     x = torch.randn(2, 63, 97, device=device)
     crop = torch.tensor([[0, 24, 63, 97]] * 2, device=device)
     for interpolation in INTERPOLATIONS:
@@ -122,7 +122,7 @@ def test_gradients_of_each_dtype(dtype, interpolation, device):
             F.interpolate(sample[None, None, i : i + h, j : j + w], (63, 97), mode=interpolation, align_corners=True)[0]
         )
     (expected,) = torch.autograd.grad(torch.cat(views), wide, grad.double().cpu())
-    assert_close(got, expected, factor=8)  # a tap may gather dozens of outputs where the crop is small
+    assert_close(got, expected, factor=8)  # in a small crop one input gathers dozens of outputs
 
 
 def test_channel_axis_is_kept(device):
@@ -131,7 +131,7 @@ def test_channel_axis_is_kept(device):
     assert torch.equal(ops.resize_crop(x, crop)[:, 0], ops.resize_crop(x[:, 0], crop))
 
 
-def test_the_old_name_of_interpolation_warns_and_holds():
+def test_the_old_name_of_interpolation_works_and_warns():
     x, crop = torch.randn(1, 5, 7), torch.tensor([[0, 0, 3, 4]])
     with pytest.warns(FutureWarning, match="mode= is now called interpolation="):
         y = ops.resize_crop(x, crop, mode="bicubic")

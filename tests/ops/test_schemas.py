@@ -1,4 +1,4 @@
-"""The table of ops tells the truth: kernels, launchers, references and fakes are exactly those it names."""
+"""The table of ops against the kernels, launchers, references and fakes that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from byola_fast.ops import _dispatch, _schemas, _triton, frontend, functional, r
 from byola_fast.ops._native import build, cpu
 
 
-def defined_by_torch():
+def registered_ops():
     return {
         name.removeprefix("byola_fast::") for name in torch._C._dispatch_get_all_op_names() if "byola_fast::" in name
     }
@@ -28,25 +28,25 @@ def test_every_op_has_a_reference_and_a_fake():
         assert torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None
 
 
-@pytest.mark.skipif(_triton.interpreted(), reason="the interpreter's kernels take the CPU key")
-def test_cpp_kernels_are_those_of_the_table():
+@pytest.mark.skipif(_triton.interpreted(), reason="under the interpreter, Triton serves the CPU key")
+def test_cpp_kernels_match_the_table():
     for name, op in _schemas.OPS.items():
         assert _dispatch.backend_in_use("CPU", name)[0] == ("cpp" if op.cpu else "reference")
-    assert cpu.module() is not None  # loaded, so that no stub is left under the key
-    registered = {
+    assert cpu.module() is not None  # once loaded, no stubs remain under the key
+    with_kernel = {
         name
-        for name in defined_by_torch()
+        for name in registered_ops()
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"byola_fast::{name}", "CPU")
     }
-    assert registered == set(_schemas.CPU_OPS)
+    assert with_kernel == set(_schemas.CPU_OPS)
 
 
-def test_cuda_kernels_are_those_of_the_table():
+def test_cuda_kernels_match_the_table():
     sources = "".join(path.read_text() for path in build.source_folder().glob("*_cuda.cpp"))
     assert set(re.findall(r'm\.impl\("(\w+)"', sources)) == set(_schemas.CUDA_OPS)
 
 
-def test_launchers_are_those_of_the_table():
+def test_launchers_match_the_table():
     pytest.importorskip("triton")
     folder = Path(_triton.__file__).parent
     found = {}
@@ -62,6 +62,6 @@ def test_launchers_are_those_of_the_table():
     assert found == _schemas.LAUNCHERS
 
 
-def test_ops_offers_what_its_modules_offer():
+def test_ops_exports_the_public_names_of_its_modules():
     assert sorted(ops.__all__) == sorted(["BackendError", *frontend.__all__, *functional.__all__])
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

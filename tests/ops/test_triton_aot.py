@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, on any machine: nothing spilled, and no more resources than budgeted."""
+"""Compile every Triton kernel ahead of time, on any machine: no spills, and resources within budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.gpu import kernels
 from byola_fast.ops import _schemas, _triton
 
-# kernel: registers of a thread and bytes of shared memory at most, programs of an SM at least; for all architectures
+# kernel: maximum registers per thread, maximum bytes of shared memory, minimum programs per SM; all architectures
 BUDGETS = {
     "augment_views, bilinear": (64, 128, 4),
     "augment_views, bilinear, bf16": (64, 128, 4),
@@ -35,7 +35,7 @@ BUDGETS = {
     "resize_crop, bicubic": (96, 0, 5),
     "resize_crop, backward": (40, 0, 12),
 }
-SLOW = {"log_mel": (90,)}  # 20 s to compile; `python -m benchmarks.gpu.kernels` has them all
+SLOW = {"log_mel": (90,)}  # takes 20 s to compile; `python -m benchmarks.gpu.kernels` measures all architectures
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,17 +66,17 @@ def test_every_kernel_has_a_budget():
         assert defined <= {kernel.split(".")[1] for kernel in compiled}
 
 
-def test_nothing_of_triton_is_imported_before_it_is_used():
+def test_triton_is_not_imported_before_it_is_used():
     code = "import sys, torch, byola_fast; byola_fast.augment(torch.zeros(2, 4, 6)); assert 'triton' not in sys.modules"
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_the_launcher_of_log_mels_counts_on_what_an_sm_holds():
+def test_programs_per_sm_of_log_mel_are_those_its_launcher_assumes():
     assert [kernels.measure("log_mel, int16, 256", a).programs for a in kernels.ARCHITECTURES] == [3, 4, 3]
 
 
 def test_the_views_fill_an_h200_in_one_wave():
-    """2 x 256 views, 132 multiprocessors: as many programs as run at a time, or more."""
+    """At least 2 x 256 programs, one per view, run at a time on 132 multiprocessors."""
     found = kernels.measure("augment_views, bilinear", 90)
     assert found.programs * 132 >= 2 * 256

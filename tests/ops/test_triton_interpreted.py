@@ -1,6 +1,6 @@
-"""The Triton kernels on any machine: the ops' own tests, run under Triton's interpreter in a process of their own.
+"""The Triton kernels on any machine: the ops' tests under Triton's interpreter, in a subprocess.
 
-On a machine with a GPU the same files run on CUDA too, through their ``device`` fixture.
+With a GPU the same tests also run on CUDA, through their ``device`` fixture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from byola_fast.ops import _triton
 
 TESTS = Path(__file__).parents[1]
 
-# file: which of its tests; gradcheck and sweeps of all draws take too many launches of a Python kernel
+# file: expression that selects its tests; gradcheck and sweeps over all draws would take too many launches
 DTYPES = "not dtype0 and not dtype2"  # float32 and bfloat16
 FILES = {
     "ops/test_triton_kernels.py": "",

@@ -1,6 +1,6 @@
-"""What only the Triton kernels have: tiles, guards against bad parameters, wide indices. On CUDA or the interpreter.
+"""Features of the Triton kernels alone: tiles, guards against bad parameters, wide indices. On CUDA or interpreted.
 
-Without either, ``test_triton_interpreted.py`` runs this file under the interpreter. The ops' own tests run on both too.
+Without either, ``test_triton_interpreted.py`` runs this file under the interpreter. The ops' tests also run on both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RNG = torch.tensor([11, 5], device=DEVICE)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Blocks of few rows and columns, and two programs, so that small inputs take many turns of every loop."""
+    """Small blocks and two programs, so that small inputs take many iterations of every loop."""
     for module in (augment_views, resize_crop):
         monkeypatch.setattr(module, "ROWS", 4)
         monkeypatch.setattr(module, "COLUMNS", 8)
@@ -82,7 +82,7 @@ def test_resize_of_many_tiles_and_its_gradient(interpolation, small_tiles):
 
 
 def oracle_graph(x, crop, size, canvas, interpolation):
-    """The oracle's resize with a gradient: canvases by padding."""
+    """The oracle's resize with a gradient; makes the canvas by padding."""
     top, left = ((c - n) // 2 for c, n in zip(canvas, x.shape[1:], strict=True))
     pad = (left, canvas[1] - x.shape[2] - left, top, canvas[0] - x.shape[1] - top)
     full = torch.nn.functional.pad(x, pad)
@@ -95,7 +95,7 @@ def oracle_graph(x, crop, size, canvas, interpolation):
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_positions_beyond_32_bits(interpolation, monkeypatch):
-    """The wide variant is for sizes nobody can test with; it must give what the narrow one gives."""
+    """The wide variant serves sizes too large for a test; it must equal the narrow one."""
     x = torch.randn(2, 7, 9, device=DEVICE)
     crop = torch.tensor([[0, 1, 7, 12], [1, 0, 5, 3]], device=DEVICE)
     narrow = ops.resize_crop(x, crop, (8, 8), interpolation)
@@ -106,20 +106,20 @@ def test_positions_beyond_32_bits(interpolation, monkeypatch):
     assert not shared.is_wide(2**31 - 1, 5)
 
 
-def test_what_32_bits_do_not_reach_within_a_sample_is_copied():
+def test_samples_beyond_32_bit_offsets_are_copied():
     x = torch.empty(1).expand(2, 3, 4)
     assert shared.indexable(x) is x
     far = torch.empty(0).as_strided((0, 3, 4), (1, 2**30, 2**29))
     assert shared.indexable(far).is_contiguous()
 
 
-def test_the_interpreter_has_no_instructions_of_a_gpu():
-    of_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert shared.approximate(of_a_gpu) is not shared.INTERPRETED
+def test_the_interpreter_uses_no_gpu_instructions():
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert shared.approximate(on_a_gpu) is not shared.INTERPRETED
 
 
 class Recorder:
-    """In a kernel's place: notes the grids that it would be launched on."""
+    """Replace a kernel and record the grids of its launches."""
 
     def __init__(self):
         self.grids = []
@@ -130,7 +130,7 @@ class Recorder:
 
 
 def test_grids_of_any_size_fit_a_gpu(monkeypatch):
-    """Along its second and third axis a grid has at most 65,535 programs; no other launcher has these axes."""
+    """The second and third axes of a grid are limited to 65,535 programs."""
     seen = Recorder()
     for module, name in (
         (log_mixup_exp, "log_mixup_exp_kernel"),
@@ -164,7 +164,7 @@ def test_division_by_multiplication(size, n):
 
 
 def test_parameters_out_of_range_read_nothing_out_of_bounds():
-    """The kernels move them inside; the public checks of replayed parameters cannot see a GPU's without a sync."""
+    """The kernels clamp them; the public checks cannot read replayed parameters on a GPU without a sync."""
     x = torch.randn(3, 8, 12, device=DEVICE)
     params = draw(3, (8, 12))
     wild = AugmentParams(
@@ -189,7 +189,7 @@ def test_parameters_out_of_range_read_nothing_out_of_bounds():
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_crop_wholly_in_the_margin_is_the_fader_alone(interpolation):
+def test_a_crop_inside_the_margin_gives_the_fader_alone(interpolation):
     x = torch.full((1, 4, 6), math.nan, device=DEVICE)
     crop = torch.tensor([[[0, 0, 3, 4]], [[9, 14, 3, 4]]], device=DEVICE, dtype=torch.int32)
     params = draw(1, (4, 6))
@@ -198,7 +198,7 @@ def test_a_crop_wholly_in_the_margin_is_the_fader_alone(interpolation):
     assert_close(views, oracle.views(torch.zeros(1, 4, 6), params, canvas=(12, 18), mixup="none"))
 
 
-def test_sums_of_many_views_are_added_up_beforehand(monkeypatch):
+def test_sums_of_many_views_are_added_up_first(monkeypatch):
     from byola_fast.ops._triton import normalize
 
     x = torch.randn(50, 3, device=DEVICE)
@@ -221,7 +221,7 @@ def test_gradients_are_the_same_every_time():
 
 
 def log_mel_case(n_fft, hop_length, samples, dtype=torch.float32, batch=2, window=None, n_mels=21, stats=None):
-    """Arguments of ``ops.log_mel`` with bands of all widths, none and all frequencies among them."""
+    """Arguments of ``ops.log_mel`` with bands of random widths, and one empty and one full band."""
     bins = n_fft // 2 + 1
     bands = torch.randint(bins + 1, (n_mels, 2)).sort(1).values
     bands[:2] = torch.tensor([[0, bins], [bins, bins]])
@@ -259,7 +259,7 @@ def test_log_mel_of_every_length(n_fft, hop_length, samples, dtype, window, cent
     assert_close(lms, log_mel_exact(*arguments))
 
 
-def test_what_the_log_mel_kernel_does_not_take_is_plain_pytorch(monkeypatch):
+def test_log_mel_falls_back_to_the_reference_if_the_kernel_does_not_take_it(monkeypatch):
     monkeypatch.setattr(log_mel, "log_mel_kernel", None)
     for n_fft, hop_length, dtype in ((100, 30, torch.float32), (64, 129, torch.float32), (64, 30, torch.float64)):
         assert not log_mel.takes(dtype, 500, n_fft, hop_length)
@@ -271,7 +271,7 @@ def test_what_the_log_mel_kernel_does_not_take_is_plain_pytorch(monkeypatch):
 
 
 def test_log_mel_of_hard_waveforms_strides_and_neighbours():
-    """NaN and inf stay in the frames that hold them, silence and denormals are eps, and strides change nothing."""
+    """NaN and inf stay in their frames, silence and denormals give eps, and strides change nothing."""
     *_, window, bank, bands, stats, n_fft, hop_length = log_mel_case(64, 20, 900)
     settings = (window, bank, bands, stats, n_fft, hop_length, True)
     wav = 0.1 * torch.randn(6, 900, device=DEVICE)
@@ -289,7 +289,7 @@ def test_log_mel_of_hard_waveforms_strides_and_neighbours():
     assert torch.equal(lms[5], clean[5])
 
 
-def test_bands_outside_the_spectrum_read_nothing_out_of_bounds():
+def test_bands_outside_the_spectrum_read_nothing_outside_it():
     wav, window, *_bank, stats, n_fft, hop_length = log_mel_case(64, 20, 300, n_mels=3)
     wild = torch.tensor([[-5, 99], [40, 3], [30, 2**30]], device=DEVICE)
     tame = torch.tensor([[0, 33], [0, 0], [30, 33]], device=DEVICE)

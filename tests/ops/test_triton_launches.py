@@ -1,7 +1,7 @@
-"""What launches compile, on any machine: kernels for the very arguments that a GPU would get, for an H200, and not run.
+"""Compile launches for an H200 on any machine, with the arguments a GPU would get, without running them.
 
-A size of one becomes a compile-time constant, other sizes may be multiples of 16 or need 64 bits, and pointers may lie
-anywhere: each makes a variant of its own, which the interpreter does not know and ``test_triton_aot.py`` does not try.
+Triton compiles a separate variant for sizes that are 1, multiples of 16 or wider than 32 bits, and for each alignment
+of pointers. The interpreter has no variants, and ``test_triton_aot.py`` does not try these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 class FakeDriver:
-    """All that the compiler asks of a driver."""
+    """The methods of a driver that the compiler calls."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -36,7 +36,7 @@ class FakeDriver:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Compile launches and leave it at that; a list of (name, kernel)."""
+    """Compile launches without running them; the list of their (name, kernel)."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -52,7 +52,7 @@ def launched(monkeypatch):
     for file in sorted(set(_schemas.LAUNCHERS.values())):
         module = importlib.import_module(f"byola_fast.ops._triton.{file}")
         for kernel in (value for value in vars(module).values() if isinstance(value, JITFunction)):
-            kernel.device_caches.clear()  # of a real GPU
+            kernel.device_caches.clear()  # kernels of a real GPU
         if hasattr(module, "approximate"):
             monkeypatch.setattr(module, "approximate", lambda x: x.dtype != torch.float64)
         if hasattr(module, "resident_programs"):
@@ -105,7 +105,7 @@ def test_two_views(batch, shape, size, settings, interpolation, launched):
     assert [name for name, _kernel in launched] == ["augment_views_kernel"]
 
 
-def test_another_batch_compiles_nothing_anew(launched):
+def test_another_batch_size_compiles_nothing(launched):
     from byola_fast.ops._triton import bank_push, log_mel
 
     for batch, offset in ((32, 0), (31, 1), (1, 31)):
@@ -117,7 +117,7 @@ def test_another_batch_compiles_nothing_anew(launched):
         bank_push.bank_push_(bank, cursor, torch.zeros(batch, 4, 4), None)
         given = torch.zeros(64), torch.zeros(5, 33), torch.zeros(5, 2).int(), None, 64, 16, True
         log_mel.log_mel(torch.zeros(batch, samples), *given)
-    assert variants(launched) <= 4  # log-mels of a number of frames that is a multiple of 16, and not
+    assert variants(launched) <= 4  # numbers of frames: multiples of 16 and others
 
 
 @pytest.mark.parametrize(

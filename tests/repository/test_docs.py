@@ -14,7 +14,7 @@ from byola_fast import cli
 from byola_fast.evaluation import recipes
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["--feature-d=16", "--proj-size=8", "--proj-dim=32", "--steps=2", "--n-memory=8", "--workers=0", "--threads=1"]
 MORE = {"pretrain": [*SMALL, "--stats-segments=8"], "eval": ["--keep-going"]}
 OTHERS = (
@@ -23,6 +23,7 @@ OTHERS = (
     "torchrun",
     "python -m benchmarks",
     "hear-validator",
+    "pre-commit",
 )  # run by CI, or tests of their own
 
 
@@ -84,3 +85,15 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_and_script_that_the_pages_name_exists():
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    for page in [*PAGES, *(ROOT / "benchmarks").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"\b((?:tests|benchmarks|examples|byola_fast)/[\w/]+\.(?:py|sh))\b", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert any(f"def {name}(" in source for source in sources.values()), f"{page.name}: {name}"
+        for name in re.findall(r"`(test_\w+\.py)`", text):
+            assert name in sources, f"{page.name}: {name}"

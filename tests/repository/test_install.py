@@ -38,8 +38,8 @@ def build(checkout, kind, out):
 def test_a_checkout_is_found_from_its_parent_folder(checkout, tmp_path):
     """An editable install must add a path, not a module finder.
 
-    In the parent folder Python takes the clone for a namespace package. That beats a finder ("module 'byola_fast' has no
-    attribute 'augment'" from ``python train.py`` beside the clone), but not a regular package on the path.
+    In the parent folder Python takes the clone for a namespace package. That beats a finder ("module 'byola_fast' has
+    no attribute 'augment'" from ``python train.py`` beside the clone), but not a regular package on the path.
     """
     with build(checkout, "editable", tmp_path) as wheel:
         names = [name for name in wheel.namelist() if "dist-info" not in name]

@@ -62,7 +62,7 @@ def test_the_command_writes_what_the_trainer_reads(corpus: Path, tmp_path: Path)
     assert stats == run_stats(StatsConfig(audio_dir=str(corpus), segments=50, unit_sec=0.3, workers=0))
     content = json.loads(out.read_text())
     assert content["unit_sec"] == 0.3
-    with pytest.raises(ValueError, match=r"stats\.json: taken with f_max 7800\.0, and is wanted with 7000\.0"):
+    with pytest.raises(ValueError, match=r"stats\.json: computed with f_max 7800\.0, expected 7000\.0"):
         read_stats(out, LogMel(f_max=7000.0))
 
 
@@ -74,7 +74,7 @@ def test_the_front_end_may_be_another(corpus: Path, tmp_path: Path) -> None:
         )
     )
     read_stats(out, LogMel(n_mels=40, mel_scale="htk"))
-    with pytest.raises(ValueError, match="and is wanted with 64; take it anew with byola-fast stats --n_mels"):
+    with pytest.raises(ValueError, match="expected 64; compute it again with byola-fast stats --n_mels"):
         read_stats(out, LogMel())
 
 

@@ -1,4 +1,4 @@
-"""How steps are run: compiled and eager agree, and where a CUDA graph cannot be is said."""
+"""Compiled and eager steps agree; an impossible CUDA graph is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_compiled_step_equals_an_eager_one(objective):
         (GPU, {"profile": True}, "the stages of a graph cannot be timed"),
     ],
 )
-def test_where_there_is_no_graph_it_is_said(device, settings, words):
+def test_an_impossible_graph_gives_its_reason(device, settings, words):
     settings = {"processes": 1, "profile": False} | settings
     assert use_graph(None, device, **settings) is False
     assert use_graph(False, device, **settings) is False

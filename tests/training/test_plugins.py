@@ -162,7 +162,7 @@ def test_old_spellings_warn_and_hold(recordings, tmp_path, monkeypatch, caplog, 
     assert (seen[3].features, seen[3].encoder) == ("trained", "helpers.own:Flat")
 
 
-def test_runs_logs_and_results_of_version_0_1_go_on(recordings, tmp_path):
+def test_runs_and_logs_of_version_0_1_resume(recordings, tmp_path):
     pretrain(config(recordings, tmp_path / "run", steps=2))
     log, checkpoint = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoint.pt"
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The trainer on tiny recordings: what it writes, what it survives, and that it repeats itself."""
+"""The trainer on tiny recordings: its files, its recovery from faults, its repeatability."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_written_can_be_loaded(run):
     assert aug.rng.tolist() == [0, 4]
 
 
-def test_the_same_seed_gives_the_same_losses_whatever_the_workers(run):
+def test_the_same_seed_gives_the_same_losses_for_any_workers(run):
     losses = [
         [line["loss"] for line in read_log(run(name, steps=3, seed=seed, workers=workers).out)]
         for name, seed, workers in (("a", 1, 0), ("b", 1, 2), ("c", 2, 0))
@@ -230,7 +230,7 @@ def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
     out = run(stats=str(tmp_path / "stats.json"), steps=1).out
     assert load_checkpoint(out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
     assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
-    with pytest.raises(ValueError, match="taken with f_min 60"):
+    with pytest.raises(ValueError, match="computed with f_min 60"):
         run("third", stats=str(tmp_path / "stats.json"), f_min=50.0)
 
 
@@ -255,7 +255,7 @@ def test_a_profile_times_every_stage(run, capsys):
     assert content["samples_per_s"] == pytest.approx(4e3 / sum(content["ms"].values()))
 
 
-def test_representations_that_collapse_are_told(run, monkeypatch, caplog):
+def test_collapsed_representations_warn(run, monkeypatch, caplog):
     monkeypatch.setattr(watch, "spread", lambda _: torch.tensor(0.01))
     run(steps=8)
     message = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
@@ -263,7 +263,7 @@ def test_representations_that_collapse_are_told(run, monkeypatch, caplog):
     assert message[0].startswith("step 5: representations collapse: their spread is 0.010")
 
 
-def test_the_watch_tells_of_each_collapse_once():
+def test_each_collapse_warns_once():
     collapsed = CollapseWatch()
     spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
     message = [collapsed({"step": step, "spread": spread}) is not None for step, spread in enumerate(spreads)]

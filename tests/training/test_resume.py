@@ -1,4 +1,4 @@
-"""Stopping and resuming: bit for bit, whatever stopped the run, and nothing saved is ever lost."""
+"""A run stopped in any way resumes bit for bit, and nothing saved is lost."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_longer_run_resumes_and_a_finished_one_has_nothing_to_do(settings, tmp
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
-def test_going_on_with_other_files_is_said(settings, tmp_path, recordings, caplog):
+def test_resuming_with_other_files_warns(settings, tmp_path, recordings, caplog):
     moved = tmp_path / "moved"
     shutil.copytree(recordings, moved)
     pretrain(PretrainConfig(**settings | {"steps": 1}))
@@ -244,7 +244,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypat
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 1
 
 
-def test_a_full_disk_is_survived_and_said(settings, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_warns_and_training_continues(settings, tmp_path, monkeypatch, caplog):
     save, calls = checkpoint.write_checked, []
 
     def full(path, write):

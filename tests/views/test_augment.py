@@ -255,7 +255,7 @@ def test_non_contiguous_inputs(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(dtype, device):
-    """Every op computes in the dtype that its contract names, whatever autocast would choose."""
+    """Every op computes in its documented dtype, also under autocast."""
     x = torch.randn(4, 8, 12, device=device).to(dtype)
     plain = augment(x, seed=1, preset="byola-v2")
     with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Pictures: that they are drawn, hold what they should, and retrace the augmentation exactly."""
+"""Pictures are drawn, hold the right panels, and retrace the augmentation exactly."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_nothing_to_draw_is_refused(tmp_path):
         draw_training(tmp_path / "a.png", [])
 
 
-def test_a_missing_matplotlib_is_said(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_names_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "byola_fast\[eval\]"'):
         draw_training(tmp_path / "a.png", [{"step": 1, "loss": 1.0, "spread": 1.0}])

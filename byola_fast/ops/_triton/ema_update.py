@@ -5,9 +5,9 @@ target <- t + w (o - t) if w < 1/2, else o - (1 - w) (o - t), with w = 1 - decay
 fused. BYOL, arXiv:2006.07733, eq. (1). Reads target and online once, writes target once: 12 bytes an element in
 float32, bound by memory.
 
-The tensors of one launch are a table in device memory: addresses and sizes, and for every chunk of 4096 elements the
-number of its tensor. Tables are kept and found again by what they were made from, so that none is ever out of date. One
-that a CUDA graph was captured with stays for good.
+A launch reads its tensors from a table in device memory: addresses and sizes, and the tensor of every chunk of 4096
+elements. Tables are cached by the addresses, shapes, strides and dtypes that they were made from, so none is ever out
+of date. The tables of a captured CUDA graph are never freed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from byola_fast.ops import _ema_checks as check
 
 CHUNK = 4096  # elements
 WARPS = 8
-KEPT = 16  # lists whose tables are kept
+KEPT = 16  # plans in the cache
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -35,14 +35,14 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl
 @triton.jit
 def ema_update_kernel(
     table,  # (tensors, 4) int64: addresses of target and online, elements, number of the first chunk
-    chunks,  # (chunks,) int32: row of each chunk in the table
+    chunks,  # (chunks,) int32: row of the table for each chunk
     decay,  # () float64
     TARGET: tl.constexpr,
     ONLINE: tl.constexpr,
     ALIGNED: tl.constexpr,  # every address is a multiple of 16
     CHUNK: tl.constexpr,
 ):
-    """Update one chunk of one tensor. To be compiled without fused multiply-adds."""
+    """Update one chunk of one tensor. Compile without fused multiply-adds."""
     chunk = tl.program_id(0)
     row = table + 4 * tl.load(chunks + chunk)
     start = (chunk - tl.load(row + 3)) * CHUNK  # int64
@@ -52,7 +52,7 @@ def ema_update_kernel(
     if ALIGNED:
         target = tl.multiple_of(target, 16)
         online = tl.multiple_of(online, 16)
-    # both branches of the formula as base + factor (o - t), which rounds alike: x - y is x + (-y)
+    # both branches of the formula as base + factor (o - t), with the same roundings: x - y is x + (-y)
     weight = (1 - tl.load(decay)).to(TARGET)
     is_near = weight < 0.5
     factor = tl.where(is_near, weight, weight - 1)
@@ -69,7 +69,7 @@ def ema_update_kernel(
 
 
 class _Launch(NamedTuple):
-    """Tables of the tensors of one pair of dtypes and one alignment."""
+    """The tables of one launch: all tensors of one pair of dtypes and one alignment."""
 
     table: Tensor
     chunks: Tensor
@@ -79,11 +79,11 @@ class _Launch(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What an update of two lists does."""
+    """The launches of an update of two lists."""
 
     launches: list[_Launch]
-    apart: list[int]  # pairs whose elements do not lie alike: to be copied
-    pinned: list[Tensor]  # where the tables came from
+    apart: list[int]  # pairs with gaps or a different order of elements: updated in copies
+    pinned: list[Tensor]  # host memory of the tables; a captured graph copies from it at every replay
 
 
 _known: OrderedDict[Hashable, _Work] = OrderedDict()
@@ -92,7 +92,7 @@ _captured: list[_Work] = []
 
 def ema_update_(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
     """Launch the kernel for two lists; see ``ops.ema_update_``. A CUDA graph needs one update before it is captured."""
-    check.check_decay(decay, target)
+    check.require_decay(decay, target)
     if not target and not online:
         return
     device = (target or online)[0].device
@@ -126,15 +126,14 @@ def _update(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
 
 
 def _work_of(target: list[Tensor], online: list[Tensor]) -> _Work:
-    """Return the tables of two lists: those made from the same addresses, shapes, strides and dtypes, or new ones."""
+    """Return the launches of two lists: cached ones of the same addresses, shapes, strides and dtypes, or new ones."""
     key = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.layout) for x in target + online)
     capturing = target[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing() if target else False
     work = _known.get((len(target), key))
     if work is None:
-        check.check_lists(target, online)
-        check.check_memory(target, online)
+        check.require_valid_lists(target, online)
         work = _make_work(target, online, capturing)
-        if not capturing:  # else the tables hold nothing before the graph runs
+        if not capturing:  # the tables of a captured graph are empty until it runs
             _known[len(target), key] = work
             if len(_known) > KEPT:
                 _known.popitem(last=False)
@@ -149,7 +148,8 @@ def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _
     rows: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Any], list[int]]] = {}
     work = _Work([], [], [])
     for number, (t, o) in enumerate(zip(target, online, strict=True)):
-        alike = (t.is_contiguous() and o.is_contiguous()) or (t.stride() == o.stride() and check.is_dense(t))
+        contiguous = t.is_contiguous() and o.is_contiguous()
+        alike = contiguous or (t.stride() == o.stride() and check.is_dense(t.shape, t.stride()))
         if not alike:
             work.apart.append(number)
         elif t.numel():
@@ -162,8 +162,9 @@ def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _
         for values, dtype in zip(lists, (torch.int64, torch.int32), strict=True):
             pinned = torch.tensor(values, dtype=dtype)
             if target[0].device.type == "cuda":
-                pinned = pinned.pin_memory()  # so that a capture does not refuse the copy
+                pinned = pinned.pin_memory()  # a captured copy needs it
             work.pinned.append(pinned)
-            on_device.append(pinned.to(target[0].device, non_blocking=capturing))  # else any stream may read it at once
+            # the copy blocks unless captured, so that any stream may read the table
+            on_device.append(pinned.to(target[0].device, non_blocking=capturing))
         work.launches.append(_Launch(on_device[0], on_device[1], target_dtype, online_dtype, aligned))
     return work
