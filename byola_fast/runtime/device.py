@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device: expected an available device, got {name!r}, but torch finds no CUDA")
+            raise ValueError(f"device: expected one that is available, got {name!r}, but torch finds no CUDA")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -47,5 +47,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # depends on the build of torch
-        raise ValueError(f"device: expected an available device, got {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"device: expected one that is available, got {name!r}: {str(error).splitlines()[0]}"
+        ) from error
     return device

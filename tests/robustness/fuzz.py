@@ -168,10 +168,10 @@ def read_task_file(path: Path) -> str:
     from byola_fast.evaluation.tasks import absent_classes, read_task, rounds
 
     task, _ = read_task(path, keep_going=bool(zlib.crc32(path.read_bytes()) % 2))
-    assert len(task.file_names) == len(task.labels) == len(task.parts)
+    assert len(task.file_names) == len(task.labels) == len(task.splits)
     for one in rounds(task, 0):
         assert one.test
-        assert set(one.train) | set(one.valid) | set(one.test) <= set(range(len(task.parts)))
+        assert set(one.train) | set(one.valid) | set(one.test) <= set(range(len(task.splits)))
     absent_classes(task)
     return "read"
 

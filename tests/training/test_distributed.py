@@ -181,11 +181,11 @@ def test_other_errors_pass_as_they_are():
 def test_devices_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device: expected an available device, got 'cuda'"):
+    with pytest.raises(ValueError, match="device: expected one that is available, got 'cuda'"):
         pick_device("cuda")
     with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         pick_device("gpu")
-    with pytest.raises(ValueError, match="device: expected an available device, got 'mps': "):
+    with pytest.raises(ValueError, match="device: expected one that is available, got 'mps': "):
         pick_device("mps")
 
 
