@@ -153,8 +153,8 @@ def _embed_wavs(embedder: Embedder, wav: Tensor, frames: bool) -> Tensor:
 
 def _embed_batch(embedder: Embedder, batch: list[tuple[int, Tensor, int]], frames: bool) -> Iterator[Piece]:
     rows = _embed_wavs(embedder, torch.stack([wav for _number, wav, _samples in batch]), frames)
-    for (number, _wav, samples), own in zip(batch, rows, strict=True):
-        yield Piece(number, own, samples, True)
+    for (number, _wav, samples), clip_rows in zip(batch, rows, strict=True):
+        yield Piece(number, clip_rows, samples, True)
 
 
 def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block_sec: float) -> Iterator[Piece]:

@@ -81,11 +81,11 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1, *, gather: bo
         all1, first = gather_rows(view1) if gather else (view1, 0)
         all2, _ = gather_rows(view2) if gather else (view2, 0)
         rows, everyone = torch.cat([view1, view2]), torch.cat([all1, all2])
-        own = first + torch.arange(len(z1), device=z1.device)
-        other = own + len(all1)
-        itself = torch.cat([own, other])[:, None] == torch.arange(len(everyone), device=z1.device)
+        first_view = first + torch.arange(len(z1), device=z1.device)
+        second_view = first_view + len(all1)
+        itself = torch.cat([first_view, second_view])[:, None] == torch.arange(len(everyone), device=z1.device)
         logits = (rows @ everyone.T / temperature).masked_fill(itself, float("-inf"))
-        return F.cross_entropy(logits, torch.cat([other, own]))
+        return F.cross_entropy(logits, torch.cat([second_view, first_view]))
 
 
 def info_nce_loss(

@@ -216,8 +216,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     if world.first:
         if config.profile and times.spans:
-            own = config.batch_size // world.size
-            print(times.report(run.path / "profile.json", own, config=asdict(config)), file=sys.stderr)
+            report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
+            print(report, file=sys.stderr)
         if batch is not None:
             _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
     last = run.lines[-1] if run.lines else {"loss": math.nan, "spread": math.nan}

@@ -16,6 +16,7 @@ from byola_fast.evaluation import evaluate as module
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
+from byola_fast.evaluation.report import OLD_COLUMNS
 from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 
@@ -314,3 +315,13 @@ def test_from_the_command_line(split_task, tmp_path, weights, capsys):
     assert "0 broken" in capsys.readouterr().out
     with np.load(tmp_path / "frames.npz") as written:
         assert len(written["timestamps_ms"]) == len(written["embeddings"]) > 30
+
+
+def test_a_results_file_of_version_0_1_is_appended_to(split_task, tmp_path):
+    path = tmp_path / "out" / "results.csv"
+    path.parent.mkdir()
+    path.write_text(",".join(OLD_COLUMNS) + "\n")
+    evaluate(split_task, tmp_path, features="melstats", audio=str(split_task.parent / "audio"))
+    (line,) = lines_of(tmp_path)
+    assert (line["encoder"], line["network"]) == ("melstats", "MelStats")
+    assert "features" not in line
