@@ -26,4 +26,5 @@ assert view1.shape == view2.shape == (4, 64, 96)
 assert torch.stack([view1, view2]).isfinite().all()
 
 added = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
-print(f"torch {torch.__version__}, byola_fast {byola_fast.__version__}; imported besides: {sorted(added)}")
+assert added == {"byola_fast"}, f"expected no other package, got {sorted(added)}"
+print(f"torch {torch.__version__}, byola_fast {byola_fast.__version__}: two views with torch alone")
