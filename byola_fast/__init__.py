@@ -3,8 +3,8 @@
     audio files -> wav -> log-mel -> pre-norm -> mixup -> resize-crop (-> fader) -> post-norm
                 -> encoder -> BYOL loss -> EMA
 
-``augment(lms)`` makes two views of a batch in one call; ``Augment`` adds the memory of past inputs; ``ops`` are the
-single steps; ``load_encoder`` gives what training made. Importing needs torch alone.
+``augment(lms)`` makes two views of a batch in one call. ``Augment`` adds the memory of past inputs. ``ops`` has the
+single steps. ``load_encoder`` loads a trained encoder. Importing needs torch alone.
 """
 
 from byola_fast import ops

@@ -94,11 +94,10 @@ def _renamed_flags(argv: Sequence[str]) -> list[str]:
     renamed: list[str] = []
     command = next(iter(argv), "")
     words = iter(argv)
+    old = {"pretrain": ("--precision",), "eval": ("--network", "--encoder")}.get(command, ())
     for argument in words:
         flag, equals, value = argument.partition("=")
-        old = {"pretrain": ("--precision",), "eval": ("--network", "--encoder")}.get(command, ())
-        if flag in old:
-            value = value if equals else next(words, "")
+        if flag in old and (equals or (value := next(words, ""))):
             new_flag, new_value = _new_flag(flag, value)
             if new_flag != flag:
                 message = "%s %s is now called %s %s; the old name goes in version 0.3"
@@ -121,13 +120,13 @@ def _published(argv: Sequence[str]) -> list[str]:
     """Replace the file of ``pretrain --config`` by its content under our names."""
     import yaml
 
-    message: list[str] = []
+    arguments: list[str] = []
     for argument in argv:
         flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
-        if argv[0] == "pretrain" and (flag or message[-1:] == ["--config"]) and Path(value).is_file():
+        if argv[0] == "pretrain" and (flag or arguments[-1:] == ["--config"]) and Path(value).is_file():
             value = yaml.safe_dump(from_published(read_yaml(value)))
-        message.append(flag + value)
-    return message
+        arguments.append(flag + value)
+    return arguments
 
 
 def _make_parser(demo: bool) -> Any:

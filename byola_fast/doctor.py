@@ -73,8 +73,8 @@ def doctor() -> Report:
     }
     notes = [f"system: {platform.platform()}"]
     notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
-    message = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
-    notes.append(f"environment: {', '.join(message) or 'no relevant variable is set'}")
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    notes.append(f"environment: {', '.join(variables) or 'no relevant variable is set'}")
     if torch.cuda.is_available():
         devices["CUDA"] = torch.cuda.get_device_name()
         notes.append(f"CUDA: {first_call(torch.device('cuda'))}")

@@ -223,9 +223,9 @@ def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         if name in given and given[name].shape != wanted[name].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    message = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
-    if message:
-        raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(message))
+    mismatches = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
+    if mismatches:
+        raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(mismatches))
     encoder.load_state_dict(given, strict=False)  # only counters of batches may be absent
 
 
