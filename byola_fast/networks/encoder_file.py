@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import (
+    CHECKSUM,
     METADATA,
     SAFETENSORS,
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
+    weights_sha256,
     write_checked,
 )
 from byola_fast.networks.encoders import ENCODERS, AudioNTT, make_encoder
@@ -151,7 +153,7 @@ def save_encoder(
 
     Args:
         path: file to write. ``.pth`` or ``.pt``: a dict of the three, for ``torch.load``. ``.safetensors``: the
-            weights, and the other two as JSON in the metadata, under "byola_fast".
+            weights, and the other two as JSON in the metadata, under "byola_fast", with a checksum of all three.
         encoder: its weights are stored contiguous and on the CPU.
         config: network and front end as plain values, from ``describe_encoder``.
         stats: (mean, std) of the pre-normalisation in training.
@@ -168,9 +170,10 @@ def save_encoder(
         from safetensors.torch import save  # here: importing byola_fast needs torch alone
 
         try:
-            metadata = {METADATA: json.dumps(described)}
+            text = json.dumps(described)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
+        metadata = {METADATA: text, CHECKSUM: weights_sha256(weights, text)}
         write_checked(path, lambda file: file.write(save(weights, metadata)))
     else:
         raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors")
