@@ -13,9 +13,10 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from byola_fast.networks.torch_file import RefusedError, check_torch_file
+from byola_fast.ops import _checks as check
 from byola_fast.runtime.files import write_whole
 
 SAFETENSORS = ".safetensors"
@@ -85,7 +86,7 @@ def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
         why = f"truncated, damaged or no safetensors file ({size} bytes): {error}" if size else "empty file (0 bytes)"
         raise CheckpointError(f"{path}: {why}") from error
     described = metadata.get(METADATA, "{}")
-    if metadata.get(CHECKSUM, digest := weights_sha256(weights, described)) != digest:
+    if CHECKSUM in metadata and metadata[CHECKSUM] != weights_sha256(weights, described):
         raise CheckpointError(
             f"{path}: damaged, or changed by a program that kept the checksum (metadata {CHECKSUM!r})"
         )
@@ -103,7 +104,7 @@ def weights_sha256(weights: Mapping[str, Tensor], described: str) -> str:
     digest = hashlib.sha256(described.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -119,6 +120,34 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(f"{path}: Is a directory{message}")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: expected a file of weights, got a pipe, socket or device")
+
+
+def mismatch(name: str, x: Tensor, wanted: Tensor) -> tuple[str, str] | None:
+    """Return what is wrong with a tensor that is to be copied to another, and its details."""
+    if x.shape != wanted.shape:
+        return "of another shape", f"{tuple(x.shape)} instead of {tuple(wanted.shape)}"
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return "of fewer values than their shape", f"{tuple(x.shape)}"
+    if x.dtype != wanted.dtype and not {x.dtype, wanted.dtype} <= set(check.FLOATS):
+        return "of another dtype", f"{x.dtype} instead of {wanted.dtype}"
+    bad = x.numel() - int(x.to(wanted.dtype).isfinite().sum())
+    if bad:
+        return f"not finite in {wanted.dtype}", f"({bad} of {x.numel()} values)"
+    if name.endswith(("running_var", "num_batches_tracked")) and bool((x < 0).any()):
+        return "negative", f"({int((x < 0).sum())} of {x.numel()} values)"
+    return None
+
+
+def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse tensors that ``load_state_dict`` would convert or take although they are not finite.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    for name, wanted in module.state_dict().items():
+        given = state.get(name)
+        if isinstance(given, Tensor) and isinstance(wanted, Tensor) and (problem := mismatch(name, given, wanted)):
+            raise ValueError(f"{name}: {problem[0]} {problem[1]}")
 
 
 def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:

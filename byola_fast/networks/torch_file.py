@@ -23,6 +23,7 @@ BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 ITEM_BYTES = {
     "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2,
     "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
+    "ComplexDoubleStorage": 16, "ComplexFloatStorage": 8,
 }  # fmt: skip
 PLAIN = ("collections.Counter", "torch.Size", "torch.device", "torch._utils._rebuild_parameter")
 
@@ -111,8 +112,8 @@ class _Checker(pickle._Unpickler):  # in Python: that in C allocates by numbers 
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise RefusedError(
-            f"holds pickled code ({full}), which is refused; expected plain values and dense float, integer or bool "
-            "tensors"
+            f"holds pickled code ({full}), which is refused; expected plain values and dense tensors of float, "
+            "complex, integer or bool dtypes"
         )
 
     def persistent_load(self, saved: Any) -> int:
