@@ -149,6 +149,31 @@ def test_a_run_with_other_tensors_is_refused_and_nothing_changes(change, words):
         assert all(torch.equal(old[key], x) for key, x in part.state_dict().items())
 
 
+@pytest.mark.parametrize("suffix", ["", "child."])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("bank.rows", torch.full((2, 3, 4), math.nan), r"not finite in torch.float32 \(24 of 24 values\)"),
+        ("bank.rows", torch.ones(2, 3, 4, dtype=torch.int64), "of another dtype torch.int64"),
+        ("bank.rows", torch.ones(2, 3, 5), r"of another shape \(2, 3, 5\) instead of \(2, 3, 4\)"),
+        ("bank.rows", torch.ones(1).expand(2, 3, 4), "of fewer values than their shape"),
+        ("bank.cursor", torch.tensor([0, -1, 0]), r"negative \(1 of 3 values\)"),
+        ("rng", torch.zeros(4), "of another"),
+        ("running_stats.variance", torch.tensor(-1.0), "negative"),
+        ("running_stats.mean", torch.tensor(math.inf), "not finite"),
+        ("running_stats.count", torch.tensor(1.0), "of another dtype"),
+    ],
+)
+def test_a_damaged_state_of_augment_changes_nothing(suffix, name, value, words):
+    augment = Augment(n_memory=2)
+    augment(torch.randn(3, 3, 4))
+    module = augment if not suffix else torch.nn.ModuleDict({"child": augment})
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=rf"{name}: {words}"):
+        module.load_state_dict(before | {suffix + name: value})
+    assert all(torch.equal(before[key], x) for key, x in module.state_dict().items())
+
+
 # embeddings
 
 

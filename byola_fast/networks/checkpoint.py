@@ -13,10 +13,9 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byola_fast.networks.torch_file import RefusedError, check_torch_file
-from byola_fast.ops import _checks as check
 from byola_fast.runtime.files import write_whole
 
 SAFETENSORS = ".safetensors"
@@ -120,34 +119,6 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(f"{path}: Is a directory{message}")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: expected a file of weights, got a pipe, socket or device")
-
-
-def mismatch(name: str, x: Tensor, wanted: Tensor) -> tuple[str, str] | None:
-    """Return what is wrong with a tensor that is to be copied to another, and its details."""
-    if x.shape != wanted.shape:
-        return "of another shape", f"{tuple(x.shape)} instead of {tuple(wanted.shape)}"
-    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
-        return "of fewer values than their shape", f"{tuple(x.shape)}"
-    if x.dtype != wanted.dtype and not {x.dtype, wanted.dtype} <= set(check.FLOATS):
-        return "of another dtype", f"{x.dtype} instead of {wanted.dtype}"
-    bad = x.numel() - int(x.to(wanted.dtype).isfinite().sum())
-    if bad:
-        return f"not finite in {wanted.dtype}", f"({bad} of {x.numel()} values)"
-    if name.endswith(("running_var", "num_batches_tracked")) and bool((x < 0).any()):
-        return "negative", f"({int((x < 0).sum())} of {x.numel()} values)"
-    return None
-
-
-def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse tensors that ``load_state_dict`` would convert or take although they are not finite.
-
-    Raises:
-        ValueError: names the tensor.
-    """
-    for name, wanted in module.state_dict().items():
-        given = state.get(name)
-        if isinstance(given, Tensor) and isinstance(wanted, Tensor) and (problem := mismatch(name, given, wanted)):
-            raise ValueError(f"{name}: {problem[0]} {problem[1]}")
 
 
 def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:

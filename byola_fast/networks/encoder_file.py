@@ -19,7 +19,6 @@ from byola_fast.networks.checkpoint import (
     SAFETENSORS,
     CheckpointError,
     load_checkpoint,
-    mismatch,
     save_checkpoint,
     weights_sha256,
     write_checked,
@@ -27,6 +26,7 @@ from byola_fast.networks.checkpoint import (
 from byola_fast.networks.encoders import ENCODERS, make_encoder
 from byola_fast.runtime.files import some_of
 from byola_fast.runtime.plugins import class_name
+from byola_fast.runtime.state import mismatch
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 

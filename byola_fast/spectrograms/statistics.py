@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.autograd.graph import increment_version
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import compute_dtype
+from byola_fast.runtime.state import require_state
 
 
 def batch_stats(x: Tensor) -> Tensor:
@@ -82,6 +84,10 @@ class RunningStats(nn.Module):
         unbiased = self.variance * self.count / (self.count - 1).clamp_min(1)
         seen = torch.stack([self.mean, unbiased.sqrt()])
         return torch.where(self.count > 0, seen, torch.stack([torch.zeros_like(self.mean), torch.ones_like(self.mean)]))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        require_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:

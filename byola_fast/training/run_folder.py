@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from byola_fast.networks.checkpoint import CheckpointError, check_state, load_checkpoint, save_checkpoint
+from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from byola_fast.networks.encoder_file import save_encoder
 from byola_fast.runtime.distributed import World
 from byola_fast.runtime.files import lock, write_whole
+from byola_fast.runtime.state import require_state
 from byola_fast.training.config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
@@ -248,7 +249,7 @@ class RunState(NamedTuple):
             groups = zip(optimizer["param_groups"], here, strict=True)
             optimizer["param_groups"] = [dict(group) | options for group, options in groups]
             for part, state in ((self.learner, saved["model"]), (self.augment, saved["augment"])):
-                check_state(part, state)
+                require_state(part, state)
             self.learner.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(optimizer)
             self.augment.load_state_dict(saved["augment"])

@@ -5,6 +5,7 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -16,6 +17,7 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.distributed import concat_ranks
+from byola_fast.runtime.state import require_state
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
@@ -260,6 +262,10 @@ class Augment(nn.Module):
         if distributed.get_world_size() == 1:
             return 0, None
         return distributed.get_rank(), concat_ranks(x)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        require_state(self, state_dict, prefix)  # of all submodules, before anything changes
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.settings}, post_norm={self.post_norm}"

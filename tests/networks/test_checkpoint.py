@@ -459,3 +459,17 @@ def test_a_refused_file_leaves_the_encoder_as_it_was(tmp_path, more):
     assert same(encoder.state_dict(), before)
     assert encoder.training
     assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_mask_of_infinity_in_the_network_itself_is_loaded(tmp_path):
+    class Own(AudioNTT2020):
+        def __init__(self):
+            super().__init__(n_mels=8, d=16)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    save_encoder(tmp_path / "a.pth", Own(), config={}, stats=None)
+    load_encoder_weights(Own(), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"1 not finite in torch.float32: mask \(1 of 2 values\)"):
+        other = Own()
+        other.mask.zero_()
+        load_encoder_weights(other, tmp_path / "a.pth")
