@@ -11,7 +11,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, Any
 
 import torch
@@ -25,6 +25,7 @@ ITEM_BYTES = {
     "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
     "ComplexDoubleStorage": 16, "ComplexFloatStorage": 8,
 }  # fmt: skip
+SETS = (pickle.ADDITEMS[0], pickle.FROZENSET[0])  # operations that torch.load has not
 PLAIN = ("collections.Counter", "torch.Size", "torch.device", "torch._utils._rebuild_parameter")
 
 
@@ -92,8 +93,11 @@ def _check_legacy(file: IO[bytes]) -> None:
             _Checker(content, check_storage).load()
 
 
-class _Checker(pickle._Unpickler):  # in Python: that in C allocates by numbers in the file
-    """Walk a pickle without making a tensor; the only class that is called is OrderedDict."""
+UNPICKLER: Any = pickle._Unpickler  # in Python: that in C allocates by numbers in the file
+
+
+class _Checker(UNPICKLER):  # type: ignore[misc]
+    """Walk a pickle without making a tensor; the only class that is made is OrderedDict."""
 
     def __init__(self, file: Any, check_storage: Callable[[str, int], None]) -> None:
         super().__init__(file, encoding="utf-8")
@@ -102,7 +106,7 @@ class _Checker(pickle._Unpickler):  # in Python: that in C allocates by numbers 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
-            return OrderedDict
+            return _ordered_dict
         if full in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return _check_tensor
         if module == "torch" and name in ITEM_BYTES:
@@ -123,6 +127,31 @@ class _Checker(pickle._Unpickler):  # in Python: that in C allocates by numbers 
             raise pickle.UnpicklingError("not as torch.save writes")
         self._check_storage(key, elements * ITEM_BYTES[storage])
         return elements
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch = {code: load for code, load in UNPICKLER.dispatch.items() if code not in SETS} | {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Refuse nested tuples as keys: hashing deep ones overflows the stack of Python."""
+    for key in keys:
+        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+            raise pickle.UnpicklingError("a key is a tuple of tuples")
+
+
+def _ordered_dict(items: Iterable[tuple[Any, Any]] = ()) -> OrderedDict[Any, Any]:
+    _check_keys(key for key, _ in items)
+    return OrderedDict(items)
 
 
 def _check_tensor(elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_more: Any) -> None:

@@ -362,6 +362,21 @@ def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, pickled):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+        b"\x80\x02}()" + b"\x85" * 300_000 + b"Nu.",
+        b"\x80\x02ccollections\nOrderedDict\n])" + b"\x85" * 300_000 + b"N\x86a\x85R.",
+        b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90.",
+    ],
+)
+def test_a_deep_key_does_not_overflow_the_stack(tmp_path, pickled):
+    write_archive(tmp_path / "a.pth", pickled)
+    with pytest.raises(CheckpointError, match=r"a\.pth: truncated or damaged"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
 def test_a_compressed_archive_is_refused(tmp_path):
     """Its records may grow to any size."""
     write_archive(tmp_path / "a.pth", pickle.dumps({}, 2), zipfile.ZIP_DEFLATED)
