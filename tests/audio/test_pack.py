@@ -62,7 +62,7 @@ def test_broken_files_are_reported_once_and_recorded(tmp_path: Path, caplog: pyt
         assert [record.getMessage() for record in caplog.records] == [
             f"skipping {folder / 'empty.wav'}: empty file (0 bytes)",
             f"skipping {folder / 'inf.wav'}: NaN or infinite samples",
-            f"skipping {folder / 'text.wav'}: not audio that libsndfile can read",
+            f"skipping {folder / 'text.wav'}: not audio that can be decoded",
         ]
         assert (result.files, list(result.broken), result.unchanged) == (9, ["empty.wav", "inf.wav", "text.wav"], False)
         assert [report[:2] for report in done] == [(number, 9) for number in range(1, 10)]
