@@ -184,8 +184,8 @@ class AudioFile:
             frames, seeks = self._length()
             count = max(0, min(count, frames - start))
             if seeks and count and self._file is not None:
-                place = _seek(self._file, start)
-                blocks = map(self._mono, _libsndfile_blocks(self._file, start + count - place, BLOCK_FRAMES))
+                file, place = _seek(self._file, start)
+                blocks = map(self._mono, _libsndfile_blocks(file, start + count - place, BLOCK_FRAMES))
         parts = [np.empty(0, np.float32)]
         for block in blocks if count else ():
             parts.append(block[max(0, start - place) : max(0, start + count - place)])
@@ -337,7 +337,7 @@ def _reaches(path: str, frames: int) -> bool:
     if file is None:
         return False
     with file:
-        place = _seek(file, frames - 1)
+        file, place = _seek(file, frames - 1)
         return sum(map(len, _libsndfile_blocks(file, frames - place, BLOCK_FRAMES))) == frames - place
 
 
@@ -348,8 +348,8 @@ def _count(path: str, _size: int, _changed: int) -> tuple[int, bool]:
         return frames, file._whole and file._proof != "stream"
 
 
-def _seek(file: soundfile.SoundFile, start: int) -> int:
-    """Seek to ``start`` or so far before it that decoding is correct from ``start`` on; return the place."""
+def _seek(file: soundfile.SoundFile, start: int) -> tuple[soundfile.SoundFile, int]:
+    """Return the file at ``start``, or so far before it that decoding is correct from ``start`` on, and the place."""
     import soundfile
 
     place = start
@@ -359,12 +359,12 @@ def _seek(file: soundfile.SoundFile, start: int) -> int:
         place = 0
     elif "OPUS" in file.subtype or "MPEG" in file.subtype:  # half a second for the decoder to settle
         place = max(0, start - int(file.samplerate) // 2)
-    with suppress(soundfile.SoundFileError):  # damaged: decode from the beginning
+    try:
         if place:
             file.seek(place)
-        return place
-    file.seek(0)
-    return 0
+        return file, place
+    except soundfile.SoundFileError:  # damaged, or a codec that cannot seek: decode from the beginning
+        return soundfile.SoundFile(file.name), 0
 
 
 def _libsndfile_blocks(file: soundfile.SoundFile, wanted: int, maximum: int) -> Iterator[Mono]:
@@ -416,6 +416,8 @@ def _ffmpeg_frames(path: Path, known: bool) -> Iterator[Any]:
                 raise AudioError(path, f"no audio in this file ({container.format.name})")
             stream = container.streams.audio[0]
             decoder = stream.codec_context
+            if decoder is None:
+                raise AudioError(path, "no decoder for its codec")
             if decoder.name == "flac":  # else frames with a wrong checksum are given as sound
                 decoder.options = {"err_detect": "crccheck+explode"}
             if decoder.name == "opus" and "libopus" in av.codecs_available:  # FFmpeg's own decoder gives noise at times
