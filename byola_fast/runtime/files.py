@@ -91,7 +91,7 @@ def _open_temporary(path: Path) -> IO[bytes]:
             old.unlink()
     while True:
         file = open(path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
-        if lock(file) and _has_name(file):  # else another writer removed it before it was locked
+        if lock(file) and os.path.exists(file.name):  # else another writer removed it before it was locked
             return file
         file.close()
 
