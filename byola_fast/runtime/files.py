@@ -129,13 +129,17 @@ def open_locked(path: Path) -> IO[bytes] | None:
     """
     deadline = time.monotonic() + LOCK_SEC
     while True:
-        with suppress(FileNotFoundError):  # removed meanwhile
+        late = time.monotonic() > deadline
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")  # noqa: SIM115
             if lock(file) and _has_name(file):
                 return file
             file.close()
-        if time.monotonic() > deadline:
+        except FileNotFoundError:  # the folder was removed meanwhile
+            if late:
+                raise
+        if late:
             return None
         time.sleep(LOCK_POLL_SEC)
 
