@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 import zipfile
 from contextlib import closing
@@ -207,7 +206,7 @@ def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _
     speed = ended / (time.monotonic() - started)
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"broken": list(broken), "reasons": list(broken.values()), "clips_per_sec": speed}
-    write_whole(path, lambda file: np.savez(file, rows=rows, **content), writer=f".{os.getpid()}")
+    write_whole(path, lambda file: np.savez(file, rows=rows, **content))
     return _Features(rows, broken, speed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,4 +31,4 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     kind = Path(path).suffix[1:] or "png"
     # a Figure made without pyplot renders with Agg and needs no close()
-    write_whole(Path(path), lambda file: figure.savefig(file, format=kind, dpi=110), writer=f".{os.getpid()}")
+    write_whole(Path(path), lambda file: figure.savefig(file, format=kind, dpi=110))

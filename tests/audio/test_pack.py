@@ -258,8 +258,11 @@ def test_another_number_of_parts_is_refused(old_and_new: tuple[Path, Path, list[
     assert content(out) == before
 
 
-def test_two_processes_never_write_one_part(old_and_new: tuple[Path, Path, list[tuple[str, bytes]]]) -> None:
+def test_two_processes_never_write_one_part(
+    old_and_new: tuple[Path, Path, list[tuple[str, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, out, before = old_and_new
+    monkeypatch.setattr(files, "LOCK_SEC", 0.0)
     with PartWriter(out, 0, 1), pytest.raises(StoreError, match="another process is packing this part"):
         pack(folder, out, workers=0)
     assert content(out) == before

@@ -231,7 +231,8 @@ def read_stats_file(path: Path) -> str:
 
 
 def list_seeds() -> list[bytes]:
-    content = {"clips": {"a.wav": [0, 2, 10, 99], "b.wav": [2, 1, 10, 99]}, "broken": {"c.wav": "empty"}, "width": 3}
+    content = {"clips": {"a.wav": [0, 2, 10, 99], "b.wav": [2, 1, 10, 99]}, "broken": {"c.wav": "empty"}}
+    content |= {"settings": {}, "width": 3}
     return [json.dumps(content).encode()]
 
 
