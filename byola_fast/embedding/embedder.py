@@ -212,7 +212,7 @@ def load_encoder(
     if stats is None:
         raise CheckpointError(
             f"{path}: holds no statistics of the log-mels that it was trained on; give stats=(mean, std), as published "
-            "with the weights or computed from that data"
+            "with the weights or computed from that data (--stats FILE)"
         )
     if to_lms is None:
         settings = {name: config[name] for name in FRONT_END if name in config}

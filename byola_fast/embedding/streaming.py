@@ -66,8 +66,10 @@ def embed_clips(
     Raises:
         ValueError: an argument out of range. ChildProcessError: a process that decodes was killed.
     """
-    if not pad_sec >= 0 or not 0 < batch_sec < math.inf:
-        raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
+    if not 0 <= pad_sec < math.inf:
+        raise ValueError(f"pad_sec: expected at least 0 s, got {pad_sec}")
+    if not 0 < batch_sec < math.inf:
+        raise ValueError(f"batch_sec: expected more than 0 s, got {batch_sec}")
     workers = num_workers(workers)
     rate = embedder.sample_rate
     maximum = max(round(batch_sec * rate), 1)

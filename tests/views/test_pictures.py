@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import matplotlib.image
@@ -139,6 +140,22 @@ def test_show_a_folder_skips_what_is_broken(tmp_path, caplog):
     show(tmp_path, tmp_path / "views.png", samples=2)
     looks_drawn(tmp_path / "views.png", 1430, 1012)
     assert [record.getMessage().count("broken.wav") for record in caplog.records] == [1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_are(tmp_path, caplog):
+    """Not as formulas, and also if they are not UTF-8 or beyond the font."""
+    folder = tmp_path / "$x_{$ and $y"
+    folder.mkdir()
+    names = ("$x_{$.wav", "\udcff$.wav", "\u97f3\u697d.wav", "a\nb.wav")
+    for name in names:
+        write(os.fsencode(folder / name), 0.5)
+    show(folder, tmp_path / "views.svg", samples=len(names))
+    text = tmp_path.joinpath("views.svg").read_text()
+    for words in ("<!-- $x_{$.wav -->", r"<!-- \udcff$.wav -->", r"<!-- a\nb.wav -->", "$x_{$ and $y   (byola-v1"):
+        assert words in text
+    show(folder / names[0], tmp_path / "views.png")
+    assert sum("drawn as boxes" in record.getMessage() for record in caplog.records) <= 1
 
 
 def test_show_refuses(tmp_path):
