@@ -100,6 +100,7 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     assert "No such file" in fails("show", str(tmp_path / "nowhere")) or "no such file" in fails("show", "nowhere")
     assert "nowhere" in fails("pretrain", str(tmp_path / "nowhere"), out)
     assert "a.wav: not audio that libsndfile can read" in fails("pretrain", str(broken), out, *FLAGS)
+    assert fails("show", str(broken), "--unit-sec=0.001").count("unit_sec") == 1
     assert "audio_dir: expected a folder" in fails("pretrain", out)
     assert "--bogus" in fails("pretrain", str(recordings), "--bogus=1")
     assert "--epoch" in fails("pretrain", str(recordings), "--epoch=1")

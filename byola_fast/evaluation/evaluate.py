@@ -106,6 +106,10 @@ def _check(config: EvalConfig) -> None:
         raise ValueError(f"features: expected trained, random or melstats, got {config.features!r}")
     if config.features == "trained" and config.weights is None:
         raise ValueError("weights: expected a file of weights; features random and melstats need none")
+    if config.feature_d is not None and config.weights is not None:
+        raise ValueError(f"feature_d: expected none, as the weights have their own width, got {config.feature_d}")
+    if config.feature_d is not None and config.feature_d < 1:
+        raise ValueError(f"feature_d: expected at least 1, got {config.feature_d}")
     if config.stats == "weights" and config.weights is None:
         raise ValueError("stats: expected weights that hold statistics, got none")
     if config.seeds < 1:
@@ -205,7 +209,10 @@ def _make_embedder(
         given = (0.0, 1.0) if source == "task" else None  # replaced below
         embedder = open_encoder(config.weights, path, "cpu", encoder=config.encoder, given=given)
     else:
-        encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
+        try:
+            encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
+        except TypeError as error:  # of its constructor
+            raise ValueError(f"encoder: {config.encoder} cannot be made: {error}") from error
         embedder = Embedder(encoder, stats=(0.0, 1.0) if path is None else read_stats(path)[:2])
     if config.features == "random":
         with torch.random.fork_rng(devices=[]):
@@ -299,7 +306,7 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
     settings = [front_end, embedder.stats, config.pad_sec, config.dtype, _versions()]
     digest.update(json.dumps(settings).encode())
     for file in files:
-        digest.update(os.fsencode(file.resolve()) + b"\0" + str(_identity(file)).encode())
+        digest.update(os.fsencode(os.path.abspath(file)) + b"\0" + str(_identity(file)).encode())
     return digest.hexdigest()[:24]
 
 

@@ -39,7 +39,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    kind = Path(path).suffix[1:] or "png"
+    kind, kinds = Path(path).suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise ValueError(f"{path}: expected a name ending in .{', .'.join(sorted(kinds))}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph .* missing")  # one for each character and size
         # a Figure made without pyplot renders with Agg and needs no close()

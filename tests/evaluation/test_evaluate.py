@@ -255,6 +255,9 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         "weights: expected a file": {},
         "features: expected trained, random or melstats, got 'x'": {"features": "x"},
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
+        "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
+        "feature_d: expected at least 1": {"features": "random", "feature_d": 0},
+        "pad_sec: expected at least 0 s, got nan": {"features": "random", "pad_sec": float("nan")},
         "stats: expected weights that hold": {"features": "random", "stats": "weights"},
         "no such folder": {"features": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"features": "random", "dtype": "int8"},
@@ -263,6 +266,8 @@ def test_refused_settings(split_task, fold_task, tmp_path):
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             evaluate(split_task, tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"encoder: torch\.nn:Linear cannot be made"):
+        evaluate(split_task, tmp_path / "a", features="random", encoder="torch.nn:Linear")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.csv").write_text("mine\n1\n")
     with pytest.raises(ValueError, match="has other columns"):
