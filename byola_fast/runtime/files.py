@@ -177,3 +177,13 @@ def some_of(names: list[str]) -> str:
     'a, b, c, d, e, ...'
     """
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def printable(text: str) -> str:
+    r"""Return text for one line: line breaks, control characters and bytes that are not UTF-8 become escapes.
+
+    >>> print(printable("a\nb\udcff"))
+    a\nb\udcff
+    """
+    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(shown)

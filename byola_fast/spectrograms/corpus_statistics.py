@@ -161,5 +161,6 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
     for name in FRONT_END if to_lms is not None else ():
         if front_end.get(name) != getattr(to_lms, name):
             message = f"{name} {front_end.get(name)}, expected {getattr(to_lms, name)}"
-            raise ValueError(f"{path}: computed with {message}; compute it again with byola-fast stats --{name}")
+            how = "" if name == "center" else f" --{name}"
+            raise ValueError(f"{path}: computed with {message}; compute it again with byola-fast stats{how}")
     return stats

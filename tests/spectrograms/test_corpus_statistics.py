@@ -76,6 +76,8 @@ def test_the_front_end_may_be_another(corpus: Path, tmp_path: Path) -> None:
     read_stats(out, LogMel(n_mels=40, mel_scale="htk"))
     with pytest.raises(ValueError, match="expected 64; compute it again with byola-fast stats --n_mels"):
         read_stats(out, LogMel())
+    with pytest.raises(ValueError, match=r"center True, expected False; compute it again with byola-fast stats$"):
+        read_stats(out, LogMel(n_mels=40, mel_scale="htk", center=False))
 
 
 @pytest.mark.parametrize(
