@@ -238,6 +238,8 @@ def load_encoder(
         settings.setdefault("f_max", min(FrontEnd.f_max, settings["sample_rate"] / 2))
         try:
             to_lms = LogMel(**settings)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: config: {error}") from error
         except Exception as error:  # values of any kind
             raise CheckpointError(f"{path}: config: expected settings of LogMel: {error}") from error
         if not to_lms.center:

@@ -103,7 +103,7 @@ class _Checker(UNPICKLER):  # type: ignore[misc]
         super().__init__(file, encoding="utf-8")
         self._check_storage = check_storage
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
             return _ordered_dict
