@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from byola_fast import EMA, AudioNTT2020, Augment, Embedder, augment, ops
 from byola_fast.ops.frontend import log_mel
 from byola_fast.spectrograms.statistics import RunningStats
+from byola_fast.views.explain import explain_views
 
 X = torch.randn(3, 8, 12)
 LAM = torch.tensor([0.1, 0.2, 0.3])
@@ -219,6 +220,28 @@ CALLS = {
         ValueError,
         "lam: expected weights in [0, 1]",
     ),
+    "a seed beside parameters": (
+        lambda: augment(X, seed=1, params=drawn_with()),
+        ValueError,
+        "params: expected neither seed nor generator beside them",
+    ),
+    "parameters of a bank for a batch": (
+        lambda: augment(X, params=drawn_with(bank_count=torch.tensor(5))),
+        ValueError,
+        "params: expected partners from the batch, got rows of a bank of 5",
+    ),
+    "bands beyond int32": (
+        lambda: log_mel(
+            X[0], torch.ones(8), torch.ones(1, 5), torch.tensor([[2**32, 2**32 + 5]]), n_fft=8, hop_length=4
+        ),
+        RuntimeError,
+        "bands: expected 0 <= first <= last <= n_fft // 2 + 1",
+    ),
+    "a picture of another mixer": (
+        lambda: explain_views(X[:, None], "abc", samples=1, preset="byola-v1", seed=1, mixup="linear"),
+        ValueError,
+        "mixup: expected one of 'log', got 'linear'",
+    ),
     "updates": (lambda: RunningStats(max_updates=0), ValueError, "max_updates: expected at least 1"),
     "lam of another length": (
         lambda: ops.log_mixup_exp(X, X, LAM[:2]),
@@ -376,7 +399,7 @@ def test_ops_work_under_another_default_device():
     with torch.device("meta"):
         ops.ema_update_(target, [X], 0.5)
         ops.resize_crop(X, crop)
-        augment(X, seed=1, params=augment(X, seed=1, return_params=True)[2])
+        augment(X, params=drawn_with())
         assert Augment(seed=1).rng.device.type == "meta"
 
 

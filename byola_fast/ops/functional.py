@@ -327,7 +327,7 @@ def augment_views(
         gradient.
 
     Numerics:
-        Like the single ops; rounded once, to the dtype of x. Sums are right to 1e-6, however far from zero a view's
+        Like the single ops; rounded once, to the dtype of x. Sums are right to 1e-5, however far from zero a view's
         mean is; float32 values more than 1e18 apart overflow them. A partner of -1 leaves its sample unmixed. Bank rows
         without an index in ``bank_index`` have no effect. Deterministic, and independent of the number of threads.
         Out of range, a crop is moved inside the canvas, a bank_index reads the last row, and lam is used unchanged;

@@ -79,7 +79,7 @@ def augment(
         sample_offset: number of the first sample in the global batch, in [0, 2^63) and taken modulo 2^32.
         generator: draws the seed; on the CPU or on the batch's device.
         out: a contiguous ``(2, B, ...)`` tensor that receives the views, with memory of its own.
-        params: parameters to replay instead of drawing.
+        params: parameters to replay instead of drawing; their partners must be rows of this batch.
         return_params: return ``view1, view2, params``.
         post_norm: normalise both views jointly to mean 0 and std 1.
         **settings: any of ``byola_fast.views.params.Settings``: mixup_ratio, mixup, freq_scale, time_scale,
@@ -116,7 +116,14 @@ def augment(
         rng = _fresh_rng(x.device, seed, step, generator)
         params = _draw(rng, x, chosen, sample_offset=sample_offset)
     else:
+        if seed is not None or generator is not None:
+            raise ValueError("params: expected neither seed nor generator beside them, which would have no effect")
         params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
+        held = params.bank_count
+        if held is not None and check.is_readable(held) and int(held):
+            raise ValueError(
+                f"params: expected partners from the batch, got rows of a bank of {int(held)}; see Augment"
+            )
     flat_out = _flat_out(out, lms, chosen)
     views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=flat_out)
     return _answer(views, lms, params if return_params else None)

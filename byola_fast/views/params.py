@@ -136,7 +136,8 @@ class AugmentParams:
         bank_count: ``()`` int64, rows in the bank at the draw; None without a bank.
         sample_offset: number of the first sample in the global batch.
 
-    ``params[10:20]`` are the parameters of samples 10 to 19.
+    ``params[10:20]`` are the parameters of samples 10 to 19; without a bank, ``bank_index`` still means rows of the
+    whole batch.
     """
 
     lam: Tensor
