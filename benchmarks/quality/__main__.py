@@ -19,7 +19,6 @@ import errno
 import json
 import logging
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -73,7 +72,7 @@ def prepare_task(tasks: Path, name: str, work: Path) -> Path:
         decoded = made.parent / "audio" / row["file_name"]
         decoded.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(decoded, read_audio(source, SAMPLE_RATE).numpy(), SAMPLE_RATE, subtype="PCM_16")
-    write_whole(made, as_text(lambda file: _write_rows(file, rows)), writer=f".{os.getpid()}")
+    write_whole(made, as_text(lambda file: _write_rows(file, rows)))
     return made
 
 
@@ -193,7 +192,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()), writer=f".{os.getpid()}")
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _chosen(only: list[str], seeds: list[int] | None, gpu: bool) -> Iterator[tuple[Study, int]]:

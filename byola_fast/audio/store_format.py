@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
-from byola_fast.runtime.files import SHOWN, lock, some_of, sync_folder
+from byola_fast.runtime.files import SHOWN, open_locked, some_of, sync_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +69,7 @@ class PartHeader:
         source_bytes: size of each file when it was packed.
         source_times: modification time of each file when it was packed, in ns.
         broken: the reason for each file without samples, by name.
+        decoders: names of the decoders in use; "" in stores of version 0.1.
     """
 
     part: int
@@ -85,6 +86,7 @@ class PartHeader:
     source_bytes: list[int]
     source_times: list[int]
     broken: dict[str, str]
+    decoders: str = ""
 
 
 def part_name(part: int, parts: int) -> str:
@@ -118,6 +120,7 @@ def read_header(path: Path) -> PartHeader:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         found = f"{content.get('format')} {content.get('version')}"
         raise StoreError(path, f"expected {FORMAT} {VERSION}, got {found}; pack again")
+    content.setdefault("decoders", "")
     names = {field.name for field in fields(PartHeader)}
     if missing := sorted(names - content.keys()):
         raise StoreError(path, f"damaged: no {', '.join(missing)}")
@@ -286,15 +289,10 @@ class PartWriter:
             raise StoreError(self.folder, f"cannot be written: {error.strerror or error}{kept}") from error
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """Open a file and lock it. The system releases the lock when the process ends, even if killed."""
-    while True:
-        file = open(path, "ab")  # noqa: SIM115  the caller closes it
-        if not lock(file):
-            file.close()
-            raise StoreError(path, "another process is packing this part")
-        with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # else it was renamed meanwhile
-                file.truncate(0)
-                return file
-        file.close()
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open an empty file and lock it. The system releases the lock when the process ends, even if killed."""
+    file = open_locked(path)
+    if file is None:
+        raise StoreError(path, "another process is packing this part")
+    file.truncate(0)
+    return file

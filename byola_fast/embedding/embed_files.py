@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +15,18 @@ import torch
 
 from byola_fast.audio.reading import list_audio_files
 from byola_fast.embedding.embedder import Embedder, load_encoder
-from byola_fast.embedding.streaming import BATCH_SEC, embed_clips
+from byola_fast.embedding.streaming import BATCH_SEC, embed_clips, require_batching
 from byola_fast.embedding.tables import TABLE_FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
 from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import join, name_lost_rank
-from byola_fast.runtime.files import file_sha256
+from byola_fast.runtime.files import file_sha256, fingerprint, require_writable
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats
 
 logger = logging.getLogger("byola_fast")
 
+CHANGED = "the file changed during the run"
 TIMEOUT_MIN = 7 * 24 * 60  # ranks may end far apart
 
 
@@ -36,8 +37,8 @@ class EmbedConfig:
     Attributes:
         weights: file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, or published weights.
         paths: audio files, or folders of them; of any rate, channel count and length.
-        out: file to write. .npz: arrays file_names and embeddings. .npy: the embeddings, their names beside it in
-            OUT.names.csv. .csv: a line for each.
+        out: file to write or replace. .npz: arrays file_names and embeddings. .npy: the embeddings, their names beside
+            it in OUT.names.csv. .csv: a line for each.
         frames: write frame-level embeddings with their times (every 80 ms with AudioNTT2020, 40 ms with AudioNTT2022)
             instead of one embedding per file.
         stats: JSON file from "byola-fast stats"; overrides the statistics in the weights.
@@ -68,7 +69,7 @@ class EmbedResult(NamedTuple):
         files: number of files with embeddings.
         rows: number of embeddings.
         feature_d: width of an embedding.
-        broken: files that could not be read, with the reason.
+        broken: files without embeddings, with the reason.
         resumed: number of files done by an earlier run.
         speed: seconds of sound embedded per second by this process.
     """
@@ -86,8 +87,9 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
     """Embed files, showing progress; under torchrun, all ranks share the files.
 
     Finished embeddings go to the folder ``OUT.parts`` at least every 15 seconds. A stopped or killed run resumes when
-    it is run again, also with another number of ranks; files that changed meanwhile are embedded again. The last step
-    writes ``out``, whole or not at all, and removes the folder. A file that cannot be read is logged and left out.
+    it is run again, also with another number of ranks; files that changed meanwhile are embedded again, and broken ones
+    tried again. The last step writes ``out``, whole or not at all, in place of an older one, and removes the folder. A
+    file that cannot be read, changes during the run, or has an embedding that is not finite is logged and left out.
 
     Returns:
         The result; None on ranks above 0.
@@ -95,7 +97,8 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
     Raises:
         CheckpointError: the weights cannot be used. FileNotFoundError: no such audio file or folder.
         AudioError: no audio in a folder.
-        ValueError: settings out of range; no file can be read; ``OUT.parts`` is of other weights or settings.
+        ValueError: settings out of range; no file can be embedded; ``OUT.parts`` is of other weights or settings, or
+            another run is writing there. OSError: ``out`` cannot be written.
         RankError: another process of the run died.
     """
     out = Path(config.out)
@@ -103,20 +106,42 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         raise ValueError(f"out: expected a name ending in {', '.join(TABLE_FORMATS)}, got {out}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    embedder = open_encoder(config.weights, config.stats, config.device, encoder=config.encoder)
+    weights = Path(config.weights)
+    loaded = fingerprint(weights)
+    embedder = open_encoder(weights, config.stats, config.device, encoder=config.encoder)
     embedder.to(DTYPES[config.dtype])
     if embedder.to_lms.window.device.type == "cpu":
         keep_freed_memory()
-    files = _name_files(config.paths)
+    times = {}
+    if config.frames:
+        hop_ms = 1000 * embedder.to_lms.hop_length / embedder.sample_rate
+        times = {"period_ms": embedder.frame_period_ms, "first_ms": (embedder.frame_period_ms - hop_ms) / 2}
+    require_batching(0.0, config.batch_sec, config.workers)
+    root, files = _name_files(config.paths)
     settings = {
-        "weights_sha256": file_sha256(Path(config.weights)),
+        "weights_sha256": file_sha256(weights),
+        "encoder": config.encoder,
         "stats": list(embedder.stats),
         "frames": config.frames,
         "dtype": config.dtype,
+        "folder": os.path.abspath(root),
     }
+    if fingerprint(weights) != loaded:
+        raise ValueError(f"{weights}: changed while it was read; run again")
+    require_writable(out)
     kept = f"finished embeddings are kept in {out}.parts; the same command resumes there"
-    with join(torch.device("cpu"), TIMEOUT_MIN) as world, name_lost_rank(world, lambda: kept):
+    with (
+        join(torch.device("cpu"), TIMEOUT_MIN) as world,
+        name_lost_rank(world, lambda: kept),
+        ExitStack() as claim,
+    ):
         store = Unfinished(Path(f"{out}.parts"), settings, world.rank)
+
+        def claimed() -> dict[str, Path]:
+            claim.enter_context(store.claim())
+            return files
+
+        files = world.broadcast(claimed)  # one listing for all ranks
         done = store.clips(files)
         todo = [name for name in list(files)[world.rank :: world.size] if name not in done]
         speed = _embed(embedder, files, todo, store, config)
@@ -124,16 +149,17 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         if not world.first:
             return None
         clips = store.clips(files)
-        broken = {name: reason for name, reason in store.broken().items() if name not in clips and name in files}
+        reasons = store.broken()
+        broken = {name: reasons.get(name, CHANGED) for name in files if name not in clips}
+        for name in broken.keys() - reasons.keys():
+            logger.warning("skipping %s: %s", files[name], CHANGED)
         if not clips:
+            store.clear()
             first = next(iter(files))
-            raise ValueError(f"none of {len(files)} files can be read: {first}: {broken[first]}")
+            raise ValueError(f"none of {len(files)} files can be embedded: {first}: {broken[first]}")
         ordered = [(name, clips[name]) for name in files if name in clips]
-        times = {}
-        if config.frames:
-            times = {"period_ms": embedder.frame_period_ms, "first_ms": float(embedder.timestamps(1))}
         write_table(out, ordered, **times)
-        shutil.rmtree(store.folder)
+        store.clear()
     rows = sum(clip.rows for _name, clip in ordered)
     return EmbedResult(out, len(ordered), rows, embedder.feature_d, broken, len(done), speed)
 
@@ -148,16 +174,24 @@ def open_encoder(
 ) -> Embedder:
     """Load an encoder onto a device; given statistics, or those of a JSON file, override its own."""
     where = pick_device(device)
-    return load_encoder(weights, encoder=encoder, device=where, stats=given if stats is None else read_stats(stats)[:2])
+    given = given if stats is None else read_stats(stats)[:2]
+    embedder = load_encoder(weights, encoder=encoder, device=where, stats=given)
+    if stats is not None:
+        read_stats(stats, embedder.to_lms)  # refuses those of another front end
+    return embedder
 
 
-def _name_files(paths: Sequence[str]) -> dict[str, Path]:
-    """Return audio files by the names that they are written under: in the only folder given, or as given."""
+def _name_files(paths: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+    """Return audio files by the names that they are written under, and the folder that these are relative to.
+
+    Names are relative to the only folder given, or as given. A file that is given twice is there once.
+    """
     if not paths:
         raise ValueError("paths: expected audio files or a folder of them, got none")
-    root = Path(paths[0]) if len(paths) == 1 and Path(paths[0]).is_dir() else None
+    single = len(paths) == 1 and Path(paths[0]).is_dir()
+    root = Path(paths[0]) if single else Path()
     listed = [file for path in paths for file in list_audio_files(path)]
-    return {(file if root is None else file.relative_to(root)).as_posix(): file for file in listed}
+    return root, {(file.relative_to(root) if single else file).as_posix(): file for file in listed}
 
 
 def _embed(
@@ -165,6 +199,7 @@ def _embed(
 ) -> float:
     """Embed files by name into this rank's parts; return seconds of sound a second."""
     paths = [files[name] for name in todo]
+    sources = [fingerprint(path) for path in paths]
     pieces = embed_clips(
         embedder, paths, frames=config.frames, batch_sec=config.batch_sec, workers=config.workers
     )  # fmt: skip
@@ -177,7 +212,7 @@ def _embed(
                 logger.warning("skipping %s", piece.error)
                 store.add_broken(name, piece.error.reason)
             else:
-                store.add(name, paths[piece.number], piece.rows.numpy(), piece.last)
+                store.add(name, sources[piece.number], piece.rows.numpy(), piece.last)
             samples += piece.samples
             ended += piece.last
             if not store.rank:

@@ -18,6 +18,7 @@ from byola_fast.embedding.embedder import Embedder
 from byola_fast.runtime.workers import num_workers, read_in_processes
 
 BATCH_SEC = 60.0  # sound per batch: 0.2 GB; larger is no faster on a CPU
+NOT_FINITE = "the embedding is not finite: samples far beyond full scale, or weights out of range"
 WAITING = 8  # batches of sound that wait for clips of equal length
 
 
@@ -26,10 +27,10 @@ class Piece(NamedTuple):
 
     Attributes:
         number: of the clip in the list.
-        rows: ``(n, d)`` float32 on the CPU: one row per clip, or its frames; empty if the clip could not be read.
+        rows: ``(n, d)`` float32 on the CPU, finite: one row per clip, or its frames; empty if there is an error.
         samples: number of samples covered.
         last: whether this is the clip's last piece.
-        error: why the clip could not be read; its earlier rows do not count then.
+        error: why the clip could not be read, or that its embedding is not finite; its earlier rows do not count then.
     """
 
     number: int
@@ -66,9 +67,7 @@ def embed_clips(
     Raises:
         ValueError: an argument out of range. ChildProcessError: a process that decodes was killed.
     """
-    if not pad_sec >= 0 or not 0 < batch_sec < math.inf:
-        raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
-    workers = num_workers(workers)
+    workers = require_batching(pad_sec, batch_sec, workers)
     rate = embedder.sample_rate
     maximum = max(round(batch_sec * rate), 1)
     minimum = max(round(pad_sec * rate), embedder.min_samples)
@@ -81,7 +80,7 @@ def embed_clips(
                 yield _broken(embedder, number, read)
                 continue
             if len(read) > maximum:
-                yield from _embed_long(embedder, files[number], number, frames, batch_sec)
+                yield from _embed_long(embedder, files, number, frames, batch_sec)
                 continue
             wav = F.pad(read, (0, max(0, minimum - len(read))))
             group = waiting.setdefault(len(wav), [])
@@ -95,9 +94,18 @@ def embed_clips(
                 continue
             batch = waiting.pop(length)
             held -= length * len(batch)
-            yield from _embed_batch(embedder, batch, frames)
+            yield from _embed_batch(embedder, files, batch, frames)
     for length in sorted(waiting):
-        yield from _embed_batch(embedder, waiting[length], frames)
+        yield from _embed_batch(embedder, files, waiting[length], frames)
+
+
+def require_batching(pad_sec: float, batch_sec: float, workers: int | None) -> int:
+    """Refuse settings of ``embed_clips`` that are out of range; return the number of workers."""
+    if not 0 <= pad_sec < math.inf:
+        raise ValueError(f"pad_sec: expected at least 0 s, got {pad_sec}")
+    if not 0 < batch_sec < math.inf:
+        raise ValueError(f"batch_sec: expected more than 0 s, got {batch_sec}")
+    return num_workers(workers)
 
 
 def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: float = BATCH_SEC) -> Iterator[Tensor]:
@@ -151,25 +159,33 @@ def _embed_wavs(embedder: Embedder, wav: Tensor, frames: bool) -> Tensor:
     return rows.float().cpu()
 
 
-def _embed_batch(embedder: Embedder, batch: list[tuple[int, Tensor, int]], frames: bool) -> Iterator[Piece]:
+def _embed_batch(
+    embedder: Embedder, files: Sequence[Path], batch: list[tuple[int, Tensor, int]], frames: bool
+) -> Iterator[Piece]:
     rows = _embed_wavs(embedder, torch.stack([wav for _number, wav, _samples in batch]), frames)
     for (number, _wav, samples), clip_rows in zip(batch, rows, strict=True):
-        yield Piece(number, clip_rows, samples, True)
+        if clip_rows.isfinite().all():
+            yield Piece(number, clip_rows, samples, True)
+        else:
+            yield _broken(embedder, number, AudioError(files[number], NOT_FINITE))
 
 
-def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block_sec: float) -> Iterator[Piece]:
+def _embed_long(
+    embedder: Embedder, files: Sequence[Path], number: int, frames: bool, block_sec: float
+) -> Iterator[Piece]:
     """Embed a clip piece by piece. While a clip is pooled, pieces without rows report the progress.
 
     An encoder without ``running_pool`` takes the whole clip at once.
     """
     encoder: Any = embedder.encoder
+    path = files[number]
     if not frames and not hasattr(encoder, "running_pool"):
         try:
             wav = read_audio(path, embedder.sample_rate)
         except AudioError as error:
             yield _broken(embedder, number, error)
         else:
-            yield from _embed_batch(embedder, [(number, wav, len(wav))], frames)
+            yield from _embed_batch(embedder, files, [(number, wav, len(wav))], frames)
         return
     pool: Any = None if frames else encoder.running_pool()
     reported, read = 0, 0
@@ -188,6 +204,8 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
                 local = next(pieces, None)
                 if local is not None and pool is not None:
                     pool.add(local)
+                if local is not None and not local.isfinite().all():
+                    raise AudioError(path, NOT_FINITE)
         except AudioError as error:
             yield _broken(embedder, number, error)
             return
@@ -196,8 +214,11 @@ def _embed_long(embedder: Embedder, path: Path, number: int, frames: bool, block
         nothing = local.new_empty(0, local.shape[1], device="cpu").float() if frames else nothing
         yield Piece(number, local.float().cpu() if frames else nothing, read - reported, False)
         reported = read
-    rows = nothing if frames else pool.result().cpu()[None]
-    yield Piece(number, rows, read - reported, True)
+    rows = nothing if frames else pool.result().float().cpu()[None]
+    if rows.isfinite().all():
+        yield Piece(number, rows, read - reported, True)
+    else:
+        yield _broken(embedder, number, AudioError(path, NOT_FINITE))
 
 
 def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def write_table(
     ``.npz``: ``file_names`` (clips,) and ``embeddings`` (clips, d); for frames, ``embeddings`` (rows, d), ``offsets``
     (clips + 1,) of each clip's rows, and ``timestamps_ms`` (rows,).
     ``.npy``: the embeddings alone; ``OUT.names.csv`` has ``file_name,first_row,rows``.
-    ``.csv``: one line per embedding: ``file_name``, for frames ``timestamp_ms``, then ``e0, e1, ...``.
+    ``.csv``: one line per embedding: ``file_name``, for frames ``timestamp_ms``, then ``e0, e1, ...``. Numbers keep all
+    their digits, and names their bytes.
 
     Args:
         out: file to write; its suffix is the format.
@@ -47,8 +49,7 @@ def write_table(
         first_ms: time of the first frame; None for one row per clip.
     """
     if out.suffix == ".npy":
-        write_whole(out.with_name(f"{out.name}.names.csv"), as_text(lambda file: _write_names(file, clips)))
-        write_whole(out, lambda file: _write_rows(file, clips))
+        write_whole(out, lambda file: _write_pair(file, out, clips))
     elif out.suffix == ".npz":
         write_whole(out, lambda file: _write_npz(file, clips, period_ms, first_ms))
     else:
@@ -78,6 +79,19 @@ def _write_rows(file: IO[bytes], clips: Sequence[tuple[str, Clip]]) -> None:
     for _name, clip in clips:
         for block in _blocks(clip):
             file.write(block.astype("<f4").tobytes())
+
+
+def _write_pair(file: IO[bytes], out: Path, clips: Sequence[tuple[str, Clip]]) -> None:
+    """Write rows to the temporary file of ``out``, and names beside it. A kill never leaves names beside other rows."""
+    _write_rows(file, clips)
+    file.flush()  # a full disk changes nothing
+
+    def names(text: IO[str]) -> None:
+        _write_names(text, clips)
+        text.flush()
+        Path(os.path.realpath(out)).unlink(missing_ok=True)  # before the new names come
+
+    write_whole(out.with_name(f"{out.name}.names.csv"), as_text(names))
 
 
 def _write_npz(file: IO[bytes], clips: Sequence[tuple[str, Clip]], period_ms: float, first_ms: float | None) -> None:
@@ -112,6 +126,6 @@ def _write_csv(file: IO[str], clips: Sequence[tuple[str, Clip]], period_ms: floa
         number = 0
         for block in _blocks(clip):
             for row in block.tolist():
-                when = [] if first_ms is None else [f"{first_ms + period_ms * number:g}"]
+                when = [] if first_ms is None else [first_ms + period_ms * number]
                 writer.writerow([name, *when, *(f"{value:.9g}" for value in row)])
                 number += 1

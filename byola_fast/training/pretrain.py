@@ -325,5 +325,5 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
             given |= config.view_settings()
             panels = explain_views(lms[:PICTURED_FROM].cpu(), names, samples=3, **given)
             draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
-    except (ImportError, OSError) as error:
+    except Exception as error:  # all is saved, and worth more than its pictures
         logger.warning("no training.png and views.png: %s", error)

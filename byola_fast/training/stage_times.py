@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from byola_fast.runtime.files import write_whole
+
 UNTIMED_STEPS, TIMED_STEPS = 3, 200
 
 
@@ -88,7 +90,7 @@ class StageTimes:
         timed = min((len(_warm(spans)) for spans in self.spans.values()), default=0)
         content = {"ms": {stage: 1e3 * seconds for stage, seconds in medians.items()}, "steps": timed}
         content |= {"samples": samples, "samples_per_s": samples / total if total else 0.0} | described
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
         rows = [f"{stage:<14}{1e3 * s:>10.2f} ms{s / total:>7.1%}" for stage, s in medians.items()]
         last = f"{'step':<14}{1e3 * total:>10.2f} ms  ({samples / total:.0f} samples/s; medians of {timed} steps)"
         return "\n".join([*rows, last])

@@ -6,6 +6,11 @@ import csv
 import json
 import logging
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +25,9 @@ from byola_fast.embedding import embed_files as module
 from byola_fast.embedding import unfinished
 from byola_fast.embedding.embed_files import EmbedConfig, run_embed
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
+from byola_fast.runtime import files
 from byola_fast.runtime.distributed import RankError, World
+from byola_fast.spectrograms.corpus_statistics import Stats, write_stats
 
 LENGTHS = {"a/one.wav": 15200, "a/two.flac": 9000, "b/three.wav": 15200, "four.wav": 48000, "z.wav": 700}
 
@@ -173,6 +180,9 @@ def test_ranks_share_the_files(weights, corpus, tmp_path, monkeypatch, ranks):
         def all_max(self, *values):
             return list(values)
 
+        def broadcast(self, make):
+            return make()
+
     settings = config(weights, corpus, tmp_path / "e.npz")
     done = []
     embed_clips = module.embed_clips
@@ -199,6 +209,9 @@ def test_a_lost_rank_is_named_and_finished_work_stays(weights, corpus, tmp_path,
         def all_max(self, *values):
             raise RuntimeError("Connection closed by peer")
 
+        def broadcast(self, make):
+            return make()
+
     lost = Lost(torch.device("cpu"), 0, 2)
     monkeypatch.setattr(module, "join", lambda *_: module.nullcontext(lost))
     settings = config(weights, corpus, tmp_path / "e.npz")
@@ -206,6 +219,155 @@ def test_a_lost_rank_is_named_and_finished_work_stays(weights, corpus, tmp_path,
         run_embed(settings)
     monkeypatch.undo()
     assert run_embed(settings).resumed == 2  # of three, one of them broken
+
+
+def test_a_second_run_of_one_out_changes_nothing(weights, corpus, tmp_path, monkeypatch):
+    settings = config(weights, corpus, tmp_path / "e.npz")
+    embed_clips, refused = module.embed_clips, []
+
+    def meanwhile(*args, **words):
+        for piece in embed_clips(*args, **words):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(files, "LOCK_SEC", 0.0)
+                before = {path: path.read_bytes() for path in (tmp_path / "e.npz.parts").iterdir()}
+                message = rf"e\.npz: another embed is writing there \(process {os.getpid()} on .*give another out"
+                for frames in (False, True):
+                    with pytest.raises(ValueError, match=message):
+                        run_embed(config(weights, corpus, tmp_path / "e.npz", frames=frames))
+                assert {path: path.read_bytes() for path in (tmp_path / "e.npz.parts").iterdir()} == before
+            refused.append(piece)
+            yield piece
+
+    monkeypatch.setattr(module, "embed_clips", meanwhile)
+    check(read_npz(run_embed(settings).out), wanted(weights, corpus))
+    assert len(refused) == 6
+    assert not (tmp_path / "e.npz.parts").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_rerun_after_a_kill(weights, corpus, tmp_path):
+    for number in range(300):
+        shutil.copy(corpus / "a" / "one.wav", corpus / f"{number:03}.wav")
+    out = tmp_path / "e.npz"
+    command = [sys.executable, "-m", "byola_fast", "embed", weights, corpus, "--out", out, "--workers", "2"]
+
+    def start():
+        return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+
+    first, second = start(), start()
+    errors = [run.communicate(timeout=120)[1] for run in (first, second)]
+    assert 0 in (first.returncode, second.returncode)
+    for run, error in zip((first, second), errors, strict=True):
+        assert run.returncode == 0 or "another embed is writing there" in error
+    expected = wanted(weights, corpus)["a/one.wav"]
+    found = read_npz(out)
+    assert len(found) == 305
+    for number in range(300):
+        assert_close(found[f"{number:03}.wav"], expected.double(), factor=30)
+
+    out.unlink()
+    killed = start()
+    while not list(tmp_path.glob("e.npz.parts/*.f32")):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    again = start()  # its workers may still hold the lock
+    assert "Traceback" not in again.communicate(timeout=120)[1]
+    assert again.returncode == 0
+    assert len(read_npz(out)) == 305
+
+
+def test_broken_files_are_tried_again_and_changes_during_a_run_reported(weights, corpus, tmp_path, caplog):
+    settings = config(weights, corpus, tmp_path / "e.npz")
+    text, status = corpus / "text.wav", (corpus / "text.wav").stat()
+    embed_clips = module.embed_clips
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(*args, **words):
+            yield from [piece for piece in embed_clips(*args, **words) if piece.error is not None]
+            raise KeyboardInterrupt
+
+        patch.setattr(module, "embed_clips", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_embed(settings)
+    soundfile.write(text, 0.2 * torch.randn(3000).numpy(), 16000)
+    os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))  # a change that nobody sees
+    with pytest.MonkeyPatch.context() as patch:
+
+        def changing(*args, **words):
+            pieces = list(embed_clips(*args, **words))
+            soundfile.write(corpus / "four.wav", 0.2 * torch.randn(4000).numpy(), 16000)
+            yield from pieces
+
+        patch.setattr(module, "embed_clips", changing)
+        with caplog.at_level(logging.WARNING, "byola_fast"):
+            result = run_embed(settings)
+    assert list(read_npz(result.out)) == ["a/one.wav", "a/two.flac", "b/three.wav", "text.wav", "z.wav"]
+    assert result.broken == {"four.wav": "the file changed during the run"}
+    assert any("four.wav: the file changed" in line for line in caplog.messages)
+
+
+def test_the_same_names_of_another_folder_are_other_files(weights, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "x.wav", 0.2 * torch.randn(3000).numpy(), 16000)
+        os.utime(tmp_path / name / "x.wav", (0, 0))  # as out of an archive
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_table", lambda *_args, **_words: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_embed(config(weights, tmp_path / "a", tmp_path / "e.npz"))
+    with pytest.raises(ValueError, match="stopped run with other folder"):
+        run_embed(config(weights, tmp_path / "b", tmp_path / "e.npz"))
+    assert run_embed(config(weights, tmp_path / "a", tmp_path / "e.npz")).resumed == 1
+
+    both = EmbedConfig(
+        weights, [f"{tmp_path}/{name}" for name in "abb"] + [f"{tmp_path}/a/x.wav"], str(tmp_path / "e.npz")
+    )
+    found = read_npz(run_embed(both).out)
+    assert list(found) == [f"{tmp_path}/a/x.wav", f"{tmp_path}/b/x.wav"]
+    embedder = load_encoder(weights)
+    for name, rows in found.items():
+        assert_close(rows[0], embedder(read_audio(name)).double(), factor=30)
+
+
+def test_weights_that_change_while_they_are_read_are_refused(weights, corpus, tmp_path, monkeypatch):
+    open_encoder = module.open_encoder
+
+    def changing(*args, **words):
+        embedder = open_encoder(*args, **words)
+        save_encoder(weights, AudioNTT2020(16, 8), config={}, stats=None)
+        return embedder
+
+    monkeypatch.setattr(module, "open_encoder", changing)
+    with pytest.raises(ValueError, match=r"encoder\.pth: changed while it was read"):
+        run_embed(config(weights, corpus, tmp_path / "e.npz"))
+
+
+def test_statistics_of_another_front_end_are_refused(weights, corpus, tmp_path):
+    for n_mels in (16, 24):
+        write_stats(tmp_path / "stats.json", Stats(-7.0, 4.0, 10), LogMel(n_mels=n_mels), 0.95)
+        settings = config(weights, corpus, tmp_path / "e.npz", stats=str(tmp_path / "stats.json"))
+        if n_mels == 16:
+            run_embed(settings)
+        else:
+            with pytest.raises(ValueError, match=r"stats\.json: computed with n_mels 24, expected 16"):
+                run_embed(settings)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy", "csv"])
+def test_names_of_any_bytes_come_back(weights, tmp_path, suffix):
+    names = ["a,b.wav", 'quote".wav', "line\nend.wav", "return\r.wav", " space .wav", "'.wav", "\udcff.wav", "ü.wav"]
+    (tmp_path / "audio").mkdir()
+    for name in names:
+        soundfile.write(os.fsencode(tmp_path / "audio" / name), 0.2 * torch.randn(3000).numpy(), 16000, format="WAV")
+    out = run_embed(config(weights, tmp_path / "audio", tmp_path / f"e.{suffix}")).out
+    if suffix == "npz":
+        found = list(read_npz(out))
+    else:
+        path = out if suffix == "csv" else out.with_name(f"{out.name}.names.csv")
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            found = [line["file_name"] for line in csv.DictReader(file)]
+    assert found == sorted(names)
 
 
 def test_files_by_name_and_bfloat16(weights, corpus, tmp_path):
@@ -219,6 +381,7 @@ def test_files_by_name_and_bfloat16(weights, corpus, tmp_path):
 
 def test_refused(weights, corpus, tmp_path):
     (tmp_path / "bad").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "bad" / "a.wav").write_text("no audio")
     pack(corpus, tmp_path / "store", workers=0)
     for words, settings in {
@@ -229,10 +392,14 @@ def test_refused(weights, corpus, tmp_path):
         "a packed store, which pretrain and stats read": {"paths": [str(tmp_path / "store")]},
         "paths: expected audio files": {"paths": []},
         "no such file or folder": {"paths": [str(tmp_path / "missing")]},
-        "none of 1 files can be read: a.wav: not audio": {"paths": [str(tmp_path / "bad")]},
+        "none of 1 files can be embedded: a.wav: not audio": {"paths": [str(tmp_path / "bad")]},
         "batch_sec: expected": {"batch_sec": -1.0},
+        "workers: expected": {"workers": -1},
+        "Is a directory": {"out": str(tmp_path / "folder.npz")},
+        "Not a directory": {"out": str(tmp_path / "encoder.pth" / "e.npz")},
     }.items():
         given = {"paths": [str(corpus)], "out": str(tmp_path / "e.npz"), "workers": 0} | settings
         with pytest.raises((ValueError, OSError), match=words):
             run_embed(EmbedConfig(weights, **given))
-    assert not (tmp_path / "e.npz").exists()
+    made = sorted(os.listdir(tmp_path))
+    assert made == ["bad", "corpus", "encoder.pth", "folder.npz", "store"]

@@ -128,3 +128,32 @@ def test_padding_and_refused_settings(tmp_path):
     for words in ({"pad_sec": -1}, {"batch_sec": 0}, {"workers": -1}):
         with pytest.raises(ValueError, match=next(iter(words))):
             next(embed_clips(embedder, files, **words))
+
+
+class Overflowing(AudioNTT2020):
+    """Overflows on loud clips, as weights out of range do."""
+
+    def forward_frames(self, x):
+        frames = super().forward_frames(x)
+        loud = x.amax((1, 2, 3)) > 1
+        return torch.where(loud[:, None, None], frames / 0, frames)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_embedding_that_is_not_finite_is_an_error_of_its_file(tmp_path, frames, dtype):
+    late = torch.cat([0.01 * torch.randn(60000), 10 * torch.randn(10000)])  # found when much of it is embedded already
+    quiet, loud = 0.01 * torch.randn(3, 15200), 10 * torch.randn(15200)
+    clips = [quiet[0], loud, quiet[1], late, late[:60000], quiet[2]]
+    files = [write(tmp_path / f"{n}.wav", wav) for n, wav in enumerate(clips)]
+    embedder = Embedder(Overflowing(16, 24), stats=(0.0, 4.0), to_lms=LogMel(n_mels=16)).eval().to(dtype)
+    rows, broken = {}, {}
+    for piece in embed_clips(embedder, files, frames=frames, batch_sec=2.0, workers=0):
+        if piece.error is not None:
+            assert isinstance(piece.error, AudioError)
+            broken[piece.number] = str(piece.error)
+        else:
+            rows.setdefault(piece.number, []).append(piece.rows)
+    assert sorted(broken) == [1, 3]
+    assert all(str(files[n]) in words and "not finite" in words for n, words in broken.items())
+    assert all(torch.cat(rows[n]).isfinite().all() for n in (0, 2, 4, 5))

@@ -1,0 +1,67 @@
+"""Tables of embeddings: times of long sound, and pairs of files that belong together."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+from byola_fast.embedding.tables import Clip, write_table
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Three hours of frames every 80 ms."""
+    rows = 3 * 3600 * 1000 // 80
+    np.arange(rows, dtype=np.float32).tofile(tmp_path / "rows.f32")
+    return Clip(tmp_path / "rows.f32", 0, rows, 1)
+
+
+@pytest.mark.parametrize("period_ms", [80.0, 1000 * 8 * 160 / 22050])
+def test_times_are_exact_for_hours(clip, tmp_path, period_ms):
+    exact = [35.0 + period_ms * number for number in range(clip.rows)]
+    for name in ("e.csv", "e.npz"):
+        write_table(tmp_path / name, [("a.wav", clip)], period_ms=period_ms, first_ms=35.0)
+    with open(tmp_path / "e.csv", newline="") as file:
+        assert [float(line["timestamp_ms"]) for line in csv.DictReader(file)] == exact
+    assert np.load(tmp_path / "e.npz")["timestamps_ms"].tolist() == exact
+
+
+def numbered(tmp_path, first, count):
+    """Clips whose names are the numbers in their only rows."""
+    np.arange(first, first + count, dtype=np.float32).tofile(tmp_path / f"{first}.f32")
+    return [(f"{first + n}", Clip(tmp_path / f"{first}.f32", n, 1, 1)) for n in range(count)]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("count", range(6))
+def test_rows_and_names_of_two_results_never_stand_together(tmp_path, monkeypatch, count, killed):
+    """Whatever call fails, or is the last before a kill."""
+    out = tmp_path / "e.npy"
+    write_table(out, numbered(tmp_path, 0, 5))
+
+    class Failed(BaseException if killed else OSError):
+        pass
+
+    calls = itertools.count()
+    for name in ("replace", "fsync"):
+        function = getattr(os, name)
+
+        def failing(*args, function=function):
+            if next(calls) == count:
+                raise Failed(28, "No space left on device")
+            return function(*args)
+
+        monkeypatch.setattr(os, name, failing)
+    with suppress(Failed):
+        write_table(out, numbered(tmp_path, 100, 5))
+    with open(tmp_path / "e.npy.names.csv", newline="") as file:
+        names = [float(line["file_name"]) for line in csv.DictReader(file)]
+    assert names[0] in (0, 100)
+    if out.exists():
+        assert np.load(out)[:, 0].tolist() == names
+    assert not list(tmp_path.glob("*.tmp"))
