@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from byola_fast.ops import _checks as check
+from byola_fast.ops._route import needs_reference, op
 from byola_fast.ops._schemas import log_mel_in_chunks
-from byola_fast.ops.reference import log_mel_reference, num_frames_reference
+from byola_fast.ops.reference import num_frames_reference
 
 __all__ = ["log_mel", "mel_bands", "num_frames"]
 
@@ -92,16 +93,11 @@ def log_mel(
     for name, tensor in (("window", window), ("filter_bank", filter_bank), ("bands", bands)):
         check.require_same_device(name, tensor, "wav", wav)
     check.require_no_grad("log_mel", window=window, filter_bank=filter_bank, stats=stats)
-    check.require_no_forward_mode("log_mel", wav=wav)
     num_frames(wav.shape[1], n_fft, hop_length, center)
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
-    # An exported graph must run without this package. Read the flag itself, because torch 2.11 compiles a call of
-    # is_exporting() to True.
-    if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
-        return log_mel_reference(*arguments)
-    if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR:
+    if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR and not needs_reference():
         return log_mel_in_chunks(*arguments)
-    return torch.ops.byola_fast.log_mel(*arguments)
+    return op("log_mel")(*arguments)
 
 
 def _largest_factor(n: int) -> int:

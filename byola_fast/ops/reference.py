@@ -6,7 +6,8 @@ Half precision is computed in float32 and rounded once at the end; float64 stays
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -305,7 +306,7 @@ def mix_reference(x: Tensor, z: Tensor, lam: Tensor, mixup: str) -> Tensor:
     return ((1 - weight) * x.exp() + (weight * z).exp() + EPS).log()
 
 
-def augment_views_out_reference(
+def augment_views_reference(
     x: Tensor,
     pool: Tensor | None,
     bank: Tensor | None,
@@ -317,15 +318,15 @@ def augment_views_out_reference(
     fader: Tensor,
     rng: Tensor,
     sample_offset: int,
+    size: Sequence[int],
     canvas: list[int],
     interpolation: str,
     mixup: str,
-    out: Tensor,
-) -> Tensor:
-    """Write both views to ``out (2, B, *size)`` and return their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+) -> tuple[Tensor, Tensor]:
+    """Return both views ``(2, B, *size)`` and their ``(2, B, 3)`` sums: count, sum, sum of squares."""
     clean = pre_norm_reference(x, stats)
-    sums = torch.empty(*out.shape[:2], 3, dtype=sums_dtype(x.device), device=x.device)
     noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
+    views = []
     for view in range(2):
         mixed = clean
         if noise is not None:
@@ -334,13 +335,18 @@ def augment_views_out_reference(
             z = partners_reference(x if pool is None else pool, bank, bank_count, stats, bank_index[view])
             alone = (bank_index[view] < 0)[:, None, None]
             mixed = torch.where(alone, clean, mix_reference(clean, z, lam[view], mixup))
-        y = resize_crop_reference(mixed, crop[view], list(out.shape[2:]), canvas, interpolation)
-        y = y + fader_curve_reference(fader[view], out.shape[3], y.dtype)
-        out[view] = y
-        wide = y.to(sums.dtype)
-        sums[view, :, 0] = y.shape[1] * y.shape[2]
-        sums[view, :, 1] = wide.sum((1, 2))
-        sums[view, :, 2] = wide.square().sum((1, 2))
+        y = resize_crop_reference(mixed, crop[view], list(size), canvas, interpolation)
+        views.append(y + fader_curve_reference(fader[view], size[1], y.dtype))
+    sums = [sample_sums_reference(y) for y in views]
+    return torch.stack(views).to(x.dtype), torch.stack(sums)
+
+
+def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
+    """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
+    *parameters, out = args
+    parameters.insert(-3, out.shape[2:])
+    views, sums = augment_views_reference(x, *parameters)
+    out.copy_(views)
     return sums
 
 
@@ -500,7 +506,7 @@ def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor 
 # the moving average
 
 
-def ema_update__reference(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+def ema_update__reference(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
     """Set target to decay * target + (1 - decay) * online, computed as an interpolation.
 
     With w = 1 - decay rounded to the compute dtype: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``. The
