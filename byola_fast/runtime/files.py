@@ -91,7 +91,7 @@ def _open_temporary(path: Path) -> IO[bytes]:
             old.unlink()
     while True:
         file = open(path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
-        if lock(file) and _has_name(file):  # else another writer removed it before it was locked
+        if lock(file) and has_name(file):  # else another writer removed it before it was locked
             return file
         file.close()
 
@@ -132,7 +132,7 @@ def open_locked(path: Path) -> IO[bytes] | None:
         with suppress(FileNotFoundError):  # removed meanwhile
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")  # noqa: SIM115
-            if lock(file) and _has_name(file):
+            if lock(file) and has_name(file):
                 return file
             file.close()
         if time.monotonic() > deadline:
@@ -140,7 +140,7 @@ def open_locked(path: Path) -> IO[bytes] | None:
         time.sleep(LOCK_POLL_SEC)
 
 
-def _has_name(file: IO[bytes]) -> bool:
+def has_name(file: IO[bytes]) -> bool:
     """Return whether an open file was not renamed or removed."""
     try:
         return os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
