@@ -74,7 +74,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         timeout_min: minutes that one process waits for the others before it gives up.
         log_every: steps between two lines of log.jsonl; each waits for the GPU. By default 1 on a CPU and 20 on a GPU.
         save_every: steps between two checkpoints; by default only save_minutes counts.
-        keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; by default none.
+        keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; each comes with a checkpoint. By
+            default none.
         save_minutes: minutes between two checkpoints. One is also written at the end, at Ctrl-C and at SIGTERM.
         tensorboard: write OUT/tensorboard too, if tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.

@@ -178,10 +178,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"interpolation": "nearest"}, "interpolation"),
     ],
 )
-def test_settings_out_of_range_are_named(run, changes, words, monkeypatch):
+def test_settings_out_of_range_are_named(run, changes, words, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer, "take_stats", lambda *_: pytest.fail("statistics were taken first"))
     with pytest.raises(ValueError, match=words):
         run(**changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_audio_is_an_error(run, tmp_path):
