@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +25,7 @@ from byola_fast.training.config import PretrainConfig
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.watch import CollapseWatch
 
+MOUNTS = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-Urm", "true"]).returncode == 0
 BROKEN = ("empty.flac", "text.wav", "headless.mp3")
 
 
@@ -233,6 +236,25 @@ def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
     assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
     with pytest.raises(ValueError, match="computed with f_min 60"):
         run("third", stats=str(tmp_path / "stats.json"), f_min=50.0)
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this system allows no mount")
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_a_folder_trains_with_little_shared_memory(recordings, tmp_path, method):
+    """Where workers sent batches through /dev/shm, of 64 MB in a container, a run waited for ever."""
+    config = TINY | {"audio_dir": str(recordings), "out": str(tmp_path / "run"), "batch_size": 32, "workers": 2}
+    code = (
+        "import multiprocessing, sys\n"
+        "from byola_fast.training.pretrain import PretrainConfig, pretrain\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        f"    pretrain(PretrainConfig(**{config}))\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"  # a batch has 512 kB
+    command = ["unshare", "-Urm", "sh", "-c", f'{mount} && exec "$0" "$1"', sys.executable, str(tmp_path / "script.py")]
+    subprocess.run(command, check=True, timeout=120)
+    assert read_log(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_bfloat16_learns_and_keeps_weights_in_float32(run):
