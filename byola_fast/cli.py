@@ -20,6 +20,7 @@ from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.ops import BackendError
 from byola_fast.runtime.distributed import RankError
+from byola_fast.runtime.interrupts import INTERRUPTED, interruptible
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
@@ -28,7 +29,7 @@ from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
 ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. First: byola-fast pretrain --demo"
-RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
+RANK_LOST, USAGE_ERROR, SIGNALLED = 1, 2, 128  # exit codes; a signal's number is added to 128
 
 
 WORDS = {
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return USAGE_ERROR
         settings = parser.parse_args(_published(argv))
-        return _run(settings.command, settings[settings.command])
+        with interruptible():
+            return _run(settings.command, settings[settings.command])
     except ArgumentError as error:
         flags = [setting.name for setting in fields(CONFIGS[argv[0]])] if argv[0] in CONFIGS else []
         print(f"{PROG}: {_rank()}error: {explain(str(error), flags)}", file=sys.stderr)
