@@ -144,13 +144,18 @@ class PretrainConfig(FrontEnd, ViewSettings):
         for name, known in choices.items():
             if getattr(self, name) is not None:
                 check.require_one_of(name, getattr(self, name), tuple(known))
-        minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
+        minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_mels=1)
+        minimum.update(n_fft=1, n_memory=0)
         minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
         minimum.update(warmup_steps=0)
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
+            if value is not None and value >= (limit := 1 << (63 if name == "seed" else 31)):
+                raise ValueError(f"{name}: expected below {limit}, got {value}")
+        if not 0 < self.unit_sec * self.sample_rate < 1 << 31:
+            raise ValueError(f"unit_sec: expected seconds of 1 to 2^31 samples, got {self.unit_sec}")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay: expected a share in [0, 1], got {self.ema_decay}")
         for name, what in dict(lr="a learning rate", timeout_min="minutes", save_minutes="minutes").items():

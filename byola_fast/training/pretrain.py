@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -124,6 +125,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     )
     if batches.local_size < 2:
         raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
+    if len(set(world.gather((len(source), batches.listing)))) > 1:
+        raise ValueError(f"audio_dir: expected the same files for all {world.size} processes")
     if batches.repeats > 1 and world.first:
         message = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
         logger.info(message, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
@@ -152,7 +155,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
-    data = {"clips": clips, "listing": batches.listing}  # a resumed run compares its data with these
+    # what a resumed run compares
+    about = {"clips": clips, "listing": batches.listing, "total": total, "torch": str(torch.__version__)}
 
     def described() -> dict[str, Any]:
         config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
@@ -163,8 +167,11 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     if saved is not None:
         if saved["clips"] != clips:
             raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
-        if world.first and saved.get("listing", data["listing"]) != data["listing"]:
-            logger.warning("%s holds other files than at the start of the run; resuming with them", config.audio_dir)
+        if config.stats is not None and Path(config.stats).exists() and read_stats(config.stats)[:2] != stats:
+            raise ValueError(f"stats: {config.stats} changed since the run began: {stats} then")
+        if world.first:
+            for change in _changes(saved, about, config):
+                logger.warning("%s", change)
         step, epoch = state.restore(saved)
         if world.first:
             run.complete(encoder, keep=_is_kept(config, step), **described())
@@ -191,7 +198,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     def save(last: bool) -> None:
         state.check_finite(step, run.resume_hint())
-        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
+        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | about)
         if world.first:
             run.save(content, encoder, **described(), last=last, keep=_is_kept(config, step))
             if not last and run.curves_due():
@@ -219,10 +226,20 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         if config.profile and times.spans:
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
-        if batch is not None:
-            _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
+        _draw(config, run, None if batch is None else to_lms(as_float(batch.wav).flatten(0, -2)), stats)
     last = run.last_line or {}
     return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], config: PretrainConfig) -> Iterator[str]:
+    """Yield warnings of what differs from the run that is resumed and may change its result."""
+    before = dict(now) | dict(saved)  # older checkpoints have fewer entries
+    if before["listing"] != now["listing"]:
+        yield f"{config.audio_dir} holds other files than at the start of the run; resuming with them"
+    if before["torch"] != now["torch"]:
+        yield f"torch {now['torch']} resumes a run of torch {before['torch']}: results may differ"
+    if before["total"] != now["total"] and "cosine" in (config.lr_schedule, config.ema_schedule):
+        yield f"the cosine schedule now ends at step {now['total']} instead of {before['total']}: its value jumps"
 
 
 def _is_kept(config: PretrainConfig, step: int) -> bool:

@@ -118,6 +118,8 @@ class RunFolder:
             if not step:
                 for old in (*self._encoders(), self.path / CHECKPOINT):
                     old.unlink(missing_ok=True)
+            for left in self.path.glob("*.png.*.tmp"):  # by a run killed at its last picture
+                left.unlink(missing_ok=True)
             write_whole(path, lambda file: file.write(content))
             settings = json.loads(
                 json.dumps(asdict(config) | {"resume": False, "restart": False})

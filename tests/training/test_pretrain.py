@@ -179,6 +179,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"virtual_crop_scale": (0.5, 1.5)}, "virtual_crop_scale"),
         ({"encoder": "AudioNTT2022", "feature_d": 512}, r"d \(feature_d\): expected more than the 1024"),
         ({"interpolation": "nearest"}, "interpolation"),
+        ({"seed": 1 << 64}, "seed: expected below 9223372036854775808"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"threads": 1 << 31}, "threads: expected below 2147483648"),
+        ({"batch_size": (1 << 63) - 1}, "batch_size: expected below 2147483648"),  # in floats, no step makes an epoch
+        ({"unit_sec": 1e308}, "unit_sec: expected seconds of 1 to"),
+        ({"unit_sec": float("nan")}, "unit_sec: expected seconds of 1 to"),
+        ({"lr": float("nan")}, "lr: expected a learning rate above 0, got nan"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_named(run, changes, words, monkeypatch, tmp_path):

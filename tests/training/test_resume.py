@@ -18,10 +18,11 @@ from helpers import ranks
 from helpers.runs import TINY, read_log, write_recordings
 from torch import Tensor
 
-from byola_fast import BYOL, cli
+from byola_fast import BYOL, LogMel, cli
 from byola_fast.networks import checkpoint
 from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint
 from byola_fast.runtime import files
+from byola_fast.spectrograms.corpus_statistics import Stats, write_stats
 from byola_fast.training import pretrain as trainer
 from byola_fast.training import run_folder
 from byola_fast.training.config import PretrainConfig, differing_settings
@@ -128,6 +129,32 @@ def test_resuming_with_other_files_warns(settings, tmp_path, recordings, caplog)
     first.rename(first.with_stem("renamed"))
     pretrain(PretrainConfig(**settings | {"steps": 3, "audio_dir": str(moved)}))
     assert f"{moved} holds other files than at the start of the run; resuming with them" in caplog.text
+
+
+def test_resuming_with_another_schedule_or_torch_warns(settings, monkeypatch, caplog):
+    cosine = settings | {"lr_schedule": "cosine"}
+    pretrain(PretrainConfig(**cosine | {"steps": 1}))
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    pretrain(PretrainConfig(**cosine | {"steps": 2}))
+    assert "the cosine schedule now ends at step 2 instead of 1: its value jumps" in caplog.text
+    assert "torch 99.0 resumes a run of torch 2" in caplog.text
+    caplog.clear()
+    pretrain(PretrainConfig(**cosine | {"steps": 2}))
+    assert "schedule" not in caplog.text
+    assert "resumes a run" not in caplog.text
+
+
+def test_a_statistics_file_that_changed_is_named(settings, tmp_path):
+    """The run used to go on with the numbers of its start."""
+    path = tmp_path / "stats.json"
+    to_lms = LogMel(**PretrainConfig(**settings).resolved("cpu").front_end())
+    write_stats(path, Stats(-7.0, 4.0, 9), to_lms, 0.25)
+    pretrain(PretrainConfig(**settings | {"steps": 1, "stats": str(path)}))
+    write_stats(path, Stats(-7.0, 5.0, 9), to_lms, 0.25)
+    with pytest.raises(ValueError, match=r"stats: .*stats\.json changed since the run began: \(-7\.0, 4\.0\) then"):
+        pretrain(PretrainConfig(**settings | {"steps": 2, "stats": str(path)}))
+    path.unlink()  # not needed any more
+    assert pretrain(PretrainConfig(**settings | {"steps": 2, "stats": str(path)})).steps == 2
 
 
 def test_another_configuration_is_named_and_nothing_is_touched(settings, tmp_path, recordings):
@@ -477,6 +504,16 @@ def test_a_log_cut_short_is_mended(tmp_path):
     run.log({"step": 3, "loss": 2.0})
     run.close()
     assert read_log(tmp_path) == run.lines == [*lines[:2], {"step": 3, "loss": 2.0}]
+
+
+def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, monkeypatch):
+    drawn = []
+    pretrain(PretrainConfig(**settings))
+    (tmp_path / "run" / "views.png.0123abcd.tmp").touch()
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    pretrain(PretrainConfig(**settings))
+    assert drawn == [4]
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_curves_are_drawn_on_the_way(settings, monkeypatch):
