@@ -25,7 +25,7 @@ from byola_fast.objectives.registry import find_learner, make_learner
 from byola_fast.runtime.device import keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.progress import Progress
-from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
+from byola_fast.spectrograms.corpus_statistics import read_stats, require_sound, take_stats
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.training.config import PretrainConfig
 from byola_fast.training.cuda_graph import Step, graph_step, use_graph
@@ -312,6 +312,7 @@ def _stats_now(aug: Augment, stats: Pair | None) -> Pair | None:
     if aug.running_stats is None:
         return stats
     mean, std = aug.running_stats.stats().tolist()
+    require_sound(std)
     return mean, std
 
 

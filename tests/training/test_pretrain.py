@@ -202,6 +202,17 @@ def test_a_folder_without_audio_is_an_error(run, tmp_path):
         run(audio_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("stats_segments", [0, 8])
+def test_silence_alone_is_an_error(run, tmp_path, stats_segments):
+    """It used to train on rounding errors, with a loss that falls."""
+    (tmp_path / "silence").mkdir()
+    for number in range(4):
+        soundfile.write(tmp_path / "silence" / f"{number}.wav", np.zeros(8000), 16000)
+    with pytest.raises(ValueError, match="audio_dir: expected sounds, got log-mels with a std of"):
+        run(audio_dir=str(tmp_path / "silence"), stats_segments=stats_segments)
+    assert not list((tmp_path / "run").glob("*.p*t*"))
+
+
 def test_files_that_vanish_or_hold_nan_are_named_and_replaced(run, tmp_path, monkeypatch, caplog):
     folder = tmp_path / "few"
     folder.mkdir()
