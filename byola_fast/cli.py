@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +21,7 @@ from byola_fast.embedding.export import ExportConfig, run_export
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.ops import BackendError
+from byola_fast.runtime.console import reader_may_leave, say
 from byola_fast.runtime.distributed import RankError
 from byola_fast.runtime.interrupts import INTERRUPTED, interruptible
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
@@ -30,7 +33,7 @@ from byola_fast.views.show import ShowConfig, show
 PROG = "byola-fast"
 ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. First: byola-fast pretrain --demo"
 RANK_LOST, USAGE_ERROR, SIGNALLED = 1, 2, 128  # exit codes; a signal's number is added to 128
-
+OLD_FLAGS = {"--precision": ("pretrain",), "--network": ("eval",), "--encoder": ("eval",)}  # of version 0.1
 
 WORDS = {
     "float": "a number",
@@ -60,27 +63,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from jsonargparse import ArgumentError
 
-    argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    argv = list(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
-    argv = _renamed_flags(argv)
     try:
-        parser = _make_parser(demo="--demo" in argv)
+        options, others = _split(argv)
+        if argv[:1] == ["pretrain"]:
+            options = [_published(option) for option in options]
+        parser = _make_parser(demo="--demo" in options)
         if not argv:
             parser.print_help(sys.stderr)
             return USAGE_ERROR
-        settings = parser.parse_args(_published(argv))
+        with reader_may_leave(sys.stdout) if sys.stdout else nullcontext():  # --help prints
+            settings = parser.parse_args([*argv[:1], *options, *(["--", *others] if others else [])])
         with interruptible():
             return _run(settings.command, settings[settings.command])
     except ArgumentError as error:
         flags = [setting.name for setting in fields(CONFIGS[argv[0]])] if argv[0] in CONFIGS else []
-        print(f"{PROG}: {_rank()}error: {explain(str(error), flags)}", file=sys.stderr)
+        say(f"{PROG}: {_rank()}error: {explain(str(error), flags)}", sys.stderr)
         return USAGE_ERROR
     except (BackendError, ImportError, OSError, RankError, ValueError) as error:
-        print(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", file=sys.stderr)
+        say(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", sys.stderr)
         return RANK_LOST if isinstance(error, RankError) else USAGE_ERROR
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+        say(f"{PROG}: interrupted", sys.stderr)
         return INTERRUPTED
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split what follows the command into options, as ``--name=value``, and the rest.
+
+    argparse accepts no option between arguments that are none.
+    """
+    command, words = next(iter(argv), ""), deque(argv[1:])
+    types = get_type_hints(CONFIGS[command]) if command in CONFIGS else {}
+    valued = {f"--{name}" for name in types if types[name] is not bool} | {"--config", *OLD_FLAGS}
+    options: list[str] = []
+    others: list[str] = []
+    while words:
+        word = words.popleft()
+        if word == "--":
+            return options, [*others, *words]
+        if not word.startswith("-") or word == "-":
+            others.append(word)
+            continue
+        option = _with_underscores(word)
+        if option in valued and words and not words[0].startswith("--"):
+            option += "=" + words.popleft()
+        options.append(_renamed(command, option))
+    return options, others
 
 
 def _with_underscores(argument: str) -> str:
@@ -91,23 +121,16 @@ def _with_underscores(argument: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def _renamed_flags(argv: Sequence[str]) -> list[str]:
-    """Replace the flags of version 0.1 by their new names and warn; to be removed in version 0.3."""
-    renamed: list[str] = []
-    command = next(iter(argv), "")
-    words = iter(argv)
-    old = {"pretrain": ("--precision",), "eval": ("--network", "--encoder")}.get(command, ())
-    for argument in words:
-        flag, equals, value = argument.partition("=")
-        if flag in old and (equals or (value := next(words, ""))):
-            new_flag, new_value = _new_flag(flag, value)
-            if new_flag != flag:
-                message = "%s %s is now called %s %s; the old name goes in version 0.3"
-                logging.getLogger("byola_fast").warning(message, flag, value, new_flag, new_value)
-            renamed += [new_flag, new_value]
-        else:
-            renamed.append(argument)
-    return renamed
+def _renamed(command: str, option: str) -> str:
+    """Replace a flag of version 0.1 by its new name and warn; to be removed in version 0.3."""
+    flag, equals, value = option.partition("=")
+    if not equals or command not in OLD_FLAGS.get(flag, ()):
+        return option
+    new_flag, new_value = _new_flag(flag, value)
+    if new_flag != flag:
+        message = "%s %s is now called %s %s; the old name goes in version 0.3"
+        logging.getLogger("byola_fast").warning(message, flag, value, new_flag, new_value)
+    return f"{new_flag}={new_value}"
 
 
 def _new_flag(flag: str, value: str) -> tuple[str, str]:
@@ -118,17 +141,14 @@ def _new_flag(flag: str, value: str) -> tuple[str, str]:
     return ("--features" if value in ("trained", "random", "melstats") else flag), value
 
 
-def _published(argv: Sequence[str]) -> list[str]:
-    """Replace the file of ``pretrain --config`` by its content under our names."""
+def _published(option: str) -> str:
+    """Replace the file of ``--config`` by its content under our names."""
     import yaml
 
-    arguments: list[str] = []
-    for argument in argv:
-        flag, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
-        if argv[0] == "pretrain" and (flag or arguments[-1:] == ["--config"]) and Path(value).is_file():
-            value = yaml.safe_dump(from_published(read_yaml(value)))
-        arguments.append(flag + value)
-    return arguments
+    path = option.removeprefix("--config=")
+    if path == option or not Path(path).is_file():
+        return option
+    return "--config=" + yaml.safe_dump(from_published(read_yaml(path)))
 
 
 def _make_parser(demo: bool) -> Any:
@@ -211,7 +231,7 @@ def _run(command: str, settings: Any) -> int:
         result = pretrain(PretrainConfig(**values))
         if not _rank():
             message = f"loss {result.loss:.3f}, spread {result.spread:.2f} (1 is healthy, 0 collapsed)"
-            print(f"{result.steps} steps: {message}; results in {result.out}")
+            say(f"{result.steps} steps: {message}; results in {result.out}", sys.stdout)
         if result.stopped_by:
             message = "stopped by a signal after step %d; everything is saved, and the same command resumes there"
             logging.getLogger("byola_fast").warning(message, result.steps)
@@ -219,28 +239,28 @@ def _run(command: str, settings: Any) -> int:
     if command == "pack":
         packed = run_pack(PackConfig(values.pop("AUDIO_DIR"), values.pop("OUT"), **values))
         message = "unchanged since it was packed" if packed.unchanged else f"{len(packed.broken)} of them without audio"
-        print(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({message})")
+        say(f"{packed.out}: {packed.files} files, {packed.seconds / 3600:.2f} h ({message})", sys.stdout)
         return 0
     if command == "stats":
         stats = run_stats(StatsConfig(audio_dir=values.pop("AUDIO_DIR"), **values))
-        print(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)")
+        say(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)", sys.stdout)
         return 0
     if command == "embed":
         written = run_embed(EmbedConfig(weights=values.pop("WEIGHTS"), paths=values.pop("PATHS"), **values))
         if written is not None:
             message = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
-            print(f"{written.out}: {message}; {written.speed:.0f} x real time")
+            say(f"{written.out}: {message}; {written.speed:.0f} x real time", sys.stdout)
         return 0
     if command == "export":
-        print(run_export(ExportConfig(weights=values.pop("WEIGHTS"), **values)))
+        say(run_export(ExportConfig(weights=values.pop("WEIGHTS"), **values)), sys.stdout)
         return 0
     if command == "eval":
-        print(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report)
+        say(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report, sys.stdout)
         return 0
     if command == "show":
-        print(show(values.pop("PATH"), **values))
+        say(show(values.pop("PATH"), **values), sys.stdout)
         return 0
-    print(byola_fast.doctor())
+    say(byola_fast.doctor(), sys.stdout)
     return 0
 
 
@@ -255,7 +275,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage().removeprefix("byola_fast: ")
-        print(f"{PROG}: {_rank()}{message}", file=sys.stderr, flush=True)
+        say(f"{PROG}: {_rank()}{message}", sys.stderr)
 
 
 def _rank() -> str:
@@ -283,8 +303,11 @@ def explain(message: str, flags: Collection[str] = ()) -> str:
     'lr: expected a number, got fast'
     >>> explain("unrecognized arguments: --batch_sz 32", ["batch_size", "lr"])
     'unrecognized arguments: --batch_sz 32; did you mean --batch-size?'
+    >>> explain("the following arguments are required: pack.AUDIO_DIR, pack.OUT")
+    'the following arguments are required: AUDIO_DIR, OUT'
     """
-    message = " ".join(message.split())
+    message = " ".join(message.split()).replace("arguments: -- ", "arguments: ")
+    message = re.sub(r"(required: |, )\w+\.(?=[A-Z_]+\b)", r"\1", message)
     if found := re.match(r'Parser key "([^"]+)": ', message):
         message = f"{found[1]}: {message[found.end() :]}"
         types = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))

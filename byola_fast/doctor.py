@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from byola_fast.audio.decoding import MORE_FORMATS, decoders, has_ffmpeg
 from byola_fast.ops import _schemas
 from byola_fast.ops._dispatch import backend_in_use, strict
 from byola_fast.ops._native import build, cpu
 from byola_fast.views.augment import augment
 
-PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "ninja", "pybind11")
+PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "av", "ninja", "pybind11")
 VARIABLES = ("BYOLA_FAST_", "CXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TRITON_", "OMP_NUM_THREADS", "TORCH_")
 
 
@@ -72,6 +73,8 @@ def doctor() -> Report:
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
     notes = [f"system: {platform.platform()}"]
+    more = "" if has_ffmpeg() else f"; without FFmpeg, joined files are read in part ({MORE_FORMATS})"
+    notes.append(f"audio: {decoders()}{more}")
     notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     notes.append(f"environment: {', '.join(variables) or 'no relevant variable is set'}")

@@ -70,7 +70,8 @@ def load_model(model_file_path: str = "") -> HearModel:
     """Load a model for HEAR.
 
     Args:
-        model_file_path: file of an encoder, as ``byola_fast.load_encoder`` takes it; it must hold its statistics.
+        model_file_path: file of an encoder, as ``byola_fast.load_encoder`` takes it; it must hold its statistics, as
+            files of ``save_encoder`` and of training do.
 
     Raises:
         CheckpointError: the weights cannot be used. ValueError: no path, as no weights are shipped.
@@ -84,7 +85,8 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
     """Return one embedding for each sound: ``(n_sounds, n_samples)`` to ``(n_sounds, scene_embedding_size)`` float32.
 
     Args:
-        audio: in [-1, 1], mono, at ``model.sample_rate``, on the model's device.
+        audio: in [-1, 1], mono, at ``model.sample_rate``, on the model's device. A sound with NaN or infinity has such
+            embeddings; other sounds are not affected.
         model: of ``load_model``.
 
     Raises:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -98,7 +99,8 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     out = f"--out={tmp_path / 'run'}"
     assert "No such file" in fails("show", str(tmp_path / "nowhere")) or "no such file" in fails("show", "nowhere")
     assert "nowhere" in fails("pretrain", str(tmp_path / "nowhere"), out)
-    assert "a.wav: not audio that libsndfile can read" in fails("pretrain", str(broken), out, *FLAGS)
+    assert "a.wav: not audio that can be decoded" in fails("pretrain", str(broken), out, *FLAGS)
+    assert fails("show", str(broken), "--unit-sec=0.001").count("unit_sec") == 1
     assert "audio_dir: expected a folder" in fails("pretrain", out)
     assert "--bogus" in fails("pretrain", str(recordings), "--bogus=1")
     assert "--epoch" in fails("pretrain", str(recordings), "--epoch=1")
@@ -226,3 +228,60 @@ def test_ctrl_c_from_outside_still_writes_the_checkpoint(recordings, tmp_path):
 )
 def test_flags_may_be_written_with_dashes(given, taken):
     assert cli._with_underscores(given) == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "others"),
+    [
+        ("eval W --seeds 1 T.csv", ["--seeds=1"], ["W", "T.csv"]),
+        ("eval --keep-going W --seeds=1 T.csv", ["--keep_going", "--seeds=1"], ["W", "T.csv"]),
+        ("embed W --out x.npz a.wav b.wav", ["--out=x.npz"], ["W", "a.wav", "b.wav"]),
+        ("embed W a.wav --frames b.wav --workers 0", ["--frames", "--workers=0"], ["W", "a.wav", "b.wav"]),
+        ("embed W --frames -- --a-b.wav -c.wav", ["--frames"], ["W", "--a-b.wav", "-c.wav"]),
+        ("export --out x.onnx W", ["--out=x.onnx"], ["W"]),
+        ("pack D --workers 2 OUT", ["--workers=2"], ["D", "OUT"]),
+        ("stats --n-mels 32 D", ["--n_mels=32"], ["D"]),
+        ("show --seed 3 D --out v.png", ["--seed=3", "--out=v.png"], ["D"]),
+        ("pretrain --config c.yaml D --lr 1e-3", ["--config=c.yaml", "--lr=1e-3"], ["D"]),
+        ("pretrain --demo --steps 3", ["--demo", "--steps=3"], []),
+        ("eval W T.csv --out --seeds 1", ["--out", "--seeds=1"], ["W", "T.csv"]),  # --out lacks its value
+    ],
+)
+def test_options_stand_anywhere(given, options, others):
+    assert cli._split(given.split()) == (options, others)
+
+
+def test_options_between_arguments_reach_the_command(monkeypatch):
+    seen = []
+    for name in ("run_eval", "run_embed", "run_pack"):
+        monkeypatch.setattr(cli, name, lambda config: seen.append(config) or pytest.fail("stop"))
+    for given in ("eval W --seeds 1 T.csv", "embed W --out x.npz a.wav -- --b.wav", "pack D --workers 2 OUT"):
+        with pytest.raises(pytest.fail.Exception):
+            main(given.split())
+    assert (seen[0].weights, seen[0].task, seen[0].seeds) == ("W", "T.csv", 1)
+    assert (seen[1].paths, seen[1].out) == (["a.wav", "--b.wav"], "x.npz")
+    assert (seen[2].audio_dir, seen[2].out, seen[2].workers) == ("D", "OUT", 2)
+
+
+def test_arguments_are_named_as_they_are_given(fails):
+    assert fails("embed", "W").endswith("the following arguments are required: PATHS")
+    assert fails("eval", "W", "T.csv", "U.csv").endswith("unrecognized arguments: U.csv")
+    assert fails("doctor", "x").endswith("unrecognized arguments: x")
+    assert "argument --out: expected one argument" in fails("eval", "T.csv", "--features=random", "--out")
+
+
+@pytest.mark.parametrize("command", ["doctor", "pretrain --help"])
+def test_a_reader_that_has_left_is_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        [sys.executable, "-m", "byola_fast", *command.split()], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_names_that_are_not_utf8_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "show", lambda *_, **__: Path("/x/a\udcff.png"))
+    assert main(["show", "x"]) == 0
+    assert capsys.readouterr().out == "/x/a\\udcff.png\n"

@@ -80,6 +80,17 @@ def test_large_batches_in_parts(monkeypatch, model):
     assert torch.equal(again_times, times)
 
 
+def test_nan_stays_in_its_own_sound(model):
+    audio = 0.3 * torch.randn(2, 16000)
+    broken = audio.clone()
+    broken[0, 100] = torch.nan
+    scenes, (frames, _times) = get_scene_embeddings(broken, model), get_timestamp_embeddings(broken, model)
+    assert torch.equal(scenes[1], get_scene_embeddings(audio, model)[1])
+    assert torch.equal(frames[1], get_timestamp_embeddings(audio, model)[0][1])
+    assert not scenes[0].isfinite().any()
+    assert not frames[0].isfinite().all()
+
+
 def test_refused(tmp_path, model):
     with pytest.raises(ValueError, match="none are shipped"):
         load_model()

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from byola_fast.audio.decoding import decoders
 from byola_fast.audio.reading import AudioError, list_audio_files, listing_checksum, read_audio
 from byola_fast.audio.store_format import PartHeader, PartWriter, StoreError, old_data, part_name, read_header
-from byola_fast.runtime.files import fingerprint
+from byola_fast.runtime.files import fingerprint, some_of
 from byola_fast.runtime.progress import Progress
 from byola_fast.runtime.workers import num_workers, read_in_processes
 
@@ -94,8 +95,9 @@ def pack(
     """Decode all files of a folder, or one part of them, into a packed store: ``round(32768 * wav)``, clipped to int16.
 
     If packing stops at any moment, even by ``kill -9``, an existing store stays complete. A part that was packed from
-    the same files (by name, size and modification time) is not packed again. If a file cannot be read, is empty or
-    holds NaN or infinity, the logger ``byola_fast`` warns and the store records it. Short files are not padded.
+    the same files (by name, size and modification time) by the same decoders is not packed again, unless a file that
+    was broken can now be read. If a file cannot be read, is empty, or holds NaN, infinity or samples beyond 2^20 times
+    full scale, the logger ``byola_fast`` warns and the store records it. Short files are not padded.
 
     Args:
         audio_dir: a folder, with all its subfolders, or a file.
@@ -129,7 +131,7 @@ def pack(
                 writer.remove_old(header)
         return _result(out, header, True)
 
-    offsets, broken, clipped = [0], {}, 0
+    offsets, broken, clipped, clipped_names = [0], {}, 0, []
     sources: list[tuple[int, int]] = []
     decoding = read_in_processes(partial(_decode, sample_rate=sample_rate), files, workers)
     with PartWriter(out, number, parts) as writer, closing(decoding) as decoded:
@@ -140,6 +142,7 @@ def pack(
             else:
                 writer.write(wav)
             clipped += num_clipped
+            clipped_names += [name] if num_clipped else []
             offsets.append(writer.samples)
             sources.append(source)
             if progress is not None:
@@ -159,9 +162,11 @@ def pack(
             source_bytes=[size for size, _time in sources],
             source_times=[time for _size, time in sources],
             broken=broken,
+            decoders=decoders(versions=False),
         )
     if clipped:
-        logger.warning("%d samples were clipped to full scale", clipped)
+        message = "%d samples of %d files were clipped to full scale: %s"
+        logger.warning(message, clipped, len(clipped_names), some_of(clipped_names))
     return _result(out, header, False)
 
 
@@ -179,8 +184,13 @@ def _unchanged(path: Path, sample_rate: int, listing_sha256: str, files: list[Pa
     except StoreError as error:
         logger.warning("packing again: %s", error)
         return None
-    same = (header.sample_rate, header.listing_sha256) == (sample_rate, listing_sha256)
-    return header if same and _sources(header) == [fingerprint(file) for file in files] else None
+    now = (sample_rate, listing_sha256, decoders(versions=False))
+    if (header.sample_rate, header.listing_sha256, header.decoders) != now:
+        return None
+    if _sources(header) != [fingerprint(file) for file in files]:
+        return None
+    broken = [file for name, file in zip(header.names, files, strict=True) if name in header.broken]
+    return header if all(isinstance(_decode(file, sample_rate)[0], AudioError) for file in broken) else None
 
 
 def _sources(header: PartHeader) -> list[tuple[int, int]]:

@@ -1,7 +1,4 @@
-"""Find audio files, and read any part of one as mono at any rate.
-
-soundfile (libsndfile) decodes and soxr resamples; both are imported on first use.
-"""
+"""Find audio files, and read any part of one as mono at any rate; soxr resamples."""
 
 from __future__ import annotations
 
@@ -10,47 +7,27 @@ import itertools
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from byola_fast.audio.decoding import (
+    AUDIO_FORMATS,
+    FFMPEG_FORMATS,
+    MORE_FORMATS,
+    UNKNOWN_FRAMES,
+    AudioError,
+    AudioFile,
+    has_ffmpeg,
+)
 from byola_fast.audio.store_format import is_store
+from byola_fast.runtime.files import some_of
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import soundfile
+__all__ = ["AudioError", "audio_duration", "list_audio_files", "listing_checksum", "read_audio", "read_blocks"]
 
 logger = logging.getLogger("byola_fast")
-
-AUDIO_FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
-SUFFIXES = frozenset("." + name for name in AUDIO_FORMATS.split())
-BLOCK_FRAMES = 1 << 22  # decoded at a time: a long file takes the memory of its mono mix alone
-OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encoders write 1024 frames in each
-MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
-UNKNOWN_FRAMES = 1 << 60  # libsndfile returns 2^63 - 1 if the header has no length (FLAC from a pipe)
-
-
-class AudioError(ValueError):
-    """An audio file cannot be used. The message names the file and the reason.
-
-    Attributes:
-        path: the file.
-        reason: the reason, without the name.
-
-    >>> print(AudioError(Path("a.wav"), "empty file (0 bytes)"))
-    a.wav: empty file (0 bytes)
-    """
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # both: pickling, on the way from a worker, passes them to __init__
-        self.path = Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 def list_audio_files(root: str | Path) -> list[Path]:
@@ -68,11 +45,15 @@ def list_audio_files(root: str | Path) -> list[Path]:
         AudioError: the folder holds no audio file.
     """
     root = Path(root)
-    if root.is_file():
-        return [root]
     if not root.is_dir():
+        if root.exists():
+            return [root]
         raise FileNotFoundError(f"no such file or folder: {root}")
+    formats, others = AUDIO_FORMATS.split(), FFMPEG_FORMATS.split()
+    if has_ffmpeg():
+        formats, others = formats + others, []
     files: list[Path] = []
+    left_out: Counter[str] = Counter()
     visited: set[tuple[int, int]] = set()  # a link may lead back to a folder above it
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_report_folder):
         status = os.stat(folder)
@@ -81,12 +62,23 @@ def list_audio_files(root: str | Path) -> list[Path]:
             continue
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        audio = (Path(folder, name) for name in names if not name.startswith("."))
-        files += [path for path in audio if path.suffix.lower() in SUFFIXES]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower().lstrip(".")
+            if suffix in formats:
+                files.append(path)
+            else:
+                left_out[suffix or "no suffix"] += 1
     if not files and is_store(root):
         raise AudioError(root, "a packed store, which pretrain and stats read; give the folder that it was packed from")
+    if left_out:
+        kinds = some_of([f"{count} {suffix}" for suffix, count in left_out.most_common()])
+        unread = left_out.keys() & set(others)
+        message = f"%s: {left_out.total()} files left out for their suffix: %s" + (
+            f" ({MORE_FORMATS})" if unread else ""
+        )
+        logger.log(logging.WARNING if unread else logging.INFO, message, root, kinds)
     if not files:
-        raise AudioError(root, f"no audio file in this folder (looked for {AUDIO_FORMATS})")
+        raise AudioError(root, f"no audio file in this folder (looked for {' '.join(formats)})")
     return sorted(files)
 
 
@@ -102,16 +94,15 @@ def _report_folder(error: OSError) -> None:
 
 
 def audio_duration(path: str | Path) -> float:
-    """Return the length of an audio file in seconds, from its header alone.
+    """Return the length of an audio file in seconds: of what ``read_audio`` reads, whatever the header promises.
 
-    A truncated file may hold less than its header says. A file is decoded only if its header has no length (a FLAC
-    written to a pipe).
+    A file whose length neither its size nor its structure proves (FLAC, floats, damage) is decoded once.
 
     Raises:
-        AudioError: the file is missing, unreadable or empty.
+        AudioError: as ``read_audio``.
     """
-    with _open(path) as file:
-        return _num_frames(file) / int(file.samplerate)
+    with AudioFile(path) as file:
+        return file.frames / file.rate
 
 
 def read_audio(
@@ -123,7 +114,9 @@ def read_audio(
     resampling filter, on the time grid of the whole file: a part equals the same slice of the whole.
 
     Args:
-        path: any file that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more).
+        path: any file that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more), or that FFmpeg reads if the
+            package av is installed (m4a, aac, webm, wma, ALAC and more). Joined files, and files whose header is
+            wrong, are read to their end; if a decoder cannot, the logger ``byola_fast`` warns with the length read.
         sample_rate: rate of the result, in Hz.
         start_sec: start of the part, in seconds, at least 0; rounded to a sample of the result.
         duration_sec: length of the part, in seconds, above 0; None reads to the end.
@@ -133,13 +126,14 @@ def read_audio(
         file is read as far as it can be decoded.
 
     Raises:
-        AudioError: the file is missing, unreadable or empty, nothing of the part can be decoded, or the part holds NaN
-            or infinity.
+        AudioError: the file is missing, unreadable, empty or not a regular file (a pipe, a device); nothing of the part
+            can be decoded; the part holds NaN, infinity or samples beyond 2^20 times full scale.
         ValueError: ``sample_rate``, ``start_sec`` or ``duration_sec`` out of range.
 
     Numerics:
         A part equals the slice of the whole to 1e-6. Opus is the exception: after a seek its decoder settles to about
-        5e-3 of full scale. Seeking in a long MP3 makes libmpg123 print harmless notes to stderr.
+        5e-3 of full scale. Seeking in a long MP3 makes libmpg123 print harmless notes to stderr. FFmpeg, and files with
+        a wrong header, are decoded from the start.
     """
     if sample_rate < 1:
         raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
@@ -150,8 +144,8 @@ def read_audio(
         if not (math.isfinite(duration_sec) and round(duration_sec * sample_rate) >= 1):
             raise ValueError(f"duration_sec: expected at least one sample (1 / {sample_rate} s), got {duration_sec}")
         count = round(duration_sec * sample_rate)
-    with _open(path) as file:
-        wav = _read_part(file, sample_rate, start, count)
+    with AudioFile(path) as file:
+        wav = read_part(file, sample_rate, start, count)
     if not len(wav):
         raise AudioError(path, f"nothing can be decoded from {start_sec:g} s on")
     return wav
@@ -169,20 +163,17 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
         ``(samples,)`` float32 each, never empty; concatenated they equal ``read_audio(path, sample_rate)``.
 
     Raises:
-        AudioError: as in ``read_audio``; for NaN or infinity, when their block is reached.
+        AudioError: as in ``read_audio``; for NaN, infinity or samples beyond 2^20, when their block is reached.
     """
     import numpy as np
     import soxr
 
-    with _open(path) as file:
-        rate, found = int(file.samplerate), False
+    with AudioFile(path) as file:
+        rate, found = file.rate, False
         maximum = max(1, round(block_sec * rate))
         resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
         ends = [np.empty(0, np.float32)] if rate != sample_rate else []  # flushes the filter
-        blocks = filter(len, _mono_blocks(file, UNKNOWN_FRAMES, maximum))
-        for frames in itertools.chain(blocks, ends):
-            if not np.isfinite(frames).all():
-                raise AudioError(path, "NaN or infinite samples")
+        for frames in itertools.chain(filter(len, file.blocks(maximum)), ends):
             wav = frames if rate == sample_rate else resampler.resample_chunk(frames, last=not len(frames))
             if len(wav):
                 found = True
@@ -191,100 +182,30 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
         raise AudioError(path, "nothing can be decoded")
 
 
-def _open(path: str | Path) -> soundfile.SoundFile:
-    """Open a file that has samples, or raise an AudioError with the reason."""
-    import soundfile
+def num_resampled(frames: int, rate: int, sample_rate: int) -> int:
+    """Return the length of soxr's result: ``frames * sample_rate / rate``, halves rounded up.
 
-    try:
-        with open(path, "rb") as raw:
-            if not raw.read(1):
-                raise AudioError(path, "empty file (0 bytes)")
-        file = soundfile.SoundFile(os.fsencode(path))  # bytes: a name need not be UTF-8
-    except OSError as error:
-        raise AudioError(path, error.strerror or str(error)) from error
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, which has no header
-        raise AudioError(path, "not audio that libsndfile can read") from error
-    if file.frames < 1:
-        file.close()
-        raise AudioError(path, "the file holds no samples")
-    return file
-
-
-def _num_frames(file: soundfile.SoundFile) -> int:
-    """Number of frames: from the header, or by decoding if the header has no length."""
-    if file.frames < UNKNOWN_FRAMES:
-        return int(file.frames)
-    with _open(os.fsdecode(file.name)) as again:
-        return len(_decode(again, 0, UNKNOWN_FRAMES))
-
-
-def _num_resampled(frames: int, rate: int, sample_rate: int) -> int:
-    """Length of soxr's result: ``frames * sample_rate / rate``, halves rounded up."""
+    >>> num_resampled(44100, 44100, 16000)
+    16000
+    """
     return (2 * frames * sample_rate + rate) // (2 * rate)
 
 
-def _read_part(file: soundfile.SoundFile, sample_rate: int, start: int, count: int | None) -> torch.Tensor:
-    """Samples ``[start, start + count)`` of the resampled mono mix, or fewer if the file ends."""
+def read_part(file: AudioFile, sample_rate: int, start: int, count: int | None) -> torch.Tensor:
+    """Return samples ``[start, start + count)`` of the resampled mono mix, or fewer if the file ends."""
     import numpy as np
     import soxr
 
-    rate = int(file.samplerate)
+    rate = file.rate
     up, down = sample_rate // math.gcd(rate, sample_rate), rate // math.gcd(rate, sample_rate)
     # The filter spans 92 samples of the lower rate to each side. A part that begins at a multiple of `down` frames has
     # its output samples on the grid of the whole file.
     margin = 0 if up == down else math.ceil(256 * max(1.0, rate / sample_rate))
     first = max(0, (start * down // up - margin) // down * down)
     last = UNKNOWN_FRAMES if count is None else -(-(start + count) * down // up) + margin
-    frames = _decode(file, first, min(last, int(file.frames)) - first)
-    if not np.isfinite(frames).all():
-        raise AudioError(os.fsdecode(file.name), "NaN or infinite samples")
+    frames = file.read(first, last - first)
     if up != down and len(frames):
         frames = soxr.resample(frames, rate, sample_rate, quality="HQ")
     skip = start - first // down * up
     wav = frames[skip:] if count is None else frames[skip : skip + count]
     return torch.from_numpy(np.ascontiguousarray(wav))
-
-
-def _decode(file: soundfile.SoundFile, start: int, count: int) -> npt.NDArray[np.floating[Any]]:
-    """Frames ``[start, start + count)`` mixed to mono, float32, as far as decoding succeeds."""
-    import numpy as np
-    import soundfile
-
-    first = _seek_point(file, start)
-    if first > 0:
-        try:
-            file.seek(first)
-        except soundfile.SoundFileError:  # damaged, or cut short: decode from the beginning
-            with _open(os.fsdecode(file.name)) as again:
-                return _decode(again, 0, start + count)[start:]
-    blocks = [np.empty(0, np.float32), *_mono_blocks(file, start + count - first, BLOCK_FRAMES)]
-    return np.concatenate(blocks)[start - first :]
-
-
-def _mono_blocks(file: soundfile.SoundFile, wanted: int, maximum: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
-    """The next ``wanted`` frames mixed to mono, at most ``maximum`` at a time, as far as decoding succeeds."""
-    import numpy as np
-    import soundfile
-
-    # After every read of a seekable file, soundfile seeks to its position, and an MP3 decoder loses its bit reservoir.
-    file.seekable = lambda: False
-    while wanted > 0:
-        block = np.full((min(wanted, maximum), file.channels), np.nan, np.float32)
-        try:
-            got = len(file.read(out=block))
-        except soundfile.SoundFileError:  # the file breaks off inside this block, which holds the decoded frames
-            got = int(np.count_nonzero(~np.isnan(block[:, -1])))
-            wanted = 0
-        yield block[:got].mean(axis=1)
-        wanted = wanted - got if got == len(block) else 0
-
-
-def _seek_point(file: soundfile.SoundFile, start: int) -> int:
-    """The frame to seek to, at or before ``start``, so that decoding is correct from ``start`` on."""
-    if "VORBIS" in file.subtype:  # in the last page libsndfile 1.2 seeks a block too far (its issue 885)
-        return max(0, min(start, int(file.frames) - OGG_PAGE_FRAMES))
-    if "MPEG" in file.subtype and start < MP3_SEEK_FRAMES:  # a seek makes libmpg123 write to stderr
-        return 0
-    if "OPUS" in file.subtype or "MPEG" in file.subtype:  # half a second for the decoder to settle
-        return max(0, start - int(file.samplerate) // 2)
-    return start

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from byola_fast.audio.reading import _num_frames, _num_resampled, _open, _read_part, listing_checksum, read_audio
+from byola_fast.audio.decoding import AudioFile
+from byola_fast.audio.reading import listing_checksum, num_resampled, read_audio, read_part
 from byola_fast.ops.philox import segment_u24
 
 
@@ -104,12 +105,9 @@ class SegmentFolder:
         return self._segment(self.files[index], segment_u24(self.seed, epoch, index, draw))
 
     def _segment(self, path: Path, u24: int) -> torch.Tensor:
-        with _open(path) as file:
-            samples = _num_resampled(_num_frames(file), int(file.samplerate), self.sample_rate)
+        with AudioFile(path) as file:
+            samples = num_resampled(file.frames, file.rate, self.sample_rate)
             if samples > self.num_samples:
                 start = _segment_start(samples, self.num_samples, u24)
-                wav = _read_part(file, self.sample_rate, start, self.num_samples)
-                if len(wav) == self.num_samples:
-                    return wav
-        # The clip is no longer than a segment, or shorter than its header says.
+                return read_part(file, self.sample_rate, start, self.num_samples)
         return fit_segment(read_audio(path, self.sample_rate), self.num_samples, u24)

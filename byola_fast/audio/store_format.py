@@ -69,6 +69,7 @@ class PartHeader:
         source_bytes: size of each file when it was packed.
         source_times: modification time of each file when it was packed, in ns.
         broken: the reason for each file without samples, by name.
+        decoders: names of the decoders in use; "" in stores of version 0.1.
     """
 
     part: int
@@ -85,6 +86,7 @@ class PartHeader:
     source_bytes: list[int]
     source_times: list[int]
     broken: dict[str, str]
+    decoders: str = ""
 
 
 def part_name(part: int, parts: int) -> str:
@@ -118,6 +120,7 @@ def read_header(path: Path) -> PartHeader:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         found = f"{content.get('format')} {content.get('version')}"
         raise StoreError(path, f"expected {FORMAT} {VERSION}, got {found}; pack again")
+    content.setdefault("decoders", "")
     names = {field.name for field in fields(PartHeader)}
     if missing := sorted(names - content.keys()):
         raise StoreError(path, f"damaged: no {', '.join(missing)}")

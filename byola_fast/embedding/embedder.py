@@ -23,7 +23,8 @@ class FrameEmbeddings(NamedTuple):
 
     Attributes:
         frames: ``(B, T', feature_d)``.
-        timestamps: ``(T',)`` float32, centre of each frame in ms from the start of the waveform.
+        timestamps: ``(T',)`` float32, centre of each frame in ms from the start of the waveform; beyond 4.6 hours
+            rounded to a few ms.
     """
 
     frames: Tensor
@@ -53,14 +54,15 @@ class Embedder(nn.Module):
         min_samples: length to which shorter waveforms are padded with zeros at their end: one frame-level embedding.
 
     Shape:
-        ``(B, samples)`` to ``(B, feature_d)`` and ``(samples,)`` to ``(feature_d,)``, on the device of the module.
+        ``(B, samples)`` to ``(B, feature_d)`` and ``(samples,)`` to ``(feature_d,)``, on the device of the module. The
+        samples are mono at ``sample_rate``, nominally in [-1, 1].
         With ``frames=True``: frames ``(B, T', feature_d)`` or ``(T', feature_d)``, timestamps ``(T',)``. A last part
         shorter than ``hop`` samples has no frame.
         Waveforms of different lengths are separate calls: padding would change the embedding.
 
     Raises:
-        TypeError: the waveform is no floating-point tensor. ValueError: another rank, or no samples; an encoder and a
-        front end that do not match; statistics that are not finite; frames of an encoder that has none.
+        TypeError: the waveform is no floating-point tensor. ValueError: another rank or device, or no samples; an
+        encoder and a front end that do not match; statistics that are not finite; frames of an encoder that has none.
 
     Numerics:
         Half-precision waveforms are computed in float32 up to the encoder, which computes in and returns the dtype of
@@ -153,7 +155,12 @@ class Embedder(nn.Module):
 
     def forward(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings:
         """Return one embedding per waveform, or with ``frames`` the ``FrameEmbeddings``; see the class."""
+        check.require_tensor("wav", wav)
+        if wav.dtype == torch.int16:
+            raise TypeError("wav: expected a floating-point tensor in [-1, 1], got int16; divide it by 32768")
         check.require_float("wav", wav)
+        if wav.device != self.to_lms.window.device:
+            raise ValueError(f"wav: expected a tensor on {self.to_lms.window.device}, as the module, got {wav.device}")
         if wav.ndim not in (1, 2) or wav.shape[-1] < 1:
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), not empty, got {tuple(wav.shape)}")
         lms = self.log_mels(wav if wav.ndim == 2 else wav[None])
@@ -212,7 +219,7 @@ def load_encoder(
     if stats is None:
         raise CheckpointError(
             f"{path}: holds no statistics of the log-mels that it was trained on; give stats=(mean, std), as published "
-            "with the weights or computed from that data"
+            "with the weights or computed from that data (--stats FILE)"
         )
     if to_lms is None:
         settings = {name: config[name] for name in FRONT_END if name in config}

@@ -101,8 +101,10 @@ def embed_clips(
 
 def require_batching(pad_sec: float, batch_sec: float, workers: int | None) -> int:
     """Refuse settings of ``embed_clips`` that are out of range; return the number of workers."""
-    if not 0 <= pad_sec < math.inf or not 0 < batch_sec < math.inf:
-        raise ValueError(f"pad_sec, batch_sec: expected at least 0 and above 0 s, got {pad_sec} and {batch_sec}")
+    if not 0 <= pad_sec < math.inf:
+        raise ValueError(f"pad_sec: expected at least 0 s, got {pad_sec}")
+    if not 0 < batch_sec < math.inf:
+        raise ValueError(f"batch_sec: expected more than 0 s, got {batch_sec}")
     return num_workers(workers)
 
 

@@ -52,11 +52,11 @@ class Unfinished:
         path = self.folder / LOCK
         lock = open_locked(path)
         if lock is None:
-            owner = (
-                path.read_text(encoding="utf-8", errors="replace") if path.exists() else "its process has just ended"
-            )
+            owner = "which has just ended"
+            with suppress(OSError):
+                owner = path.read_text(encoding="utf-8", errors="replace")
             out = self.folder.with_suffix("")
-            raise ValueError(f"{out}: another embed is writing there ({owner}); wait for its end, or give another out")
+            raise ValueError(f"{out}: another embed is writing there ({owner}); wait until it ends or give another out")
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}".encode())

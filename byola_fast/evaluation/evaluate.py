@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+import math
+import os
 import time
-import zipfile
-from contextlib import closing
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from byola_fast.audio.decoding import decoders
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.embedding.embed_files import open_encoder
 from byola_fast.embedding.embedder import Embedder
@@ -29,7 +34,7 @@ from byola_fast.evaluation.report import (
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 from byola_fast.networks.encoders import make_encoder
 from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
-from byola_fast.runtime.files import fingerprint, write_whole
+from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
 from byola_fast.spectrograms.log_mel import FRONT_END
@@ -41,12 +46,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("byola_fast")
 
 STATS_SEGMENTS = 2000  # of a task
+MIDDLE_BYTES = 4096  # of a file; most that differ at all differ there
 
 
 class _Features(NamedTuple):
-    rows: npt.NDArray[np.float32]  # NaN where a clip is broken
+    rows: npt.NDArray[np.float32]  # of all clips
     broken: dict[int, str]
     clips_per_sec: float
+
+    def good_rows(self) -> npt.NDArray[np.float32]:
+        return self.rows[[number for number in range(len(self.rows)) if number not in self.broken]]
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
@@ -56,11 +65,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
     part of the training clips drawn by the seed; the probe then learns from train and valid. With folds, each is left
     out and tested on once. Test clips are used for the score alone.
 
-    Embeddings are cached in ``out`` for the same weights, settings and audio.
+    Embeddings are cached in ``out`` for the same encoder, settings and audio; broken clips are tried again.
 
     Raises:
-        TaskError: a faulty task (see ``read_task``); without ``keep_going``, files missing or broken, or a class that
-            train lacks. CheckpointError: the weights cannot be used. ImportError: scikit-learn or matplotlib is
+        TaskError: a faulty task (see ``read_task``); one file under two names; without ``keep_going``, files missing or
+            broken (or with embeddings that are not finite), or a class that train lacks; no clip left to learn from or
+            to test on. CheckpointError: the weights cannot be used. ImportError: scikit-learn or matplotlib is
             missing. ValueError: settings out of range, or a results.csv with other columns.
     """
     _check(config)
@@ -69,12 +79,11 @@ def run_eval(config: EvalConfig) -> EvalResult:
     audio = _audio_folder(config)
     task, message = _without_missing(task, audio, config)
     left_out += message
-    for words in absent_classes(task):
-        if not config.keep_going and (" alone: " in words or " split train: " in words):
-            raise TaskError(f"{config.task}: {words}; --keep_going counts their clips as errors")
-        logger.warning("%s", words)
+    _check_clips(task, config)
     check_results(out / "results.csv")
+    _check_twins(task, audio, config)
     out.mkdir(parents=True, exist_ok=True)
+    weights_sha256 = file_sha256(Path(config.weights)) if config.weights else ""  # of the file that is read now
 
     drawn = config.features == "random" or bool(task.folds) or "valid" not in task.splits
     seeds = range(config.seeds if drawn else 1)
@@ -85,17 +94,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
             embedder = _make_embedder(config, task, audio, seed, stats)
             stats = embedder.stats  # the same for all seeds
             features = _embed(embedder, config, task, audio)
-        if features.broken and not config.keep_going:
-            first = min(features.broken)
-            told_first = f"{task.file_names[first]}: {features.broken[first]}"
-            raise TaskError(f"{len(features.broken)} broken files, {told_first}; --keep_going leaves them out")
-        whole = task.without(set(features.broken))
-        rows = features.rows[[n for n in range(len(features.rows)) if n not in features.broken]]
-        found.append([fit_probe(rows, whole, plan) for plan in rounds(whole, seed)])
+            whole = _without_broken(task, features, config)
+        found.append([fit_probe(features.good_rows(), whole, plan) for plan in rounds(whole, seed)])
     assert features is not None
     if features.broken:
         left_out.append(f"{len(features.broken)} broken files")
-    return _report(config, out, whole, embedder, found, left_out, features.clips_per_sec)
+    return _report(config, out, whole, embedder, found, left_out, features.clips_per_sec, weights_sha256)
 
 
 def _check(config: EvalConfig) -> None:
@@ -103,10 +107,16 @@ def _check(config: EvalConfig) -> None:
         raise ValueError(f"features: expected trained, random or melstats, got {config.features!r}")
     if config.features == "trained" and config.weights is None:
         raise ValueError("weights: expected a file of weights; features random and melstats need none")
+    if config.feature_d is not None and config.weights is not None:
+        raise ValueError(f"feature_d: expected none, as the weights have their own width, got {config.feature_d}")
+    if config.feature_d is not None and config.feature_d < 1:
+        raise ValueError(f"feature_d: expected at least 1, got {config.feature_d}")
     if config.stats == "weights" and config.weights is None:
         raise ValueError("stats: expected weights that hold statistics, got none")
     if config.seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {config.seeds}")
+    if not 0 <= config.pad_sec < math.inf:
+        raise ValueError(f"pad_sec: expected at least 0 s, got {config.pad_sec}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
     pick_device(config.device)  # refuses what is not here
@@ -138,6 +148,58 @@ def _without_missing(task: Task, audio: Path, config: EvalConfig) -> tuple[Task,
     return task.without(set(missing)), [message]
 
 
+def _without_broken(task: Task, features: _Features, config: EvalConfig) -> Task:
+    if not features.broken:
+        return task
+    if not config.keep_going:
+        first = min(features.broken)
+        told_first = f"{task.file_names[first]}: {features.broken[first]}"
+        raise TaskError(f"{len(features.broken)} broken files, {told_first}; --keep_going leaves them out")
+    whole = task.without(set(features.broken))
+    _check_clips(whole, config)
+    return whole
+
+
+def _check_clips(task: Task, config: EvalConfig) -> None:
+    """Refuse a task with nothing to learn from or to test on; refuse, or warn of, classes that a part lacks."""
+    empty = [part for part, count in task.counts().items() if not count and (task.folds or part != "valid")]
+    if empty:
+        raise TaskError(f"{config.task}: no clip left of {'fold' if task.folds else 'split'} {', '.join(empty)}")
+    for words in absent_classes(task):
+        if not config.keep_going and (" alone: " in words or " split train: " in words):
+            raise TaskError(f"{config.task}: {words}; --keep_going counts their clips as errors")
+        logger.warning("%s", words)
+
+
+def _check_twins(task: Task, audio: Path, config: EvalConfig) -> None:
+    """Refuse a file under two names; warn of clips with the same bytes in two splits or folds."""
+    clips: dict[Path, int] = {}
+    for number, name in enumerate(task.file_names):
+        path = (audio / name).resolve()
+        if (first := clips.setdefault(path, number)) != number:
+            raise TaskError(f"{config.task}: {task.file_names[first]} and {name} are one file, {path}")
+    groups = [[number for path, number in clips.items() if fingerprint(path)[0]]]
+    paths = list(clips)
+    looks: list[Callable[[Path], object]] = [lambda path: fingerprint(path)[0], _middle, file_sha256]
+    for look in looks:  # from fast to sure
+        alike: dict[object, list[int]] = defaultdict(list)
+        for group, numbers in enumerate(groups):
+            for number in numbers:
+                with suppress(OSError):  # a broken clip, which is named later
+                    alike[group, look(paths[number])].append(number)
+        groups = [numbers for numbers in alike.values() if len({task.splits[number] for number in numbers}) > 1]
+    if groups:
+        names = " and ".join(f"{task.file_names[number]} ({task.splits[number]})" for number in groups[0][:NAMED])
+        message = "%d clips occur in several splits or folds, with the same bytes: %s; the score may be too high"
+        logger.warning(message, len(groups), names)
+
+
+def _middle(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(fingerprint(path)[0] // 2)
+        return file.read(MIDDLE_BYTES)
+
+
 def _make_embedder(
     config: EvalConfig, task: Task, audio: Path, seed: int, stats: tuple[float, float] | None
 ) -> Embedder:
@@ -148,7 +210,10 @@ def _make_embedder(
         given = (0.0, 1.0) if source == "task" else None  # replaced below
         embedder = open_encoder(config.weights, path, "cpu", encoder=config.encoder, given=given)
     else:
-        encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
+        try:
+            encoder = make_encoder(config.encoder or "AudioNTT2020", feature_d=config.feature_d)
+        except TypeError as error:  # of its constructor
+            raise ValueError(f"encoder: {config.encoder} cannot be made: {error}") from error
         embedder = Embedder(encoder, stats=(0.0, 1.0) if path is None else read_stats(path)[:2])
     if config.features == "random":
         with torch.random.fork_rng(devices=[]):
@@ -163,6 +228,8 @@ def _make_embedder(
         stand_in: Any = MelStats(embedder.to_lms.n_mels)
         embedder = Embedder(stand_in, stats=embedder.stats, to_lms=embedder.to_lms)
     embedder.eval().requires_grad_(False)
+    if path is not None:
+        read_stats(path, embedder.to_lms)  # refuses those of another front end
     if source == "task":
         stats = _task_stats(config, task, audio, embedder) if stats is None else stats
         embedder = Embedder(embedder.encoder, stats=stats, to_lms=embedder.to_lms).eval()
@@ -184,41 +251,76 @@ def _embed(embedder: Embedder, config: EvalConfig, task: Task, audio: Path) -> _
 
     files = [audio / name for name in task.file_names]
     path = Path(config.out) / "embeddings" / f"{_key(embedder, config, files)}.npz"
+    rows, speed = np.full((len(files), embedder.feature_d), np.nan, np.float32), 0.0
     if path.exists():
         try:
             with np.load(path) as kept:
-                broken = dict(zip(kept["broken"].tolist(), kept["reasons"].tolist(), strict=True))
-                return _Features(kept["rows"], broken, float(kept["clips_per_sec"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                rows[kept["clips"]], speed = kept["rows"], float(kept["clips_per_sec"])
+        except Exception as error:  # bytes that are no archive may raise anything
             logger.warning("embedding again: %s: damaged: %s", path, error)
-    rows = np.full((len(files), embedder.feature_d), np.nan, np.float32)
+            rows[:] = np.nan
+    todo = np.flatnonzero(~np.isfinite(rows).all(1)).tolist()  # new clips, and those that were broken
+    if not todo:
+        return _Features(rows, {}, speed)
     broken, ended, started = {}, 0, time.monotonic()
-    pieces = embed_clips(embedder, files, pad_sec=config.pad_sec, workers=config.workers)
-    with Progress("clips", len(files)) as progress, closing(pieces):
+    pieces = embed_clips(embedder, [files[number] for number in todo], pad_sec=config.pad_sec, workers=config.workers)
+    with Progress("clips", len(todo)) as progress, closing(pieces):
         for piece in pieces:
+            number = todo[piece.number]
             if piece.error is not None:
-                broken[piece.number] = piece.error.reason
+                broken[number] = piece.error.reason
                 logger.warning("broken: %s", piece.error)
             elif piece.last:
-                rows[piece.number] = piece.rows[0].numpy()
+                rows[number] = piece.rows[0].numpy()
             ended += piece.last
-            progress.show(ended, f"{ended / (time.monotonic() - started + 1e-9):.0f} clips/s", len(files))
-    speed = ended / (time.monotonic() - started)
+            progress.show(ended, f"{ended / (time.monotonic() - started + 1e-9):.0f} clips/s", len(todo))
+    speed = speed or ended / (time.monotonic() - started)
+    good = np.array([number for number in range(len(files)) if number not in broken], np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"broken": list(broken), "reasons": list(broken.values()), "clips_per_sec": speed}
-    write_whole(path, lambda file: np.savez(file, rows=rows, **content))
+    content: dict[str, Any] = {"clips": good, "rows": rows[good], "clips_per_sec": speed}
+    write_whole(path, lambda file: np.savez(file, **content))
     return _Features(rows, broken, speed)
 
 
 def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
-    """Return a checksum of everything that embeddings depend on."""
+    """Return a checksum of all that embeddings depend on: encoder, settings, versions, files.
+
+    The encoder counts as its weights, the code of its classes and its answer to a fixed sound, which tells of settings
+    that are neither.
+    """
     digest = hashlib.sha256()
-    for name, tensor in embedder.encoder.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    for name, tensor in [*embedder.named_parameters(), *embedder.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for kind in sorted({type(module) for module in embedder.modules()}, key=str):
+        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+        with suppress(OSError, TypeError):  # no file holds it
+            digest.update(b"" if kind.__module__.startswith("torch.") else Path(inspect.getfile(kind)).read_bytes())
+    samples = max(round(config.pad_sec * embedder.sample_rate), embedder.min_samples)
+    sound = torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    with suppress(RuntimeError, ValueError), torch.no_grad():  # an encoder may take longer clips alone
+        digest.update(embedder(sound.to(embedder.to_lms.window.device)).float().cpu().numpy().tobytes())
     front_end = [getattr(embedder.to_lms, name) for name in FRONT_END]
-    settings = [type(embedder.encoder).__name__, front_end, embedder.stats, config.pad_sec, config.dtype]
+    settings = [front_end, embedder.stats, config.pad_sec, config.dtype, _versions()]
     digest.update(json.dumps(settings).encode())
     for file in files:
-        size, changed = fingerprint(file)
-        digest.update(f"{file.name} {size} {changed}\n".encode(errors="surrogateescape"))
+        digest.update(os.fsencode(os.path.abspath(file)) + b"\0" + str(_identity(file)).encode())
     return digest.hexdigest()[:24]
+
+
+def _versions() -> list[str]:
+    """Return versions of what decodes, resamples and embeds."""
+    import soxr
+
+    import byola_fast
+
+    return [byola_fast.__version__, torch.__version__, decoders(), soxr.__version__, soxr.__libsoxr_version__]
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Return what changes if other content takes a file's name: also inode and time of change, which no tool sets."""
+    try:
+        status = os.stat(file)
+    except OSError:  # it has gone meanwhile
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from byola_fast.audio.reading import list_audio_files
-from byola_fast.evaluation.tasks import SPLITS
-from byola_fast.runtime.files import as_text, write_whole
+from byola_fast.evaluation.tasks import SPLITS, TaskError, read_task
+from byola_fast.runtime.console import say
+from byola_fast.runtime.files import as_text, printable, write_whole
 
 FOLDS = 5
 USAGE = "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv\nDATASET is one of: "
@@ -58,7 +60,7 @@ def nsynth(root: Path) -> Iterator[Row]:
     """NSynth: nsynth-{train,valid,test}/examples.json and audio/*.wav; instrument families."""
     for part in ("train", "valid", "test"):
         folder = root / f"nsynth-{part}"
-        for name, note in sorted(json.loads(_text(folder / "examples.json")).items()):
+        for name, note in sorted(_json(folder / "examples.json").items()):
             yield Row(f"nsynth-{part}/audio/{name}.wav", note["instrument_family_str"], part)
 
 
@@ -73,16 +75,23 @@ def fsd50k(root: Path) -> Iterator[Row]:
 
 def folders(root: Path) -> Iterator[Row]:
     """CLASS/*, of which every fifth clip of each class is of one fold; or train, valid and test, each of CLASS/*."""
-    names = sorted({SPLITS.get(path.name.lower(), path.name.lower()) for path in root.iterdir() if path.is_dir()})
-    split = bool(names) and set(names) <= {"train", "valid", "test"}
+    files = list_audio_files(root)
+    tops = {path.relative_to(root).parts[0] for path in files}  # folders without audio do not count
+    parts = {name for name in tops if SPLITS.get(name.lower(), name.lower()) in ("train", "valid", "test")}
+    split = bool(tops) and parts == tops
+    if len({SPLITS.get(name.lower(), name.lower()) for name in parts}) > 1 and not split:
+        others = ", ".join(sorted(tops - parts))
+        raise ValueError(f"{root}: expected folders train, valid and test alone, or no such folder, got also {others}")
     seen: Counter[str] = Counter()
-    for path in list_audio_files(root):
+    for path in files:
         name = path.relative_to(root)
         if len(name.parts) < 2 + split:
             raise ValueError(f"{path}: lies in no folder of a class; expected {'SPLIT/' * split}CLASS/{path.name}")
         label = name.parts[int(split)]
         if "," in label:
             raise ValueError(f"{path}: a comma in the name of a class stands between two labels; rename the folder")
+        if label != label.strip():
+            raise ValueError(f"{path}: a space at the end of the name of a class is lost in CSV; rename the folder")
         seen[label] += 1
         yield Row(name.as_posix(), label, name.parts[0] if split else str((seen[label] - 1) % FOLDS + 1))
 
@@ -119,13 +128,31 @@ def write_task(dataset: str, root: str | Path, out: str | Path) -> int:
         rows = list(RECIPES[dataset](Path(root)))
     except _MissingError as error:
         raise ValueError(f"{error}: missing; expected: {RECIPES[dataset].__doc__}") from error
+    except (KeyError, TypeError, AttributeError) as error:  # in the data set's own tables
+        raise ValueError(f"{root}: {error!r}; expected: {RECIPES[dataset].__doc__}") from error
     if not rows:
         raise ValueError(f"{root}: no clip of {dataset} in this folder; expected: {RECIPES[dataset].__doc__}")
     kind = "fold" if all(re.fullmatch(r"\d+", row.part) for row in rows) else "split"
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     lines = [("file_name", "label", kind), *rows]
-    write_whole(Path(out), as_text(lambda file: csv.writer(file, lineterminator="\n").writerows(lines)))
+
+    def write(file: IO[bytes]) -> None:
+        as_text(lambda text: csv.writer(text, lineterminator="\n").writerows(lines))(file)
+        file.flush()
+        _check(Path(file.name), rows, root)
+
+    write_whole(Path(out), write)
     return len(rows)
+
+
+def _check(path: Path, rows: list[Row], root: str | Path) -> None:
+    """Refuse a task that cannot be evaluated, or names that CSV does not keep."""
+    try:
+        task, _left_out = read_task(path, keep_going=True)
+    except TaskError as error:
+        raise ValueError(f"{root}: {str(error).removeprefix(f'{path}: ')}") from error
+    if changed := [row.file_name for row, name in zip(rows, task.file_names, strict=False) if row.file_name != name]:
+        raise ValueError(f"{root}: a space at an end of the name is lost in CSV; rename {printable(changed[0])!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,25 +162,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE + ", ".join(RECIPES), file=sys.stderr)
         return 2
     try:
-        print(f"{arguments[2]}: {write_task(*arguments)} clips")
+        say(f"{arguments[2]}: {write_task(*arguments)} clips", sys.stdout)
     except (OSError, ValueError) as error:
-        print(f"byola_fast.evaluation.recipes: error: {error}", file=sys.stderr)
+        say(f"byola_fast.evaluation.recipes: error: {error}", sys.stderr)
         return 2
     return 0
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape")  # as the system decodes names of files
     except FileNotFoundError as error:
         raise _MissingError(str(path)) from error
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    return content
+
+
 def _lines(path: Path, *columns: str) -> Iterator[dict[str, str]]:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
         raise ValueError(f"{path}: no column {', '.join(missing)}")
-    yield from reader
+    try:
+        for line in reader:
+            if not all(line[column] for column in columns):
+                raise ValueError(f"{path}: line {reader.line_num}: expected {', '.join(columns)}, got {line}")
+            yield line
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: not a CSV file: {error}") from error
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,8 +18,12 @@ from byola_fast.embedding.embedder import Embedder
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.probe import Scores, class_scores, headline, macro
 from byola_fast.evaluation.tasks import Task
-from byola_fast.runtime.figures import new_figure, save_figure, short_name
-from byola_fast.runtime.files import file_sha256
+from byola_fast.runtime.figures import new_figure, plain_text, save_figure, short_name
+from byola_fast.runtime.files import printable
+
+logger = logging.getLogger("byola_fast")
+
+NAME_LENGTH = 60  # characters of a class in the report
 
 COLUMNS = [
     *("date", "task", "features", "weights", "weights_sha256", "encoder", "feature_d"),
@@ -31,27 +39,42 @@ def check_results(path: Path) -> None:
     """Refuse a results file that cannot be appended to.
 
     Raises:
-        ValueError: other columns, or no text.
+        ValueError: other columns, or no text; a file that cannot be written.
     """
     if path.exists():
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, "r+", newline="", encoding="utf-8") as file:
                 columns = next(csv.reader(file), COLUMNS)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be appended to: {error.strerror or error}") from error
+        except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a CSV file in UTF-8: {error}; move it away or give another out") from error
         if columns not in (COLUMNS, OLD_COLUMNS):
             raise ValueError(f"{path}: has other columns than this version writes; move it away or give another out")
 
 
 def append_result(path: Path, line: Mapping[str, Any]) -> None:
-    """Append a line (to a new file, also the header) in one write, so that evaluations may run side by side."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        if not file.tell():
+    """Append a line whole or not at all (to a new file, also the header); evaluations may run side by side."""
+    with open(path, "a+b", buffering=0) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if not end:
             writer.writeheader()
+        else:
+            file.seek(end - 1)
+            text.write("" if file.read() == b"\n" else "\n")  # an editor may have left it out
         writer.writerow(line)  # by position, also under the old names
-        file.write(text.getvalue())
+        content = text.getvalue().encode("utf-8", "backslashreplace")
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def percent(value: float | None) -> str:
@@ -104,7 +127,7 @@ def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title:
             axes.text(column, row, message, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the class")
     if title:
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(plain_text(title), fontsize=10, loc="left")
     save_figure(figure, path)
 
 
@@ -117,7 +140,7 @@ class EvalResult(NamedTuple):
         by_seed: the score of each seed.
         line: the line appended to results.csv.
         report: all of it as text.
-        picture: the confusion matrix; None for a multi-label task.
+        picture: the confusion matrix; None for a multi-label task, or if it cannot be drawn.
     """
 
     score: float
@@ -136,6 +159,7 @@ def _report(
     found: list[list[Scores]],
     left_out: list[str],
     clips_per_sec: float,
+    weights_sha256: str,
 ) -> EvalResult:
     multi = task.multi_label
     by_round = [[headline(one.truth, one.scores, multi) for one in runs] for runs in found]
@@ -150,7 +174,7 @@ def _report(
         "task": task.name,
         "features": config.features,
         "weights": config.weights or "",
-        "weights_sha256": file_sha256(Path(config.weights)) if config.weights else "",
+        "weights_sha256": weights_sha256,
         "encoder": type(embedder.encoder).__name__,
         "feature_d": embedder.feature_d,
         "metric": metric,
@@ -171,12 +195,16 @@ def _report(
         "dtype": config.dtype,
         "clips_per_sec": f"{clips_per_sec:.0f}",
     }
+    append_result(out / "results.csv", line)
     picture = None
     if not multi:
         picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else config.features}-confusion.png"
         title = f"{task.name}, {config.features}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
-        draw_confusion(picture, _confusion(task, found), task.classes, title)
-    append_result(out / "results.csv", line)
+        try:
+            draw_confusion(picture, _confusion(task, found), task.classes, title)
+        except Exception as error:  # the results are written, and worth more than their picture
+            logger.warning("%s: cannot be drawn: %s", picture, error)
+            picture = None
     report = "\n".join(_tell(config, task, found, line, left_out, picture))
     return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, picture)
 
@@ -207,14 +235,15 @@ def _tell(
         yield f"macro       {line['macro_percent']} %{varied}"
     yield f"speed       {line['clips_per_sec']} clips/s, decoding included"
     yield ""
-    size = max(5, *(len(label) for label in task.classes))
+    names = [printable(label)[:NAME_LENGTH] for label in task.classes]
+    size = max(5, *map(len, names))
     yield f"{'class':{size}}  {'clips':>6}  {'AP' if task.multi_label else 'accuracy':>8}"
     tables = [class_scores(one.truth, one.scores, task.multi_label) for runs in found for one in runs]
-    for k, label in enumerate(task.classes):
+    for k, name in enumerate(names):
         values = [table[k][0] for table in tables]
         seen = [value for value in values if value is not None]
         clips = sum(table[k][1] for table in tables) // len(found)
-        yield f"{label:{size}}  {clips:6}  {percent(fmean(seen)) if seen else '-':>8}"
+        yield f"{name:{size}}  {clips:6}  {percent(fmean(seen)) if seen else '-':>8}"
     yield ""
     if picture is not None:
         yield f"confusion matrix: {picture}"

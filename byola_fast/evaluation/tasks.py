@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from byola_fast.runtime.files import printable
 
 SPLITS = {"training": "train", "validation": "valid", "val": "valid", "testing": "test"}  # other spellings
 NAMED = 5  # names in a message
@@ -72,10 +76,11 @@ class Round(NamedTuple):
 def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list[str]]:
     """Read a task: columns ``file_name,label`` and ``split`` (train, valid, test) or ``fold``; others are ignored.
 
-    Quoted labels with commas make the task multi-label.
+    Quoted labels with commas make the task multi-label. Columns are separated by commas, semicolons or tabs. Lines
+    without anything in them are skipped. Names of files need not be UTF-8.
 
     Args:
-        path: the CSV file, UTF-8.
+        path: the CSV file.
         keep_going: leave out lines without a label or a split instead of stopping.
 
     Returns:
@@ -83,23 +88,22 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
 
     Raises:
         FileNotFoundError: no such file.
-        TaskError: missing columns or labels (names the lines), a file listed twice, an unknown split, fewer than two
-            classes or folds, no clip to learn from or to test on.
+        TaskError: no CSV file, missing or repeated columns, a line with too many cells, missing labels (names the
+            lines), a file listed twice, an unknown split, fewer than two classes or folds, no clip to learn from or to
+            test on.
     """
     path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            lines = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TaskError(f"{path}: not a CSV file in UTF-8: {error}") from error
+    columns, lines = _table(path)
+    if repeated := [name for name, count in Counter(filter(None, columns)).items() if count > 1]:
+        raise TaskError(f"{path}: expected each column once, got {_some(repeated)} more than once")
     kinds = [kind for kind in ("split", "fold") if kind in columns]
     if "file_name" not in columns or "label" not in columns or len(kinds) != 1:
-        raise TaskError(f"{path}: expected columns file_name, label, and split or fold, got {', '.join(columns)}")
+        raise TaskError(
+            f"{path}: expected columns file_name, label, and split or fold, got {printable(', '.join(columns))}"
+        )
     kind, left_out = kinds[0], []
     for column in ("file_name", "label", kind):
-        empty = [number for number, row in lines if not (row[column] or "").strip(" ,")]
+        empty = [number for number, row in lines if not row[column].strip(" ,")]
         if empty:
             message = f"{len(empty)} lines without {column}: {_some(empty)}"
             if not keep_going:
@@ -107,7 +111,7 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
             left_out.append(message)
             lines = [(number, row) for number, row in lines if number not in set(empty)]
     file_names = [row["file_name"].strip() for _number, row in lines]
-    if twice := [name for name, count in Counter(file_names).items() if count > 1]:
+    if twice := [name for name, count in Counter(map(os.path.normpath, file_names)).items() if count > 1]:
         raise TaskError(f"{path}: {len(twice)} files listed more than once: {_some(twice)}")
     splits = [row[kind].strip() for _number, row in lines]
     if kind == "split":
@@ -125,6 +129,32 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
     if len(classes) < 2:
         raise TaskError(f"{path}: expected at least two labels, got {_some(classes) or 'none'}")
     return Task(path.stem, file_names, labels, splits, classes, folds, multi_label), left_out
+
+
+def _table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the columns of a CSV file, and each line's number and cells; a missing cell is empty."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # as the system decodes names of files
+        if "\0" in text:
+            raise TaskError(f"{path}: not a CSV file in UTF-8: holds NUL bytes; save it as CSV in UTF-8")
+        header = "".join(text.splitlines()[:1])
+        delimiter = next((mark for mark in ";\t" if mark in header), ",")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        columns, lines = [name.strip() for name in next(reader, [])], []
+        for cells in reader:
+            if any(cell.strip() for cell in cells[len(columns) :]):
+                raise TaskError(
+                    f"{path}: line {reader.line_num}: expected {len(columns)} cells, as in the first line, got "
+                    f"{len(cells)}; put a label that holds a {delimiter!r} in quotes"
+                )
+            if any("\n" in cell or "\r" in cell for cell in cells):
+                raise TaskError(f"{path}: line {reader.line_num}: a line break inside a cell; is a quote missing?")
+            if any(cell.strip() for cell in cells):
+                cells += [""] * (len(columns) - len(cells))
+                lines.append((reader.line_num, dict(zip(columns, cells, strict=False))))
+    except csv.Error as error:
+        raise TaskError(f"{path}: line {reader.line_num}: not a CSV file: {error}; is a quote missing?") from error
+    return columns, lines
 
 
 def rounds(task: Task, seed: int) -> Iterator[Round]:
@@ -184,5 +214,5 @@ def _fifth_of_each_class(task: Task, numbers: list[int], draw: random.Random) ->
 
 
 def _some(values: Sequence[object]) -> str:
-    shown = ", ".join(map(str, values[:NAMED]))
+    shown = ", ".join(printable(str(value)) for value in values[:NAMED])
     return shown + (f" and {len(values) - NAMED} more" if len(values) > NAMED else "")

@@ -91,7 +91,7 @@ def _open_temporary(path: Path) -> IO[bytes]:
             old.unlink()
     while True:
         file = open(path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
-        if lock(file) and has_name(file):  # else another writer removed it before it was locked
+        if lock(file) and os.path.exists(file.name):  # else another writer removed it before it was locked
             return file
         file.close()
 
@@ -129,13 +129,17 @@ def open_locked(path: Path) -> IO[bytes] | None:
     """
     deadline = time.monotonic() + LOCK_SEC
     while True:
-        with suppress(FileNotFoundError):  # removed meanwhile
+        late = time.monotonic() > deadline
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")  # noqa: SIM115
             if lock(file) and has_name(file):
                 return file
             file.close()
-        if time.monotonic() > deadline:
+        except FileNotFoundError:  # the folder was removed meanwhile
+            if late:
+                raise
+        if late:
             return None
         time.sleep(LOCK_POLL_SEC)
 
@@ -173,3 +177,13 @@ def some_of(names: list[str]) -> str:
     'a, b, c, d, e, ...'
     """
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def printable(text: str) -> str:
+    r"""Return text for one line: line breaks, control characters and bytes that are not UTF-8 become escapes.
+
+    >>> print(printable("a\nb\udcff"))
+    a\nb\udcff
+    """
+    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(shown)

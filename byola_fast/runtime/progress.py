@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from byola_fast.runtime.console import say
+
 LINE_SEC = 5.0  # between two lines without a terminal
 
 
@@ -49,5 +51,5 @@ class Progress:
             begun, since = self.first
             left = (now - since) / (done - begun) * (self.total - done) if done > begun else None
             parts = [f"{self.what} {done}/{self.total}", message, f"{left:.0f} s left" if left is not None else ""]
-            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+            say("  ".join(part for part in parts if part), sys.stderr)
             self.shown_at = now

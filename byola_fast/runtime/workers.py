@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copyreg
 import ctypes
+import logging
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,20 @@ PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 K = TypeVar("K")
 T = TypeVar("T")
+
+logger = logging.getLogger("byola_fast")
+_warned: set[str] = set()
+_unsent: list[str] | None = None  # in a worker: warnings that the main process has yet to log
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged it; a worker leaves that to the main process."""
+    if message not in _warned:
+        _warned.add(message)
+        if _unsent is None:
+            logger.warning("%s", message)
+        else:
+            _unsent.append(message)
 
 
 def num_workers(asked: int | None) -> int:
@@ -101,11 +116,13 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
         atexit.register(end)  # multiprocessing would send SIGTERM and wait
         for _key, (process, items) in zip(keys, cycle(team), strict=False):
             try:
-                item, error = pickle.load(items)
+                item, error, warnings = pickle.load(items)
             except (EOFError, pickle.UnpicklingError) as cut:
                 process.join()
                 message = f"a process that reads audio was killed (out of memory?): exit code {process.exitcode}"
                 raise ChildProcessError(message) from cut
+            for warning in warnings:
+                warn_once(warning)
             if error is not None:
                 raise error
             yield item
@@ -133,15 +150,21 @@ def _work(read: Callable[[K], T], keys: Sequence[K], theirs: socket.socket, main
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _die_with(main)
+    global _unsent
+    _unsent = []
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     with suppress(BrokenPipeError), theirs, theirs.makefile("wb") as items:
         try:
             for item in read_in_thread(read, keys, WORKER_AHEAD):
-                _send(items, (item, None))
+                _send(items, (item, None, _taken(_unsent)))
         except Exception as error:
             if hasattr(error, "add_note"):  # since Python 3.11
                 error.add_note(f"in a process that reads audio:\n{format_exc()}")
-            _send(items, (None, error))
+            _send(items, (None, error, _taken(_unsent)))
+
+
+def _taken(warnings: list[str]) -> list[str]:
+    return [warnings.pop(0) for _ in range(len(warnings))]  # the reading thread may add to it meanwhile
 
 
 def _die_with(main: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from byola_fast.audio.batches import Batches, as_float, open_source
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import DeviceStore, SegmentStore
-from byola_fast.runtime.files import write_whole
+from byola_fast.runtime.files import require_writable, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
 from byola_fast.spectrograms.statistics import compute_stats
@@ -59,12 +59,12 @@ def run_stats(config: StatsConfig) -> Stats:
 
     Raises:
         FileNotFoundError: no such folder. AudioError or StoreError: no file in it can be read. ValueError: settings out
-            of range, or ``out`` cannot be written.
+            of range. ValueError or OSError: ``out`` cannot be written.
     """
     source = open_source(config.audio_dir, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
     to_lms = LogMel(**config.front_end())
     if config.out is not None:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        require_writable(Path(config.out))
     with Progress("segments") as progress:
         stats = take_stats(
             source,
@@ -131,7 +131,7 @@ def require_sound(std: float) -> None:
 
 
 def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:
-    """Write statistics and their front end as JSON.
+    """Write statistics and their front end as JSON, in place of an older file; the folder is made if missing.
 
     Raises:
         ValueError: the file cannot be written.
@@ -139,6 +139,7 @@ def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float)
     front_end = {name: getattr(to_lms, name) for name in FRONT_END}
     content = json.dumps(stats._asdict() | {"unit_sec": unit_sec, "front_end": front_end}, indent=1) + "\n"
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(path), lambda file: file.write(content.encode()))
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -169,5 +170,6 @@ def read_stats(path: str | Path, to_lms: LogMel | None = None) -> Stats:
     for name in FRONT_END if to_lms is not None else ():
         if front_end.get(name) != getattr(to_lms, name):
             message = f"{name} {front_end.get(name)}, expected {getattr(to_lms, name)}"
-            raise ValueError(f"{path}: computed with {message}; compute it again with byola-fast stats --{name}")
+            how = "" if name == "center" else f" --{name}"
+            raise ValueError(f"{path}: computed with {message}; compute it again with byola-fast stats{how}")
     return stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -12,6 +13,8 @@ from torch.autograd.graph import increment_version
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import compute_dtype
+
+logger = logging.getLogger("byola_fast")
 
 
 def batch_stats(x: Tensor) -> Tensor:
@@ -87,13 +90,19 @@ class RunningStats(nn.Module):
 def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
     """Return mean and std over all batches, for ``stats=`` and to be stored with weights.
 
+    Samples that are not finite are left out, with a warning.
+
     >>> [round(value, 4) for value in compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])]
     [2.5, 1.291]
     """
-    running = RunningStats()
+    running, seen = RunningStats(), 0
     for batch in batches:
         running.update(batch)
-    if int(running.count) == 0:
+        seen += batch.numel()
+    count = int(running.count)
+    if count == 0:
         raise ValueError("stats: expected at least one finite log-mel spectrogram, got none")
+    if count < seen:
+        logger.warning("stats: %.2g %% of the log-mels are not finite and left out", 100 * (1 - count / seen))
     mean, std = running.stats().tolist()
     return mean, std

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from byola_fast.runtime.figures import new_figure, save_figure
+from byola_fast.runtime.figures import new_figure, plain_text, save_figure
 from byola_fast.views.pictures import LOSS_COLOUR, REFUSED_COLOUR, SPREAD_COLOUR
 
 
@@ -34,7 +34,7 @@ def draw_training(path: str | Path, log: Sequence[Mapping[str, Any]], loss: str 
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    top.set_title(loss, loc="left", fontsize=11)
+    top.set_title(plain_text(loss), loc="left", fontsize=11)
     top.set_ylim(bottom=0)
     bottom.axhline(1, color=REFUSED_COLOUR, linewidth=1, linestyle="--")
     bottom.set_title("spread of the projections (1 is healthy, 0 collapsed)", loc="left", fontsize=11)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from byola_fast.runtime.figures import new_figure, save_figure, short_name
+from byola_fast.runtime.figures import new_figure, plain_text, save_figure, short_name
 from byola_fast.views.explain import Panel, ViewSteps
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def draw_views(path: str | Path, panels: Sequence[Panel], title: str = "") -> No
         raise ValueError("panels: expected at least one sample, got none")
     figure = new_figure(width=13.0, height=4.3 * len(panels) + 0.6)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(plain_text(title), fontsize=12)
     blocks = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
     for block, panel in zip(blocks, panels, strict=True):
         frames = panel.original.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from byola_fast.views.pictures import draw_views
 
 logger = logging.getLogger("byola_fast")
 
+LOWEST_HZ = 60.0
 BATCH = 16  # segments that partners are chosen from
 
 
@@ -54,11 +56,14 @@ def show(
     samples = (3 if path.is_dir() else 1) if samples is None else samples
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    if not unit_sec * sample_rate >= 1:
-        raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
+    if sample_rate <= 2 * LOWEST_HZ:
+        raise ValueError(f"sample_rate: expected more than {2 * LOWEST_HZ:g} Hz, got {sample_rate}")
+    to_lms = LogMel(sample_rate=sample_rate, f_min=LOWEST_HZ, f_max=min(7800.0, sample_rate / 2))
+    shortest = to_lms.n_fft // 2 + 1
+    if not shortest <= unit_sec * sample_rate < math.inf:
+        raise ValueError(f"unit_sec: expected at least {shortest} samples (1 / {sample_rate} s each), got {unit_sec}")
     pick = _segments_of_folder if path.is_dir() else _segments_of_file
     names, wavs = pick(path, max(samples, BATCH), unit_sec, sample_rate, seed)
-    to_lms = LogMel(sample_rate=sample_rate, f_max=min(7800.0, sample_rate / 2))
     lms = to_lms(torch.stack(wavs))
     panels = explain_views(lms, names, samples=samples, preset=preset, interpolation=interpolation, seed=seed)
     draw_views(out, panels, title=f"{path.name or path.resolve().name}   ({preset}, {interpolation}, seed {seed})")

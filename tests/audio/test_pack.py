@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+from byola_fast.audio import decoding
 from byola_fast.audio import pack as packing
 from byola_fast.audio.pack import PackConfig, pack, run_pack
 from byola_fast.audio.reading import AudioError, list_audio_files
@@ -62,7 +63,7 @@ def test_broken_files_are_reported_once_and_recorded(tmp_path: Path, caplog: pyt
         assert [record.getMessage() for record in caplog.records] == [
             f"skipping {folder / 'empty.wav'}: empty file (0 bytes)",
             f"skipping {folder / 'inf.wav'}: NaN or infinite samples",
-            f"skipping {folder / 'text.wav'}: not audio that libsndfile can read",
+            f"skipping {folder / 'text.wav'}: not audio that can be decoded",
         ]
         assert (result.files, list(result.broken), result.unchanged) == (9, ["empty.wav", "inf.wav", "text.wav"], False)
         assert [report[:2] for report in done] == [(number, 9) for number in range(1, 10)]
@@ -88,6 +89,42 @@ def test_an_unchanged_part_is_not_packed_again(tmp_path: Path) -> None:
     assert not pack(folder, out, workers=0).unchanged
     assert len(SegmentStore(out)) == 5
     assert names(out) == [".int16", ".json"]
+
+
+def test_a_broken_file_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = write_clips(tmp_path / "audio"), tmp_path / "out"
+    (folder / "0002.wav").rename(tmp_path / "away.wav")
+    (folder / "0002.wav").symlink_to(tmp_path / "away.wav")
+    read = soundfile.SoundFile.read
+
+    def fail(file: soundfile.SoundFile, **arguments: object) -> object:
+        if os.fsdecode(file.name).endswith("0002.wav"):
+            raise soundfile.LibsndfileError(2)  # the disk failed
+        return read(file, **arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(soundfile.SoundFile, "read", fail)
+        assert pack(folder, out, workers=0).broken == {"0002.wav": "read error"}
+        assert pack(folder, out, workers=0).unchanged  # still broken
+    again = pack(folder, out, workers=0)
+    assert not again.unchanged
+    assert not again.broken
+
+
+def test_a_store_of_other_decoders_is_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = write_clips(tmp_path / "audio"), tmp_path / "out"
+    pack(folder, out, workers=0)
+    monkeypatch.setattr(decoding, "has_ffmpeg", lambda: False)
+    assert not pack(folder, out, workers=0).unchanged
+    assert pack(folder, out, workers=0).unchanged
+
+
+def test_clipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_clips(tmp_path / "audio")
+    for name in ("loud.wav", "louder.wav"):
+        soundfile.write(folder / name, np.full(100, 1.5), RATE, "FLOAT")
+    pack(folder, tmp_path / "out", workers=0)
+    assert caplog.messages == ["200 samples of 2 files were clipped to full scale: loud.wav, louder.wav"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

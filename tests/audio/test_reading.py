@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast.audio import reading
+from byola_fast.audio import decoding
 from byola_fast.audio.reading import AudioError, audio_duration, list_audio_files, read_audio
 from byola_fast.audio.segments import SegmentFolder, fit_segment
 from byola_fast.ops.philox import segment_u24
@@ -116,9 +116,9 @@ def test_a_part_equals_the_slice_of_the_whole(tmp_path: Path, form: str, rate: i
 def test_parts_of_a_longer_file_are_reached_by_seeking(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s instead of 16; pages of these files hold 1 s
-    monkeypatch.setattr(reading, "MP3_SEEK_FRAMES", 1 << 16)
-    monkeypatch.setattr(reading, "BLOCK_FRAMES", 5000)
+    monkeypatch.setattr(decoding, "OGG_PAGE_FRAMES", 1 << 16)  # 4 s instead of 16; pages of these files hold 1 s
+    monkeypatch.setattr(decoding, "MP3_SEEK_FRAMES", 1 << 16)
+    monkeypatch.setattr(decoding, "BLOCK_FRAMES", 5000)
     path = write(tmp_path / f"a.{form}", chirp(12.0, RATE), RATE)
     whole = read_audio(path)
     np.testing.assert_allclose(whole.numpy(), soundfile.read(path, dtype="float32")[0], atol=1e-6, rtol=0)
@@ -165,10 +165,11 @@ def test_a_truncated_file_is_read_as_far_as_it_decodes(tmp_path: Path, form: str
     whole = read_audio(path)
     rest = read_audio(cut(path, 0.5))
     assert 0.2 * len(whole) < len(rest) < 0.8 * len(whole)
-    # A codec blends its last block with the missing one.
-    torch.testing.assert_close(rest[:-4096], whole[: len(rest) - 4096], atol=1e-6, rtol=0)
+    # A codec blends its last block with the missing one. FFmpeg decodes the rest of the MP3, libsndfile the whole.
+    atol = 2e-6 if form == "mp3" else 1e-6
+    torch.testing.assert_close(rest[:-4096], whole[: len(rest) - 4096], atol=atol, rtol=0)
     part = read_audio(path, start_sec=0.25, duration_sec=0.25)
-    torch.testing.assert_close(part, whole[4000:8000], atol=5e-3 if form == "opus" else 1e-6, rtol=0)
+    torch.testing.assert_close(part, whole[4000:8000], atol=5e-3 if form == "opus" else atol, rtol=0)
     with pytest.raises(AudioError, match="nothing can be decoded"):
         read_audio(path, start_sec=2.9)
 
@@ -234,7 +235,7 @@ def test_tiny_and_silent_clips_are_read(tmp_path: Path) -> None:
     assert not read_audio(write(tmp_path / "silent.wav", np.zeros(1000), RATE)).any()
 
 
-def test_audio_duration_reads_the_header(tmp_path: Path) -> None:
+def test_audio_duration_is_that_of_the_sound(tmp_path: Path) -> None:
     for form, rate in [("wav", 22050), ("flac", 44100), ("ogg", 16000), ("opus", 48000), ("mp3", 44100)]:
         path = write(tmp_path / f"a.{form}", sine(440, 0.5, rate), rate)
         assert audio_duration(path) == pytest.approx(0.5, abs=1 / rate)
@@ -316,7 +317,7 @@ def test_segments_are_slices_of_the_whole_clip(corpus: list[Path]) -> None:
             read = folder.read(index, epoch, draw)
             torch.testing.assert_close(read, wanted, atol=1e-6, rtol=0)  # resampling a part
     assert not torch.equal(folder.read(0, 0), SegmentFolder(corpus, seed=4).read(0, 0))
-    with pytest.raises(AudioError, match="not audio that libsndfile can read"):
+    with pytest.raises(AudioError, match="not audio that can be decoded"):
         folder.read(4, 0)
 
 
@@ -324,14 +325,12 @@ def test_segments_are_slices_of_the_whole_clip(corpus: list[Path]) -> None:
 def test_segments_of_a_truncated_clip_come_from_its_decodable_part(tmp_path: Path, form: str) -> None:
     path = cut(write(tmp_path / f"a.{form}", chirp(4.0, RATE), RATE), 0.4)
     whole = read_audio(path)
-    assert audio_duration(path) == 4.0  # both headers still say 4 s
+    assert soundfile.info(path).duration == 4.0
+    assert audio_duration(path) == len(whole) / RATE < 2.0
     folder = SegmentFolder([path])
     for epoch in range(10):
-        segment = folder.read(0, epoch)
-        u24 = segment_u24(0, epoch, 0)
-        header_start = u24 * (64000 - 15200 + 1) >> 24
-        start = header_start if header_start + 15200 <= len(whole) else u24 * (len(whole) - 15200 + 1) >> 24
-        torch.testing.assert_close(segment, whole[start : start + 15200], atol=1e-6, rtol=0)
+        start = segment_u24(0, epoch, 0) * (len(whole) - 15200 + 1) >> 24
+        torch.testing.assert_close(folder.read(0, epoch), whole[start : start + 15200], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("arguments", [{"unit_sec": 0.0}, {"sample_rate": 0}, {"unit_sec": -1.0}])

@@ -183,7 +183,7 @@ def test_int16_is_exact_and_clips_at_full_scale(tmp_path: Path, caplog: pytest.L
     soundfile.write(tmp_path / "loud.wav", np.array([1.0, -1.0, 1.5, -7.0, 0.25] * 40), RATE, "FLOAT")
     result = pack(tmp_path, tmp_path / "out", workers=0)
     assert result.clipped == 80
-    assert "80 samples were clipped to full scale" in caplog.text
+    assert "80 samples of 1 files were clipped to full scale: loud.wav" in caplog.text
     assert SegmentStore(tmp_path / "out", unit_sec=65536 / RATE).gather([0], 0)[0].tolist() == exact.tolist()
     loud = SegmentStore(tmp_path / "out", unit_sec=5 / RATE)
     assert loud.cut(torch.tensor([1]), torch.tensor([0]))[0].tolist() == [32767, -32768, 32767, -32768, 8192]

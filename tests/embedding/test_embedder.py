@@ -118,7 +118,7 @@ def test_everything_comes_from_an_own_file(tmp_path, suffix):
 
 def test_published_layout_needs_statistics(tmp_path):
     torch.save({"state_dict": layout(2, 64, (2048, 2048))}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"a\.pth: holds no statistics .* give stats=\(mean, std\)"):
+    with pytest.raises(CheckpointError, match=r"a\.pth: holds no statistics .* give stats=\(mean, std\).*--stats FILE"):
         load_encoder(tmp_path / "a.pth")
     embedder = load_encoder(tmp_path / "a.pth", stats=STATS)
     assert (embedder.feature_d, embedder.frame_period_ms, embedder.sample_rate) == (3072, 40.0, 16000)
@@ -148,7 +148,9 @@ def test_files_that_are_refused(tmp_path):
     [
         (torch.zeros(2, 3, 4000), ValueError, r"expected shape \(B, samples\) or \(samples,\)"),
         (torch.zeros(2, 0), ValueError, "not empty"),
-        (torch.zeros(2, 4000).short(), TypeError, "floating-point"),
+        (torch.zeros(2, 4000).short(), TypeError, "floating-point tensor in .* got int16; divide it by 32768"),
+        (torch.zeros(2, 4000).long(), TypeError, "floating-point"),
+        (torch.zeros(2, 4000, device="meta"), ValueError, "expected a tensor on cpu, as the module, got meta"),
         ([0.0], TypeError, "expected a torch.Tensor"),
     ],
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -92,6 +95,18 @@ def test_a_difference_to_the_encoder_would_be_seen(embedder, tmp_path):
     assert exporter._difference(embedder, path, frames=False) < 1e-5
     other = make_embedder(AudioNTT2020(n_mels=16, d=24))
     assert exporter._difference(other, path, frames=False) > 1e-2
+
+
+@pytest.mark.parametrize("difference", [2e-4, float("nan")])
+def test_a_file_with_other_embeddings_is_an_error(embedder, tmp_path, capsys, monkeypatch, difference):
+    weights = tmp_path / "encoder.safetensors"
+    save_encoder(weights, embedder.encoder, config=describe_encoder(embedder.encoder, embedder.to_lms), stats=(-6, 3))
+    monkeypatch.setattr(exporter._Face, "forward", lambda _face, wav: torch.full((len(wav), 24), difference))
+    monkeypatch.setattr(exporter, "export_encoder", lambda _embedder, path, **_words: Path(path))
+    zeros = SimpleNamespace(run=lambda _names, given: [np.zeros((len(given["wav"]), 24), np.float32)])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_args, **_words: zeros)
+    assert main(["export", str(weights), "--out", str(tmp_path / "e.onnx")]) == 2
+    assert "onnxruntime differs from this encoder by" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported(embedder, tmp_path, monkeypatch):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,13 +15,19 @@ import torch
 from helpers.tasks import PITCHES, make_task, write_task, write_tone
 
 from byola_fast import AudioNTT2020, LogMel, cli
+from byola_fast.audio.reading import AudioError
+from byola_fast.embedding import streaming
+from byola_fast.embedding.embedder import Embedder
+from byola_fast.embedding.streaming import NOT_FINITE
 from byola_fast.evaluation import evaluate as module
+from byola_fast.evaluation import report
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
-from byola_fast.evaluation.report import OLD_COLUMNS
+from byola_fast.evaluation.report import OLD_COLUMNS, append_result, check_results, draw_confusion
 from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
+from byola_fast.spectrograms.log_mel import FRONT_END
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,14 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
         ("file_name,label,split\na,x,train\nb,x,test\n", "at least two labels, got x"),
         ("file_name,label,split\na,x,train\nb,,test\n,y,test\n", "1 lines without file_name: 4"),
         ("file_name,label,split\na,x,train\nb\n", "1 lines without label: 3"),
+        ("file_name,label,split\na,x,train\n./a,y,test\n", "1 files listed more than once: a"),
+        ("file_name,label,split\nb/../a,x,train\na,y,test\n", "1 files listed more than once: a"),
+        ("file_name,label,split,label\na,x,train,y\n", "expected each column once, got label more than once"),
+        ("file_name,label,split\na,x,y,train\n", "line 2: expected 3 cells, as in the first line, got 4; put a label"),
+        ('file_name,label,split\na,"x,train\nb,y,test\n', "line 3: not a CSV file: .*; is a quote missing"),
+        ('file_name,label,split\na,"x,train\nb,y",test\n', "line 3: a line break inside a cell; is a quote missing"),
+        ("file_name,label,split\na,\0x,train\n", "holds NUL bytes"),
+        ("file_name|label|split\na|x|train\n", "expected columns .*, got file_name|label|split"),
     ],
 )
 def test_refused_tasks(tmp_path, text, words):
@@ -204,11 +221,44 @@ def test_refused_tasks(tmp_path, text, words):
         read_task(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name;label;split\na.wav;x;train\nb.wav;y;test\n",
+        "file_name\tlabel\tsplit\na.wav\tx\ttrain\nb.wav\ty\ttest\n",
+        "file_name, label, split\na.wav, x, train\nb.wav, y, test\n",
+        'file_name, label, split\na.wav, "x", train\n"b.wav", y , test\n',
+        "\ufefffile_name,label,split\r\na.wav,x,train\r\nb.wav,y,test\r\n,,\r\n\r\n , ,\r\n",
+        "file_name,label,split,,\na.wav,x,train,,\nb.wav,y,test,,,\n",
+    ],
+)
+def test_kinds_of_csv(tmp_path, text):
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    task, left_out = read_task(tmp_path / "t.csv")
+    assert (task.file_names, task.labels, task.splits) == (["a.wav", "b.wav"], [("x",), ("y",)], ["train", "test"])
+    assert (left_out, task.multi_label) == ([], False)
+
+
+def test_labels_with_commas_between_semicolons(tmp_path):
+    (tmp_path / "t.csv").write_text("file_name;label;split\na;x,y;train\nb;y;test\n")
+    assert read_task(tmp_path / "t.csv")[0].labels == [("x", "y"), ("y",)]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"file_name,label,split\n\xe9.wav,x,train\nb.wav,\xe9,test\n")
+    task, _ = read_task(tmp_path / "t.csv")
+    assert os.fsencode(task.file_names[0]) == b"\xe9.wav"
+    assert task.classes == ["x", "\udce9"]
+
+
 def test_refused_settings(split_task, fold_task, tmp_path):
     for words, settings in {
         "weights: expected a file": {},
         "features: expected trained, random or melstats, got 'x'": {"features": "x"},
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
+        "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
+        "feature_d: expected at least 1": {"features": "random", "feature_d": 0},
+        "pad_sec: expected at least 0 s, got nan": {"features": "random", "pad_sec": float("nan")},
         "stats: expected weights that hold": {"features": "random", "stats": "weights"},
         "no such folder": {"features": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"features": "random", "dtype": "int8"},
@@ -217,6 +267,8 @@ def test_refused_settings(split_task, fold_task, tmp_path):
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             evaluate(split_task, tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"encoder: torch\.nn:Linear cannot be made"):
+        evaluate(split_task, tmp_path / "a", features="random", encoder="torch.nn:Linear")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.csv").write_text("mine\n1\n")
     with pytest.raises(ValueError, match="has other columns"):
@@ -325,3 +377,201 @@ def test_a_results_file_of_version_0_1_is_appended_to(split_task, tmp_path):
     (line,) = lines_of(tmp_path)
     assert (line["encoder"], line["network"]) == ("melstats", "MelStats")
     assert "features" not in line
+
+
+def copy_of(audio, folder, order):
+    """The clips of a folder under each other's names, of equal sizes and times."""
+    folder.mkdir(parents=True)
+    for name, source in zip(sorted(path.name for path in audio.iterdir()), order, strict=True):
+        (folder / name).write_bytes((audio / source).read_bytes())
+        os.utime(folder / name, ns=(0, 0))
+    return folder
+
+
+def test_cached_embeddings_belong_to_their_folder(split_task, tmp_path):
+    """Equal names, sizes and times do not make equal files, in another folder or at another time."""
+    names = sorted(path.name for path in (split_task.parent / "audio").iterdir())
+    right = copy_of(split_task.parent / "audio", tmp_path / "right", names)
+    mixed = copy_of(split_task.parent / "audio", tmp_path / "mixed", random.Random(0).sample(names, len(names)))
+    settings = {"features": "melstats", "stats": str(tmp_path / "stats.json")}
+    (tmp_path / "stats.json").write_text(STATS)
+    assert evaluate(split_task, tmp_path, audio=str(right), **settings).score == 1
+    wanted = evaluate(split_task, tmp_path / "alone", audio=str(mixed), **settings)
+    assert wanted.score < 1
+    assert evaluate(split_task, tmp_path, audio=str(mixed), **settings).report.count(f"{100 * wanted.score:.1f} %")
+    right.rename(tmp_path / "old")
+    mixed.rename(right)
+    assert evaluate(split_task, tmp_path, audio=str(right), **settings).by_seed == wanted.by_seed
+
+
+STATS = json.dumps(
+    {"mean": -7.0, "std": 4.0, "segments": 10, "front_end": {n: getattr(LogMel(), n) for n in FRONT_END}}
+)
+
+
+class Scaled(torch.nn.Module):
+    feature_d = 4
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("table", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        return self.scale * self.table * x.mean((1, 2, 3))[:, None]
+
+
+class Other(Scaled):
+    pass
+
+
+def test_cached_embeddings_belong_to_their_encoder(tmp_path, monkeypatch):
+    """A state dict is not all of an encoder."""
+    (tmp_path / "a.wav").write_bytes(b"x")
+
+    def key(encoder, **settings):
+        config = EvalConfig("t.csv", **settings)
+        return module._key(Embedder(encoder.eval(), stats=(0.0, 1.0)), config, [tmp_path / "a.wav"])
+
+    table = Scaled()
+    table.table[2] = 3.0
+    found = [key(Scaled()), key(Scaled(2.0)), key(Other()), key(table), key(Scaled(), dtype="bfloat16")]
+    found.append(key(Scaled(), pad_sec=2.0))
+    assert key(Scaled()) == found[0]
+    monkeypatch.setattr(module, "_versions", lambda: ["other"])
+    found.append(key(Scaled()))
+    code = tmp_path / "code.py"
+    for text in ("1", "2"):  # seen by clips of 10 s alone, say
+        code.write_text(text)
+        monkeypatch.setattr(module.inspect, "getfile", lambda _kind: str(code))
+        found.append(key(Scaled()))
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_broken_clips_are_tried_again(split_task, tmp_path, monkeypatch, keep_going):
+    """A disk that fails for a moment; the other clips are not embedded twice."""
+    read, broken, seen = streaming.read_audio, {"3.wav", "7.wav"}, []
+
+    def failing(path, *arguments, **words):
+        seen.append(path.name)
+        if path.name in broken:
+            raise AudioError(path, "Input/output error")
+        return read(path, *arguments, **words)
+
+    monkeypatch.setattr(streaming, "read_audio", failing)
+    settings = {"features": "melstats", "stats": str(tmp_path / "stats.json"), "keep_going": keep_going}
+    (tmp_path / "stats.json").write_text(STATS)
+    if keep_going:
+        assert evaluate(split_task, tmp_path, **settings).line["left_out"] == "2 broken files"
+    else:
+        with pytest.raises(TaskError, match=r"2 broken files, 3\.wav: Input/output error; --keep_going"):
+            evaluate(split_task, tmp_path, **settings)
+    assert len(seen) == 30
+    broken.remove("7.wav")
+    seen.clear()
+    with pytest.raises(TaskError, match=r"1 broken files, 3\.wav"):
+        evaluate(split_task, tmp_path, **settings | {"keep_going": False})
+    assert sorted(seen) == ["3.wav", "7.wav"]
+    broken.clear()
+    seen.clear()
+    again = evaluate(split_task, tmp_path, **settings)
+    assert (seen, again.line["left_out"]) == (["3.wav"], "")
+    assert again.line["clips_per_sec"] == lines_of(tmp_path)[0]["clips_per_sec"]
+    assert again.by_seed == evaluate(split_task, tmp_path / "fresh", **settings).by_seed
+
+
+def test_embeddings_that_are_not_finite_are_broken(split_task, tmp_path, monkeypatch):
+    embed = module.embed_clips
+
+    def some_nan(*arguments, **words):
+        for piece in embed(*arguments, **words):
+            error = AudioError(f"{piece.number}.wav", NOT_FINITE)
+            yield piece._replace(rows=piece.rows[:0], error=error) if piece.number in bad else piece
+
+    monkeypatch.setattr(module, "embed_clips", some_nan)
+    bad = {4}
+    with pytest.raises(TaskError, match=r"1 broken files, 4\.wav: the embedding is not finite"):
+        evaluate(split_task, tmp_path, features="melstats")
+    bad = {n for n in range(30) if n // 3 % 5 == 4}  # all of test
+    with pytest.raises(TaskError, match="no clip left of split test"):
+        evaluate(split_task, tmp_path / "b", features="melstats", keep_going=True)
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+AWKWARD = ["$x_{$", "$a$ and $b", "two\\$", "a\tb", "\udcff", "\u97f3\u697d", "long " * 60, "{x} %s \\frac"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_any_label_is_drawn_as_it_is(split_task, tmp_path, caplog):
+    generator = torch.Generator().manual_seed(5)
+    lines = []
+    for number in range(4 * len(AWKWARD)):
+        write_tone(tmp_path / "$t" / "audio" / f"{number}.wav", ("low", "high")[number % 2], generator)
+        lines.append(f'{number}.wav,"{AWKWARD[number // 4]}",{("train", "train", "train", "test")[number % 4]}\n')
+    text = "file_name,label,split\n" + "".join(lines)
+    task = tmp_path / "$t" / "$t\udcff$.csv"
+    task.write_bytes(text.encode("utf-8", "surrogateescape"))
+    result = evaluate(task, tmp_path, features="melstats", seeds=1)
+    assert result.picture.stat().st_size > 5000
+    assert len(lines_of(tmp_path)) == 1
+    assert "\n$a$ and $b " in result.report
+    assert "\na\\tb " in result.report
+    assert "\n\\udcff " in result.report
+    assert max(map(len, result.report.splitlines()[-15:])) < 250
+    assert sum("drawn as boxes" in record.getMessage() for record in caplog.records) == 1
+    draw_confusion(tmp_path / "a.svg", np.eye(len(AWKWARD)), AWKWARD, "$5 and $6")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(words in drawn for words in ("$x_{$", "$a$ and $b", "two\\$", "a\\tb", "\\udcff", "$5 and $6"))
+
+
+def test_a_picture_that_fails_loses_no_results(split_task, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(report, "draw_confusion", lambda *_: 1 / 0)
+    result = evaluate(split_task, tmp_path, features="melstats")
+    assert (result.picture, len(lines_of(tmp_path))) == (None, 1)
+    assert "tones-melstats-confusion.png: cannot be drawn: division by zero" in caplog.text
+    assert "confusion matrix" not in result.report
+
+
+def test_a_clip_under_two_names(split_task, tmp_path, caplog):
+    audio = tmp_path / "audio"
+    copy_of(split_task.parent / "audio", audio, sorted(path.name for path in (split_task.parent / "audio").iterdir()))
+    (audio / "linked.wav").symlink_to(audio / "0.wav")
+    lines = [*split_task.read_text().splitlines(), "linked.wav,low,test"]
+    task = write_task(tmp_path / "csv", lines[0], lines[1:])
+    with pytest.raises(TaskError, match=r"0\.wav and linked\.wav are one file, .*/audio/0\.wav"):
+        evaluate(task, tmp_path, features="melstats", audio=str(audio))
+    assert "same bytes" not in caplog.text
+    (audio / "linked.wav").unlink()
+    (audio / "linked.wav").write_bytes((audio / "0.wav").read_bytes())
+    evaluate(task, tmp_path, features="melstats", audio=str(audio))
+    message = "1 clips occur in several splits or folds, with the same bytes: 0.wav (train) and linked.wav (test)"
+    assert message in caplog.text
+
+
+def test_results_are_appended_whole(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "results.csv"
+    path.parent.mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: append_result(path, {"task": f"{n}\udcff"}), range(40)))
+    assert sorted(line["task"] for line in lines_of(tmp_path)) == sorted(f"{n}\\udcff" for n in range(40))
+    check_results(path)
+    path.write_text(path.read_text().removesuffix("\n"))
+    append_result(path, {"task": "after a line without an end"})
+    assert len(lines_of(tmp_path)) == 41
+    before = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        append_result(path, {"task": "lost"})
+    assert path.read_bytes() == before
+
+
+def test_statistics_of_another_front_end_are_refused(split_task, tmp_path, weights):
+    (tmp_path / "stats.json").write_text(STATS)
+    with pytest.raises(ValueError, match=r"stats\.json: computed with n_mels 64, expected 16"):
+        evaluate(split_task, tmp_path, weights=weights, stats=str(tmp_path / "stats.json"))

@@ -85,6 +85,67 @@ def test_folders_that_are_split_already(tmp_path):
         write_task("folders", tmp_path / "commas", out)
 
 
+def test_what_lies_beside_splits(tmp_path):
+    """Without the check train and test themselves are the classes."""
+    root, out = tmp_path / "data", tmp_path / "t.csv"
+    write(root, {f"{part}/{label}/a.wav": "" for part in ("train", "test") for label in "xy"})
+    write(root, {".cache/x/a.wav": "", ".git/HEAD": "", "notes/read.me": ""})
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / "empty").mkdir()
+    assert write_task("folders", root, out) == 4
+    task, _ = read_task(out)
+    assert (task.classes, task.counts()) == (["x", "y"], {"train": 2, "valid": 0, "test": 2})
+    write(root, {"extra/x/a.wav": ""})
+    with pytest.raises(ValueError, match=r"expected folders train, valid and test alone, .* got also extra"):
+        write_task("folders", root, out)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    for label, name in ((b"caf\xe9", b"a.wav"), (b"x", b"\xff.wav"), (b"x", b"b.wav")):
+        folder = os.path.join(os.fsencode(tmp_path), b"data", label)
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, name), "w"):
+            pass
+    assert write_task("folders", tmp_path / "data", tmp_path / "t.csv") == 3
+    task, _ = read_task(tmp_path / "t.csv")
+    assert all((tmp_path / "data" / name).is_file() for name in task.file_names)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["x/a.wav", "x/b.wav"], "expected at least two labels, got x"),
+        (["x/a.wav", "y/b.wav"], "expected at least two folds, got 1"),
+        (["train/x/a.wav", "valid/y/b.wav"], "no clip of split test"),
+        (["x/a.wav", "x/b.wav", " x/a.wav", "y/b.wav"], "a space at the end of the name of a class"),
+        (["x/a\nb.wav", "x/b.wav", "y/b.wav"], "a line break inside a cell"),
+    ],
+)
+def test_a_task_that_eval_refuses_is_not_written(tmp_path, names, words):
+    write(tmp_path, {f"data/{name}": "" for name in names} | {"t.csv": "old"})
+    with pytest.raises(ValueError, match=words):
+        write_task("folders", tmp_path / "data", tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "t.csv"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files", "words"),
+    [
+        ("esc50", {"meta/esc50.csv": "filename,fold,category\na.wav,1\n"}, r"esc50\.csv: line 2: expected filename"),
+        ("esc50", {"meta/esc50.csv": 'filename,fold,category\na.wav,1,"x\n'}, r"esc50\.csv: line 1: not a CSV file"),
+        ("nsynth", {"nsynth-train/examples.json": "{"}, r"nsynth-train/examples\.json: not a JSON file"),
+        ("nsynth", {"nsynth-train/examples.json": '{"a": {}}'}, "KeyError.*instrument_family_str.*expected: NSynth"),
+        ("nsynth", {"nsynth-train/examples.json": "[]"}, "expected: NSynth"),
+        ("fsd50k", {"FSD50K.ground_truth/dev.csv": "fname,labels,split\n1,x,dev\n"}, "KeyError.*dev.*expected: FSD50K"),
+    ],
+)
+def test_damaged_data_sets(tmp_path, dataset, files, words):
+    write(tmp_path, files)
+    with pytest.raises(ValueError, match=words):
+        write_task(dataset, tmp_path, tmp_path / "t.csv")
+
+
 def test_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"dataset: expected one of folders, .*, fsd50k, got 'mnist'"):
         write_task("mnist", tmp_path, tmp_path / "t.csv")

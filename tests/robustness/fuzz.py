@@ -75,7 +75,28 @@ def audio_seeds() -> list[bytes]:
         file = io.BytesIO()
         soundfile.write(file, 0.1 * rng.standard_normal((400, channels)), rate, subtype, format=kind)
         seeds.append(file.getvalue())
+    by_ffmpeg = [
+        ("ipod", "aac", 44100), ("ipod", "alac", 44100), ("webm", "libopus", 48000), ("adts", "aac", 16000),
+        ("matroska", "flac", 8000), ("ogg", "flac", 22050),
+    ]  # fmt: skip
+    for container, codec, rate in by_ffmpeg:
+        seeds.append(_encode_by_ffmpeg(container, codec, rate, 0.1 * rng.standard_normal((1, 1500))))
     return seeds
+
+
+def _encode_by_ffmpeg(container: str, codec: str, rate: int, wav: Any) -> bytes:
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wav.astype("float32"), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        size = stream.codec_context.frame_size or 1024
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", rate, frame_size=size)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            output.mux(stream.encode(part))
+    return file.getvalue()
 
 
 def read_audio_file(path: Path) -> str:

@@ -108,6 +108,8 @@ def test_a_lock_is_waited_for_while_a_killed_run_ends(tmp_path, monkeypatch):
     os.waitpid(child, 0)
     monkeypatch.setattr(files, "LOCK_SEC", 0.0)
     assert open_locked(path) is None
+    with pytest.raises(FileNotFoundError):
+        open_locked(Path("/proc/new/lock"))  # no folder can be made there
     again.close()
 
 

@@ -76,6 +76,8 @@ def test_the_front_end_may_be_another(corpus: Path, tmp_path: Path) -> None:
     read_stats(out, LogMel(n_mels=40, mel_scale="htk"))
     with pytest.raises(ValueError, match="expected 64; compute it again with byola-fast stats --n_mels"):
         read_stats(out, LogMel())
+    with pytest.raises(ValueError, match=r"center True, expected False; compute it again with byola-fast stats$"):
+        read_stats(out, LogMel(n_mels=40, mel_scale="htk", center=False))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_files_that_are_no_statistics_are_named(tmp_path: Path, text: str) -> No
         read_stats(tmp_path / "nowhere.json")
 
 
-def test_bad_input_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SegmentFolder(list_audio_files(corpus))
     with pytest.raises(ValueError, match="segments: expected at least 1"):
         take_stats(source, LogMel(), segments=0)
@@ -101,3 +103,10 @@ def test_bad_input_is_refused(corpus: Path, tmp_path: Path) -> None:
         write_stats(tmp_path, Stats(0.0, 1.0, 5), LogMel(), 0.95)
     with pytest.raises(AudioError, match="empty file"):
         run_stats(StatsConfig(audio_dir=str(corpus / "broken.wav"), workers=0))
+    for settings in ({"segments": 0}, {"unit_sec": 0.01}, {"n_mels": 0}, {"workers": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            run_stats(StatsConfig(audio_dir=str(corpus), out=str(tmp_path / "new" / "stats.json"), **settings))
+    monkeypatch.setattr("byola_fast.spectrograms.corpus_statistics.take_stats", None)  # long work, in vain
+    with pytest.raises(IsADirectoryError):
+        run_stats(StatsConfig(audio_dir=str(corpus), out=str(tmp_path), workers=0))
+    assert not list(tmp_path.iterdir())

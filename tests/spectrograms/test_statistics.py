@@ -28,6 +28,15 @@ def test_running_statistics_equal_those_of_everything_at_once(sizes, mean, std):
     assert compute_stats(batches) == tuple(running.stats().tolist())
 
 
+def test_samples_that_are_not_finite_are_left_out_with_a_warning(caplog):
+    batches = [torch.randn(4, 3, 5), torch.randn(4, 3, 5)]
+    wanted = compute_stats([batches[0], batches[1][1:]])
+    assert not caplog.messages
+    batches[1][0, 0, 0] = torch.inf
+    assert compute_stats(batches) == pytest.approx(wanted)
+    assert caplog.messages == ["stats: 12 % of the log-mels are not finite and left out"]
+
+
 def test_empty_batches_do_not_count():
     running = RunningStats(max_updates=1)
     assert running.update(torch.empty(0, 3, 4)).tolist() == [0, 1]

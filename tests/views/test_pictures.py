@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -13,6 +15,8 @@ from helpers.tolerances import assert_close
 
 from byola_fast import ops
 from byola_fast.audio.reading import AudioError
+from byola_fast.training import pretrain
+from byola_fast.training.config import PretrainConfig
 from byola_fast.training.curves import draw_training
 from byola_fast.views.explain import explain_views
 from byola_fast.views.pictures import draw_views
@@ -90,8 +94,17 @@ def test_training_is_drawn(tmp_path):
     log = [{"step": n, "loss": 4 / n, "spread": 0.9, "refused": 3} for n in range(1, 50)]
     draw_training(tmp_path / "training.png", log)
     looks_drawn(tmp_path / "training.png", 880, 660)
-    draw_training(tmp_path / "training.svg", log[:1])
-    assert "3 samples with NaN or inf" in tmp_path.joinpath("training.svg").read_text()
+    draw_training(tmp_path / "training.svg", log[:1], "my $loss_{$")
+    text = tmp_path.joinpath("training.svg").read_text()
+    assert "3 samples with NaN or inf" in text
+    assert "my $loss_{$" in text
+
+
+def test_a_picture_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pretrain, "draw_training", lambda *_: 1 / 0)
+    run = SimpleNamespace(lines=[{"step": 1}], path=tmp_path)
+    pretrain._draw(PretrainConfig(), run, None, None)
+    assert "no training.png and views.png: division by zero" in caplog.text
 
 
 def test_nothing_to_draw_is_refused(tmp_path):
@@ -141,6 +154,22 @@ def test_show_a_folder_skips_what_is_broken(tmp_path, caplog):
     assert [record.getMessage().count("broken.wav") for record in caplog.records] == [1]
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_are(tmp_path, caplog):
+    """Not as formulas, and also if they are not UTF-8 or beyond the font."""
+    folder = tmp_path / "$x_{$ and $y"
+    folder.mkdir()
+    names = ("$x_{$.wav", "\udcff$.wav", "\u97f3\u697d.wav", "a\nb.wav")
+    for name in names:
+        write(os.fsencode(folder / name), 0.5)
+    show(folder, tmp_path / "views.svg", samples=len(names))
+    text = tmp_path.joinpath("views.svg").read_text()
+    for words in ("<!-- $x_{$.wav -->", r"<!-- \udcff$.wav -->", r"<!-- a\nb.wav -->", "$x_{$ and $y   (byola-v1"):
+        assert words in text
+    show(folder / names[0], tmp_path / "views.png")
+    assert sum("drawn as boxes" in record.getMessage() for record in caplog.records) <= 1
+
+
 def test_show_refuses(tmp_path):
     (tmp_path / "broken.wav").write_text("not audio")
     with pytest.raises(AudioError, match="none of 1 audio files"):
@@ -149,3 +178,13 @@ def test_show_refuses(tmp_path):
         show(tmp_path / "broken.wav", tmp_path / "a.png")
     with pytest.raises(ValueError, match="samples"):
         show(tmp_path, tmp_path / "a.png", samples=0)
+    write(tmp_path / "a.wav", 0.5)
+    for words, settings in {  # by the names of its own settings
+        "sample_rate: expected more than 120 Hz": {"sample_rate": 100},
+        r"unit_sec: expected at least 513 samples .*, got 0\.001": {"unit_sec": 0.001},
+        "unit_sec: expected at least 513 samples .*, got inf": {"unit_sec": float("inf")},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            show(tmp_path / "a.wav", tmp_path / "a.png", **settings)
+    with pytest.raises(ValueError, match=r"a\.bmp: expected a name ending in \..*\.png"):
+        show(tmp_path / "a.wav", tmp_path / "a.bmp")
