@@ -22,6 +22,7 @@ from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, sav
 from byola_fast.networks.encoder_file import save_encoder
 from byola_fast.runtime.distributed import World
 from byola_fast.runtime.files import has_name, open_locked, some_of, write_whole
+from byola_fast.runtime.state import require_state
 from byola_fast.training.config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
@@ -311,6 +312,8 @@ class RunState(NamedTuple):
             optimizer = dict(saved["optimizer"])
             groups = zip(optimizer["param_groups"], here, strict=True)
             optimizer["param_groups"] = [dict(group) | options for group, options in groups]
+            for part, state in ((self.learner, saved["model"]), (self.augment, saved["augment"])):
+                require_state(part, state)
             self.learner.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(optimizer)
             self.augment.load_state_dict(saved["augment"])
