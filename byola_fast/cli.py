@@ -84,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BackendError, ImportError, OSError, RankError, ValueError) as error:
         say(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", sys.stderr)
         return RANK_LOST if isinstance(error, RankError) else USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class for it on a CPU
+            raise
+        say(
+            f"{PROG}: {_rank()}error: out of memory: {(str(error).strip() or 'no reason given').splitlines()[0]}",
+            sys.stderr,
+        )
+        return USAGE_ERROR
     except KeyboardInterrupt:
         say(f"{PROG}: interrupted", sys.stderr)
         return INTERRUPTED
