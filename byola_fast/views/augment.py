@@ -254,7 +254,7 @@ class Augment(nn.Module):
             stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
         if params is None:
             offsets = {"sample_offset": sample_offset, "pool_offset": rank * x.shape[0]}
-            params = _draw(self.rng, x, self.settings, bank_count=held, pool=len(everyone), **offsets)
+            params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
         if return_params or (torch.is_grad_enabled() and lms.requires_grad):
             params = replace(params, rng=params.rng.clone(), bank_count=held.clone())
         if torch.is_grad_enabled() and lms.requires_grad:
