@@ -149,6 +149,8 @@ def require_own_memory(name: str, written: Tensor, **read: Tensor | None) -> Non
         return  # under torch.func the reference runs, which reads everything before it writes
     if not written.is_contiguous() and not is_nested(written.shape, written.stride()):
         raise ValueError(f"{name}: expected elements with memory of their own, got strides {written.stride()}")
+    if written.is_neg():
+        raise ValueError(f"{name}: expected a tensor of its own, got a lazily negated view")
     begin = written.data_ptr()
     end = _end(written, begin)
     for other, x in read.items():

@@ -63,7 +63,7 @@ def log_mel(
     Backends:
         C++ on the CPU, fastest if n_fft has only the prime factors 2, 3 and 5. Triton on CUDA if n_fft is a power of
         two from 64 to 2048, hop_length at most 2 n_fft, and wav not float64. Plain PyTorch otherwise, on the CPU if
-        n_fft has a prime factor above 64, and under ``torch.export``.
+        n_fft has a prime factor above 64, under ``torch.export`` and in ``torch.func``.
 
     Source:
         Niizumi et al., arXiv:2103.06695, section IV.
@@ -77,6 +77,7 @@ def log_mel(
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*check.FLOATS, torch.int16))
         raise TypeError(f"wav: expected one of {wanted}, got {wav.dtype}")
     check.require_shape("wav", wav, ("B", "samples"))
+    n_fft, hop_length = check.whole("n_fft", n_fft, 1, 2**63), check.whole("hop_length", hop_length, 1, 2**63)
     check.require_float("window", window)
     check.require_shape("window", window, ("n",))
     if not 1 <= window.shape[0] <= n_fft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -262,11 +263,10 @@ def draw_params(
         raise ValueError(f"bank_count: expected 0 to 2^24 rows, got {int(bank_count)}")
     batch = check.whole("batch", batch, 0, 2**32)
     sample_offset = check.whole("sample_offset", sample_offset, 0, 2**63)
-    pool = batch if pool is None else pool
-    if not 0 <= pool <= MAX_ROWS:
+    pool = batch if pool is None else check.whole("pool", pool, 0, 2**63)
+    if pool > MAX_ROWS:
         raise ValueError(f"pool: expected 0 to 2^24 rows, got {pool}")
-    if pool_offset < 0:
-        raise ValueError(f"pool_offset: expected a row of the pool, got {pool_offset}")
+    pool_offset = check.whole("pool_offset", pool_offset, 0, 2**63)
     mels, frames = pair("input_size", input_size, (1, 1))
     return op("draw_params")(
         rng,
@@ -569,15 +569,15 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
     >>> target
     [tensor([0.2500, 0.2500])]
     """
-    weight = ema_decay(decay, target)
     try:
+        weight = ema_decay(decay, target)
         with torch.no_grad():
             if needs_reference():
                 require_matching_lists(target, online)
                 ema_update__reference(target, [o.detach() for o in online], weight)  # no_grad lets forward mode pass
             else:
                 torch.ops.byola_fast.ema_update_(target, online, weight)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         for name, tensors in (("target", target), ("online", online)):
             if not isinstance(tensors, Sequence):
                 raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}") from None
@@ -590,9 +590,9 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
     """Check the decay of ``ema_update_`` and return it as a tensor."""
     if isinstance(decay, Tensor):
         check.require_shape("decay", decay, ())
-    elif not isinstance(decay, (int, float)):
+    elif not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:
-        decay = torch.tensor(decay, dtype=torch.float64, device="cpu")
+        decay = torch.tensor(float(decay), dtype=torch.float64, device="cpu")
     require_decay(decay, target)
     return decay

@@ -49,6 +49,12 @@ def _spectra(wav: Tensor, window: Tensor, n_fft: int, hop_length: int, center: b
     return torch.stft(wav, n_fft, hop_length, len(window), window, center=center, return_complex=True)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product in the dtype of both; autocast, which reaches into an op, would lower it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def log_mel_reference(
     wav: Tensor,
     window: Tensor,
@@ -66,7 +72,7 @@ def log_mel_reference(
         return wav.new_empty(0, filter_bank.shape[0], frames, dtype=dtype)
     spectra = _spectra(wav, window, n_fft, hop_length, center)
     power = spectra.real.square() + spectra.imag.square()  # abs() calls hypot, which is slow
-    lms = (filter_bank.to(power.dtype) @ power + EPS).log()
+    lms = (_product(filter_bank.to(power.dtype), power) + EPS).log()
     return pre_norm_reference(lms, stats).to(dtype).contiguous()
 
 
@@ -87,10 +93,10 @@ def log_mel_backward_reference(
     spectra = _spectra(wav, window, n_fft, hop_length, center)
     power = spectra.real.square() + spectra.imag.square()
     bank = filter_bank.to(power.dtype)
-    grad = grad.to(power.dtype) / (bank @ power + EPS)
+    grad = grad.to(power.dtype) / (_product(bank, power) + EPS)
     if stats is not None:
         grad = grad / stats[1].to(grad.dtype).clamp_min(EPS)
-    to_spectra = 2 * (bank.T @ grad) * spectra
+    to_spectra = 2 * _product(bank.T, grad) * spectra
     to_spectra[:, 1 : (n_fft + 1) // 2] /= 2  # the inverse transform counts these twice
     of_window = torch.nn.functional.pad(window.to(power.dtype), _around(len(window), n_fft))
     to_frames = torch.fft.irfft(to_spectra, n_fft, dim=1, norm="forward").transpose(1, 2) * of_window
