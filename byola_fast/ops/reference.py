@@ -6,7 +6,7 @@ Half precision is computed in float32 and rounded once at the end; float64 stays
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -312,7 +312,24 @@ def mix_reference(x: Tensor, z: Tensor, lam: Tensor, mixup: str) -> Tensor:
     return ((1 - weight) * x.exp() + (weight * z).exp() + EPS).log()
 
 
-def augment_views_reference(
+def augment_views_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return both views ``(2, B, *size)`` and their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+    views = list(_each_view(x, *args))
+    return torch.stack(views).to(x.dtype), torch.stack([sample_sums_reference(view) for view in views])
+
+
+def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
+    """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
+    *parameters, out = args
+    parameters.insert(-3, out.shape[2:])  # before canvas, interpolation and mixup
+    sums = []
+    for number, view in enumerate(_each_view(x, *parameters)):
+        out[number] = view
+        sums.append(sample_sums_reference(view))
+    return torch.stack(sums)
+
+
+def _each_view(
     x: Tensor,
     pool: Tensor | None,
     bank: Tensor | None,
@@ -328,11 +345,10 @@ def augment_views_reference(
     canvas: list[int],
     interpolation: str,
     mixup: str,
-) -> tuple[Tensor, Tensor]:
-    """Return both views ``(2, B, *size)`` and their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+) -> Iterator[Tensor]:
+    """Yield both views ``(B, *size)`` in the compute dtype."""
     clean = pre_norm_reference(x, stats)
     noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
-    views = []
     for view in range(2):
         mixed = clean
         if noise is not None:
@@ -342,18 +358,7 @@ def augment_views_reference(
             alone = (bank_index[view] < 0)[:, None, None]
             mixed = torch.where(alone, clean, mix_reference(clean, z, lam[view], mixup))
         y = resize_crop_reference(mixed, crop[view], list(size), canvas, interpolation)
-        views.append(y + fader_curve_reference(fader[view], size[1], y.dtype))
-    sums = [sample_sums_reference(y) for y in views]
-    return torch.stack(views).to(x.dtype), torch.stack(sums)
-
-
-def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
-    """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
-    *parameters, out = args
-    parameters.insert(-3, out.shape[2:])
-    views, sums = augment_views_reference(x, *parameters)
-    out.copy_(views)
-    return sums
+        yield y + fader_curve_reference(fader[view], size[1], y.dtype)
 
 
 def fader_curve_reference(fader: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
