@@ -6,6 +6,7 @@ to the end gives; see ``AudioFile.frames``.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import stat
@@ -16,9 +17,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from byola_fast.audio.structure import flac_streams, mpeg_samples, odd_end, ogg_streams
+from byola_fast.audio.structure import FileBytes, flac_streams, mpeg_samples, odd_end, ogg_start, ogg_streams
 from byola_fast.runtime.workers import warn_once
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 AUDIO_FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
 FFMPEG_FORMATS = "m4a m4b aac mp4 webm weba mka wma wv ape tta ac3 amr"  # suffixes that FFmpeg alone reads
-SIGNED = "mov matroska ogg asf wav w64 aiff caf au flac ape wv tta aac ac3 amr"  # FFmpeg finds these by a signature
+SIGNED = "mov matroska ogg asf wav w64 aiff caf au voc flac ape wv tta aac ac3 amr"  # FFmpeg finds these by a signature
 BLOCK_FRAMES = 1 << 22  # decoded at a time: a long file takes the memory of its mono mix alone
 OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encoders write 1024 frames in each
 MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
@@ -65,7 +66,8 @@ class AudioError(ValueError):
 
 def has_ffmpeg() -> bool:
     """Tell whether FFmpeg's libraries are here, as the package ``av``."""
-    return find_spec("av") is not None
+    found = find_spec("av")
+    return found is not None and found.origin is not None  # a folder "av" beside a script has none
 
 
 def decoders(*, versions: bool = True) -> str:
@@ -97,7 +99,7 @@ class AudioFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         status = _require_regular(self.path)
-        self._state = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
+        self._state = (str(path), status.st_size, status.st_mtime_ns)
         self._proof, self._header, self._promised_sec = "", 0, 0.0
         self._whole = False  # whether libsndfile alone decoded all of it
         self._file = _open_libsndfile(self.path)
@@ -310,12 +312,17 @@ class Doubt(NamedTuple):
 
 @lru_cache(maxsize=1 << 17)
 def _doubt(path: str, _size: int, _changed: int, proof: str, header: int) -> Doubt:
+    with open(path, "rb") as file:
+        return _doubt_of(path, file, proof, header)
+
+
+def _doubt_of(path: str, file: BinaryIO, proof: str, header: int) -> Doubt:
+    content = FileBytes(file)
     if proof not in ("mpeg", "ogg"):
-        with open(path, "rb") as file:
-            note = odd_end(file)
-            streams = flac_streams(file.read()) if proof == "decode" and not file.seek(0) else 1
-        return Doubt(f"holds {streams} streams", UNKNOWN_FRAMES, header) if streams > 1 else Doubt(note=note)
-    content = Path(path).read_bytes()
+        streams = max(ogg_streams(content)[0], flac_streams(content)) if proof == "decode" else 1
+        if streams > 1:
+            return Doubt(f"holds {streams} streams", UNKNOWN_FRAMES, header)
+        return Doubt(note=odd_end(file))
     if proof == "mpeg":
         frames, tables, whole = mpeg_samples(content)
         if whole and 0 <= frames - header <= MP3_EDGE and _reaches(path, header):
@@ -327,8 +334,25 @@ def _doubt(path: str, _size: int, _changed: int, proof: str, header: int) -> Dou
     note = "breaks off inside its last page" if cut else ""
     if streams > 1:
         return Doubt(f"holds {streams} streams", UNKNOWN_FRAMES, header, note)
+    if not _counts_from_zero(content):
+        return Doubt("an Opus stream that does not begin at 0", promised=0, note=note)
     whole = whole and _reaches(path, header)
     return Doubt(note=note) if whole else Doubt("damaged Ogg pages", header, header, note)
+
+
+def _counts_from_zero(content: FileBytes) -> bool:
+    """Tell whether an Opus file counts samples from 0. In others, as in recorded streams, libsndfile seeks wrongly."""
+    import soundfile
+
+    end, position = ogg_start(content)
+    beginning = content[0:end]
+    if beginning[28:36] != b"OpusHead":
+        return True
+    with suppress(soundfile.SoundFileError), soundfile.SoundFile(io.BytesIO(beginning)) as file:
+        decoded = sum(map(len, _libsndfile_blocks(file, UNKNOWN_FRAMES, BLOCK_FRAMES)))
+        pre_skip = int.from_bytes(beginning[38:40], "little")
+        return position == decoded * 48000 // file.samplerate + pre_skip
+    return True
 
 
 def _reaches(path: str, frames: int) -> bool:
@@ -449,7 +473,7 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
     import numpy as np
 
     held: list[Mono] = []
-    rate = 0
+    rate = length = 0
     for frame in _ffmpeg_frames(path, known):
         if frame is None:
             yield np.empty((0, 1), np.float32)
@@ -459,11 +483,12 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
             raise AudioError(path, f"its rate changes from {rate} to {frame.sample_rate} Hz; expected one rate")
         block = _samples(frame)
         block, skip = block[skip:], max(0, skip - len(block))
-        if held and (held[0].shape[1] != block.shape[1] or sum(map(len, held)) + len(block) > maximum):
+        if held and (held[0].shape[1] != block.shape[1] or length + len(block) > maximum):
             yield np.concatenate(held)
-            held.clear()
+            held, length = [], 0
         if len(block):
             held.append(block)
+            length += len(block)
     if held:
         yield np.concatenate(held)
 
