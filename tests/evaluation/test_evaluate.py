@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,7 +24,7 @@ from byola_fast.evaluation import evaluate as module
 from byola_fast.evaluation import report
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
-from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
+from byola_fast.evaluation.probe import Scores, class_scores, fit_probe, headline, macro, truth_table
 from byola_fast.evaluation.report import OLD_COLUMNS, append_result, check_results, draw_confusion
 from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
@@ -70,7 +71,8 @@ def test_split_with_weights(split_task, tmp_path, weights):
     result = evaluate(split_task, tmp_path, weights=weights)
     assert result.score > 0.8
     assert result.by_seed == [result.score]  # nothing is drawn
-    assert result.picture == tmp_path / "out" / "tones-encoder-confusion.png"
+    sha256 = result.line["weights_sha256"]
+    assert result.picture == tmp_path / "out" / f"tones-encoder-{sha256[:8]}-confusion.png"
     assert result.picture.stat().st_size > 5000
     for words in ("30 clips, 3 classes; train 18, valid 6, test 6", "C chosen on valid", "one run", "macro", "clips/s"):
         assert words in result.report
@@ -202,6 +204,7 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
         ("file_name,label,split\na,x,train\nb,y,exam\n", "expected train, valid or test, got exam"),
         ("file_name,label,split\na,x,train\nb,y,valid\n", "no clip of split test"),
         ("file_name,label,fold\na,x,1\nb,y,1\n", "at least two folds, got 1"),
+        ("file_name,label,fold\na,x,1\nb,y,01\nc,y,2\n", "expected each number in one spelling, got 1, 01"),
         ("file_name,label,split\na,x,train\nb,x,test\n", "at least two labels, got x"),
         ("file_name,label,split\na,x,train\nb,,test\n,y,test\n", "1 lines without file_name: 4"),
         ("file_name,label,split\na,x,train\nb\n", "1 lines without label: 3"),
@@ -230,6 +233,7 @@ def test_refused_tasks(tmp_path, text, words):
         'file_name, label, split\na.wav, "x", train\n"b.wav", y , test\n',
         "\ufefffile_name,label,split\r\na.wav,x,train\r\nb.wav,y,test\r\n,,\r\n\r\n , ,\r\n",
         "file_name,label,split,,\na.wav,x,train,,\nb.wav,y,test,,,\n",
+        'file_name,label,split\na.wav,"x,",train\nb.wav,", y",test\n',  # a comma alone makes no second label
     ],
 )
 def test_kinds_of_csv(tmp_path, text):
@@ -348,8 +352,53 @@ def test_two_classes_and_one_alone():
     result = fit_probe(features, task, plan)
     assert headline(result.truth, result.scores, False) == 1
     only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(TaskError, match="t: clips of one class are left to learn from"):
         fit_probe(features, task, only)
+
+
+def test_the_fold_that_chooses_leaves_two_classes():
+    folds = ["x", "y", "z"] * 10
+    labels = [("a",) if fold == "x" else (("a", "b")[n // 3 % 2],) for n, fold in enumerate(folds)]
+    task = tasks(folds, labels)
+    for seed in range(8):
+        for plan in rounds(task, seed):
+            assert len({labels[n] for n in plan.train}) == 2
+
+
+def test_the_table_of_classes_counts_clips_as_the_confusion_matrix(split_task, tmp_path, monkeypatch):
+    """One of class "high" in a fold where it is right, many in another where they are wrong."""
+
+    def fit(_features, task, plan):
+        truth = truth_table(task)[plan.test]
+        scores = np.where(truth, 1.0, 0.0)
+        scores[:, 0] -= 2 * (len(plan.test) > 20)  # classes are sorted: "high" is the first
+        return Scores(plan.test, truth, scores, 1.0, 1.0)
+
+    monkeypatch.setattr(module, "fit_probe", fit)
+    lines = [
+        f"{n}.wav,{('low', 'mid', 'high')[n % 3]},{'a' if n == 2 or (n % 3 < 2 and n < 9) else 'b'}" for n in range(30)
+    ]
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "tones.csv").write_text("\n".join(["file_name,label,fold", *lines]))
+    result = evaluate(
+        folder / "tones.csv", tmp_path, features="melstats", seeds=2, audio=str(split_task.parent / "audio")
+    )
+    assert re.search(r"^high +10 +10\.0$", result.report, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_each_encoder_has_its_own_picture(split_task, tmp_path):
+    pictures = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        encoder = AudioNTT2020(16, 32)
+        config = describe_encoder(encoder, LogMel(n_mels=16))
+        save_encoder(tmp_path / name / "encoder.pth", encoder, config=config, stats=(-7.1, 4.2))
+        for features in ("trained", "random", "melstats"):
+            settings = {"weights": str(tmp_path / name / "encoder.pth"), "features": features, "seeds": 1}
+            pictures.add(evaluate(split_task, tmp_path, **settings).picture.name)
+    assert len(pictures) == 4  # two encoders and two baselines
 
 
 @pytest.mark.slow
