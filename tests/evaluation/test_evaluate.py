@@ -262,7 +262,7 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
         "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
         "feature_d: expected at least 1": {"features": "random", "feature_d": 0},
-        "pad_sec: expected at least 0 s, got nan": {"features": "random", "pad_sec": float("nan")},
+        "pad_sec: expected 0 to 86400 s, got nan": {"features": "random", "pad_sec": float("nan")},
         "stats: expected weights that hold": {"features": "random", "stats": "weights"},
         "no such folder": {"features": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"features": "random", "dtype": "int8"},
