@@ -190,7 +190,8 @@ class AudioFile:
                 blocks = map(self._mono, _libsndfile_blocks(file, start + count - place, BLOCK_FRAMES))
         parts = [np.empty(0, np.float32)]
         for block in blocks if count else ():
-            parts.append(block[max(0, start - place) : max(0, start + count - place)])
+            if place + len(block) > start:  # an empty part would keep its block in memory
+                parts.append(block[max(0, start - place) : start + count - place])
             place += len(block)
             if place >= start + count:
                 break

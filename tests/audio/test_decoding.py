@@ -86,8 +86,8 @@ def mp3_without_table(path: Path, wav: np.ndarray) -> Path:
     return path
 
 
-def zero_length_wav(path: Path) -> Path:
-    content = bytearray(encode(path, chirp(), "PCM_16"))
+def zero_length_wav(path: Path, wav: np.ndarray | None = None) -> Path:
+    content = bytearray(encode(path, chirp() if wav is None else wav, "PCM_16"))
     at = content.index(b"data")
     content[at + 4 : at + 8] = bytes(4)
     return path.write_bytes(content) and path
@@ -430,6 +430,19 @@ def test_reading_takes_no_memory_for_the_whole_file(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 3 * structure.BLOCK_BYTES, subtype
+
+
+def test_a_part_at_the_end_takes_the_memory_of_some_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(decoding, "BLOCK_FRAMES", 1 << 16)
+    path = zero_length_wav(tmp_path / "a.wav", np.zeros(120 * RATE, np.float32))
+    assert audio_duration(path) == 120  # counted once, in longer blocks
+    tracemalloc.start()
+    assert len(read_audio(path, RATE, start_sec=119.5, duration_sec=0.1)) == round(0.1 * RATE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 20 * RATE
 
 
 def test_flac_streams_are_counted(tmp_path: Path) -> None:
