@@ -170,24 +170,36 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
           const double head = data<double>(ends)[2 * row], tail = data<double>(ends)[2 * row + 1];
           for (int64_t t = 0; t < resizer.padded(); ++t)
             fade[t] = t < size[1] ? Real(head + (tail - head) * (double(t) / std::max<int64_t>(size[1] - 1, 1))) : 0;
+          // Sums around each lane's first output, because in float32 the squares of a large mean would drown a small
+          // variance.
           double total[V::width] = {}, squares[V::width] = {};
+          V pivot = V::set(0);
           S* target = mutable_data<S>(out) + row * elements;
           const auto emit = [&](int64_t o, auto sum) {
             V row_total = V::set(0), row_squares = V::set(0);
             for (int64_t t = 0; t < size[1]; t += V::width) {
               const V y = sum(t) + V::load(fade + t);
               store_lanes(y, target + o * size[1] + t, size[1] - t);
-              row_total = row_total + y;
-              row_squares = fma(y, y, row_squares);
+              if (o == 0 && t == 0) pivot = y;
+              V off = y - pivot;
+              if (size[1] - t < V::width) off = off.first_lanes(size[1] - t);
+              row_total = row_total + off;
+              row_squares = fma(off, off, row_squares);
             }
             row_total.add_to(total);
             row_squares.add_to(squares);
           };
           resizer.run(data<int64_t>(boxes) + 4 * row, mix, emit);
 
+          Real pivots[V::width];
+          pivot.store(pivots);
           double* sum = mutable_data<double>(sums) + 3 * row;
           sum[0] = double(elements), sum[1] = sum[2] = 0;
-          for (int k = 0; k < V::width; ++k) sum[1] += total[k], sum[2] += squares[k];
+          for (int64_t k = 0; k < std::min<int64_t>(V::width, size[1]); ++k) {
+            const double n = double(size[0] * ((size[1] - k + V::width - 1) / V::width)), p = double(pivots[k]);
+            sum[1] += total[k] + n * p;
+            sum[2] += squares[k] + p * (2 * total[k] + n * p);
+          }
         }
       }
     });

@@ -165,10 +165,10 @@ Tensor log_mel_cpu(const Tensor& wav, const Tensor& window, const Tensor& filter
   BYOLA_CHECK(samples > pad && samples + 2 * pad >= n_fft, "wav: too few samples for one frame");
   const int64_t mels = filter_bank.size(0), frames = 1 + (samples + 2 * pad - n_fft) / hop_length;
   BYOLA_CHECK(bands.dim() == 2 && bands.size(0) == mels && bands.size(1) == 2, "bands: expected shape (F, 2)");
-  const Tensor edges = as_contiguous<int32_t>(bands);
+  const Tensor wide_edges = as_contiguous<int64_t>(bands), edges = as_contiguous<int32_t>(bands);
   int64_t low = bins, high = 0;
   for (int64_t mel = 0; mel < mels; ++mel) {
-    const int64_t first = data<int32_t>(edges)[2 * mel], last = data<int32_t>(edges)[2 * mel + 1];
+    const int64_t first = data<int64_t>(wide_edges)[2 * mel], last = data<int64_t>(wide_edges)[2 * mel + 1];
     BYOLA_CHECK(first >= 0 && first <= last && last <= bins, "bands: expected 0 <= first <= last <= n_fft // 2 + 1");
     if (first < last) low = std::min(low, first), high = std::max(high, last);
   }

@@ -1,5 +1,7 @@
 // Count, sum and sum of squares of each sample; and (x - mean) / std with the joint statistics of such sums.
 // Each op reads x once; normalize writes it once.
+#include <cmath>
+
 #include "tensors.h"
 
 namespace byola {
@@ -26,6 +28,21 @@ void normalize_to(const Tensor& x, const Tensor& sums, Tensor& y) {
         store_lanes((load_lanes<V>(source + k, end - k) - shift) * scale, target + k, end - k);
     });
   });
+}
+
+// Write count, sum and sum of squares of n values, added up in double around their mean: for values that float32, or a
+// pivot far from their mean, would not do justice to.
+template <typename S>
+void careful_sums(double* sums, const S* values, int64_t n) {
+  double mean = 0, total = 0, squares = 0;
+  for (int64_t k = 0; k < n; ++k) mean += double(values[k]);
+  mean /= double(n);
+  for (int64_t k = 0; k < n; ++k) {
+    const double value = double(values[k]) - mean;
+    total += value;
+    squares += value * value;
+  }
+  sums[0] = double(n), sums[1] = total + mean * sums[0], sums[2] = squares + mean * (2 * total + mean * sums[0]);
 }
 
 }  // namespace
@@ -58,11 +75,13 @@ Tensor sample_sums_cpu(const Tensor& x) {
           few.add_to(total);
           few_squares.add_to(squares);
         }
+        double all = 0, all_squares = 0;
+        for (int lane = 0; lane < V::width; ++lane) all += total[lane], all_squares += squares[lane];
+        const double n = double(elements), off = all * all, spread = n * all_squares - off, p = double(pivot);
         double* sum = mutable_data<double>(sums) + 3 * b;
-        sum[0] = double(elements), sum[1] = sum[2] = 0;
-        for (int lane = 0; lane < V::width; ++lane) sum[1] += total[lane], sum[2] += squares[lane];
-        sum[2] += 2 * double(pivot) * sum[1] + sum[0] * double(pivot) * double(pivot);
-        sum[1] += sum[0] * double(pivot);
+        sum[0] = n, sum[1] = all + n * p, sum[2] = all_squares + p * (2 * all + n * p);
+        // The pivot is more than 8 standard deviations from the mean (an outlier), or float32 overflowed.
+        if (!(off <= 64 * spread) || std::isinf(spread)) careful_sums(sum, source, elements);
       }
     });
   });

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from byola_fast import EMA, AudioNTT2020, Augment, Embedder, augment, ops
+from byola_fast.ops.frontend import log_mel
 from byola_fast.spectrograms.statistics import RunningStats
+from byola_fast.views.explain import explain_views
 
 X = torch.randn(3, 8, 12)
 LAM = torch.tensor([0.1, 0.2, 0.3])
 CROP = torch.tensor([[0, 0, 8, 18]] * 3)
+
+
+CURSOR = torch.zeros(3, dtype=torch.int64)
+RNG = torch.tensor([1, 2])
+SUMS = ops.sample_sums(X)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def drawn_with(**changes):
+    return replace(augment(X, seed=1, return_params=True)[2], **changes)
+
+
+def drawn(**changes):
+    names = ("lam", "bank_index", "crop", "fader", "rng")
+    return {name: getattr(drawn_with(**changes), name) for name in names}
 
 
 def crop_with(*box):
@@ -65,6 +87,160 @@ CALLS = {
         lambda: (b := torch.randn(2, 3, 8, 12)) is not None and augment(b[0], out=b),
         ValueError,
         "of its own",
+    ),
+    "out that overlaps the input": (
+        lambda: augment((b := torch.randn(700))[412:].view(3, 8, 12), out=b[:576].view(2, 3, 8, 12)),
+        ValueError,
+        "out: expected memory of its own, got that of x",
+    ),
+    "out that is the partners": (
+        lambda: ops.augment_views(X, **drawn(), pool=(b := torch.randn(6, 8, 12)), out=b.view(2, 3, 8, 12)),
+        ValueError,
+        "out: expected memory of its own, got that of pool",
+    ),
+    "out that is a parameter": (
+        lambda: augment(X, params=drawn_with(lam=(b := torch.rand(576))[9:15].view(2, 3)), out=b.view(2, 3, 8, 12)),
+        ValueError,
+        "out: expected memory of its own, got that of lam",
+    ),
+    "out that is the memory bank": (
+        lambda: (a := Augment(n_memory=6, shape=(8, 12)))(X, out=a.bank.rows.view(2, 3, 8, 12)),
+        ValueError,
+        "out: expected memory of its own, got that of bank.rows",
+    ),
+    "out of one element": (
+        lambda: augment(X, out=torch.zeros(1).expand(2, 3, 8, 12)),
+        ValueError,
+        "out: expected a contiguous tensor",
+    ),
+    "out with gradient": (
+        lambda: augment(X, out=torch.zeros(2, 3, 8, 12, requires_grad=True)),
+        RuntimeError,
+        "augment with out=: gives no gradient to out",
+    ),
+    "rows that are pushed": (
+        lambda: ops.bank_push_(r := torch.randn(4, 8, 12), CURSOR.clone(), r[1:3]),
+        ValueError,
+        "rows: expected memory of its own, got that of x",
+    ),
+    "rows that hold the statistics": (
+        lambda: ops.bank_push_(r := torch.randn(4, 8, 12), CURSOR.clone(), X, r[0, 0, :2]),
+        ValueError,
+        "rows: expected memory of its own, got that of stats",
+    ),
+    "rows that hold the cursor": (
+        lambda: ops.bank_push_(r := torch.zeros(4, 8, 12), r.view(torch.int64).flatten()[:3], X),
+        ValueError,
+        "rows: expected memory of its own, got that of cursor",
+    ),
+    "rows with gradient": (
+        lambda: ops.bank_push_(torch.zeros(4, 8, 12, requires_grad=True), CURSOR.clone(), X),
+        RuntimeError,
+        "bank_push_: gives no gradient to rows",
+    ),
+    "statistics of three for the bank": (
+        lambda: ops.bank_push_(X.clone(), CURSOR.clone(), X, torch.ones(3)),
+        ValueError,
+        "stats: expected shape (2,), got (3,)",
+    ),
+    "normalize in place of an expanded tensor": (
+        lambda: ops.normalize(X[:1].expand(3, 8, 12), SUMS, inplace=True),
+        ValueError,
+        "x: expected elements with memory of their own, got strides (0, 12, 1)",
+    ),
+    "normalize in place of overlapping windows": (
+        lambda: ops.normalize(torch.randn(20).unfold(0, 5, 1), SUMS, inplace=True),
+        ValueError,
+        "x: expected elements with memory of their own, got strides (1, 1)",
+    ),
+    "normalize in place of its own sums": (
+        lambda: ops.normalize(s := SUMS.clone(), s, inplace=True),
+        ValueError,
+        "x: expected memory of its own, got that of sums",
+    ),
+    "sums of float32": (lambda: ops.normalize(X, SUMS.float()), TypeError, "sums: expected torch.float64, got"),
+    "sums of nothing": (lambda: ops.normalize(X, SUMS[:0]), ValueError, "sums: expected those of x, got none"),
+    "a batch below 0": (lambda: ops.draw_params(RNG, -1, (8, 12)), ValueError, "batch: expected an integer in [0, "),
+    "no mels to draw for": (lambda: ops.draw_params(RNG, 3, (0, 12)), ValueError, "input_size: expected (mels, fra"),
+    "a pool below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), pool=-3), ValueError, "pool: expected 0 to 2^24"),
+    "bank_count beyond rows": (
+        lambda: ops.draw_params(RNG, 3, (8, 12), bank_count=torch.tensor(2**50)),
+        ValueError,
+        "bank_count: expected 0 to 2^24 rows, got 1125899906842624",
+    ),
+    "sample_offset below 0": (
+        lambda: augment(X, sample_offset=-5),
+        ValueError,
+        "sample_offset: expected an integer in [0, 2^63), got -5",
+    ),
+    "sample_offset of a half": (
+        lambda: augment(X, sample_offset=0.5),
+        ValueError,
+        "sample_offset: expected an integer in [0, 2^63), got 0.5",
+    ),
+    "a canvas of half mels": (
+        lambda: ops.resize_crop(X, CROP, canvas=(8.5, 18)),
+        ValueError,
+        "canvas: expected (mels, frames) of at least (8, 12), integers, got (8.5, 18)",
+    ),
+    "a box whose end overflows": (
+        lambda: ops.resize_crop(X, crop_with(2**62, 0, 2**62, 2)),
+        ValueError,
+        "crop: expected boxes (i, j, h, w) inside the canvas (8, 18)",
+    ),
+    "integer weights": (lambda: ops.augment_views(X, **drawn(lam=LAM.long().expand(2, 3))), TypeError, "lam: expected"),
+    "float rows": (
+        lambda: ops.augment_views(X, **drawn(bank_index=torch.zeros(2, 3))),
+        TypeError,
+        "bank_index: expected int32 or int64, got torch.float32",
+    ),
+    "float boxes": (
+        lambda: ops.augment_views(X, **drawn(crop=torch.zeros(2, 3, 4))),
+        TypeError,
+        "crop: expected int32 or int64, got torch.float32",
+    ),
+    "complex fader": (
+        lambda: augment(X, params=drawn_with(fader=torch.zeros(2, 3, 2, dtype=torch.complex64))),
+        TypeError,
+        "params.fader: expected a floating-point tensor",
+    ),
+    "a bank without rows": (
+        lambda: ops.augment_views(X, **drawn(), bank=torch.zeros(0, 8, 12), bank_count=torch.tensor(3)),
+        ValueError,
+        "bank: expected at least one row, got shape (0, 8, 12)",
+    ),
+    "negative std in a tensor": (
+        lambda: augment(X, stats=torch.tensor([0.0, -1.0])),
+        ValueError,
+        "stats: expected (mean, std), finite, std at least 0",
+    ),
+    "sparse": (lambda: augment(X.to_sparse()), TypeError, "lms: expected a dense tensor (torch.strided), got torch.sp"),
+    "lam of a subclass above 1": (
+        lambda: ops.log_mixup_exp(X, X, (LAM + 0.8).as_subclass(Subclass)),
+        ValueError,
+        "lam: expected weights in [0, 1]",
+    ),
+    "a seed beside parameters": (
+        lambda: augment(X, seed=1, params=drawn_with()),
+        ValueError,
+        "params: expected neither seed nor generator beside them",
+    ),
+    "parameters of a bank for a batch": (
+        lambda: augment(X, params=drawn_with(bank_count=torch.tensor(5))),
+        ValueError,
+        "params: expected partners from the batch, got rows of a bank of 5",
+    ),
+    "bands beyond int32": (
+        lambda: log_mel(
+            X[0], torch.ones(8), torch.ones(1, 5), torch.tensor([[2**32, 2**32 + 5]]), n_fft=8, hop_length=4
+        ),
+        RuntimeError,
+        "bands: expected 0 <= first <= last <= n_fft // 2 + 1",
+    ),
+    "a picture of another mixer": (
+        lambda: explain_views(X[:, None], "abc", samples=1, preset="byola-v1", seed=1, mixup="linear"),
+        ValueError,
+        "mixup: expected one of 'log', got 'linear'",
     ),
     "updates": (lambda: RunningStats(max_updates=0), ValueError, "max_updates: expected at least 1"),
     "lam of another length": (
@@ -167,8 +343,6 @@ def test_the_error_names_what_was_given_and_what_is_wanted(case):
     ],
 )
 def test_replayed_parameters_are_checked(field, change, words):
-    from dataclasses import replace
-
     params = augment(X, seed=1, return_params=True)[2]
     broken = replace(params, **{field: change(getattr(params, field))})
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -177,10 +351,62 @@ def test_replayed_parameters_are_checked(field, change, words):
         Augment(seed=1)(X, params=replace(broken, bank_count=torch.tensor(0)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bank_count": torch.tensor(4)}, "params.bank_count: expected at most the bank's 3 rows, got 4"),
+        ({"bank_count": torch.tensor(-1)}, "params.bank_count: expected at most the bank's 3 rows, got -1"),
+        (
+            {"bank_index": torch.full((2, 3), 4)},
+            "params.bank_index: expected rows in [0, 3), or -1 for no partner, got 4",
+        ),
+        ({"sample_offset": -1}, "params.sample_offset: expected an integer in [0, 2^63), got -1"),
+    ],
+)
+def test_rows_of_the_bank_that_are_still_empty_are_no_partners(changes, words):
+    aug = Augment(seed=1, n_memory=5)
+    aug(X)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        aug(X, params=drawn_with(**changes))
+
+
+def test_each_op_refuses_forward_mode():
+    """PyTorch drops the tangent of an op that has a backward pass only; the derivative would be 0 in silence."""
+    window, bank = torch.ones(8), torch.ones(1, 5)
+    calls = {
+        "log_mixup_exp": lambda x: ops.log_mixup_exp(X, x, LAM),
+        "resize_crop": lambda x: ops.resize_crop(x, CROP),
+        "sample_sums": ops.sample_sums,
+        "normalize": lambda x: ops.normalize(x, SUMS),
+        "augment_views": lambda x: ops.augment_views(x, **drawn())[0],
+        "log_mel": lambda x: log_mel(x.flatten(1), window, bank, n_fft=8, hop_length=4),
+    }
+    for name, call in calls.items():
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name}: gives no forward-mode derivative"):
+            call(forward_ad.make_dual(X, X))
+
+
+def test_out_may_lie_beside_the_input_in_one_storage():
+    both = torch.randn(3 * 3 * 8 * 12)
+    x, out = both[:288].view(3, 8, 12), both[288:].view(2, 3, 8, 12)
+    wanted = augment(x, seed=1)
+    assert all(map(torch.equal, augment(x, seed=1, out=out), wanted))
+
+
+def test_ops_work_under_another_default_device():
+    """Tensors that the ops make for themselves stay on the CPU, whatever the default device is."""
+    target, crop = [X.clone()], torch.tensor([[0, 0, 8, 18]] * 3)
+    with torch.device("meta"):
+        ops.ema_update_(target, [X], 0.5)
+        ops.resize_crop(X, crop)
+        augment(X, params=drawn_with())
+        assert Augment(seed=1).rng.device.type == "meta"
+
+
 def test_boxes_and_rows_out_of_range_are_moved_inside_below_the_checks(device):
     """The dispatcher's ops do not check values on a GPU; what is out of range is clamped, never read out of bounds."""
     x = torch.randn(4, 8, 12, device=device)
-    wild = torch.tensor([[-50, 10**6, 3, 4], [0, 0, -7, 10**8], [7, 17, 8, 18], [2**30, -(2**30), 1, 1]], device=device)
+    wild = torch.tensor([[-50, 10**6, 3, 4], [0, 0, -7, 2**40], [7, 17, 8, 18], [2**33, -(2**32), 1, 1]], device=device)
     tame = torch.tensor([[0, 14, 3, 4], [0, 0, 1, 18], [0, 0, 8, 18], [7, 0, 1, 1]], device=device)
     for interpolation in ("bilinear", "bicubic"):
         got = torch.ops.byola_fast.resize_crop(x, wild, [8, 12], [8, 18], interpolation)
@@ -204,8 +430,14 @@ def test_nothing_is_lost_after_an_error():
     for bad in (X[:, :5], X.long(), X[0]):
         with pytest.raises((ValueError, TypeError)):
             aug(bad)
-    with pytest.raises(ValueError, match="out"):
-        aug(X, out=torch.empty(1))
+    for out in (torch.empty(1), aug.bank.rows[:1].expand(2, 3, 8, 12), torch.empty(2, 3, 8, 12, requires_grad=True)):
+        with pytest.raises((ValueError, RuntimeError), match="out"):
+            aug(X, out=out)
+    with pytest.raises(RuntimeError, match="augment with out=: gives no gradient to lms"):
+        aug(X.clone().requires_grad_(), out=torch.empty(2, 3, 8, 12))
+    for change in (dict(fader=torch.zeros(2, 3, 2).long()), dict(bank_count=torch.tensor(1.5))):
+        with pytest.raises(TypeError):
+            aug(X, params=drawn_with(**change))
     for key, value in aug.state_dict().items():
         assert torch.equal(value, before[key]), key
 

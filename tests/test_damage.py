@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from byola_fast import AudioNTT2020, LogMel, load_encoder
+from byola_fast import AudioNTT2020, Augment, LogMel, load_encoder
 from byola_fast.audio.pack import pack
 from byola_fast.audio.store import SegmentStore
 from byola_fast.audio.store_format import StoreError
@@ -25,7 +26,7 @@ from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.runtime.workers import read_in_processes
 from byola_fast.spectrograms.corpus_statistics import Stats, read_stats, write_stats
 from byola_fast.training.config import PretrainConfig
-from byola_fast.training.run_folder import RunFolder
+from byola_fast.training.run_folder import RunFolder, RunState
 
 RATE = 16000
 
@@ -58,13 +59,15 @@ def test_files_without_checksums_are_read(tmp_path):
     assert load_checkpoint(tmp_path / "a.pt")["weight"].sum() == 3
 
 
-@pytest.mark.parametrize("stats", [(math.nan, 1.0), (0.0, math.inf), (0.0, -1.0)])
+@pytest.mark.parametrize("stats", [(math.nan, 1.0), (0.0, math.inf), (0.0, -1.0), (0.0, 0.0)])
 def test_statistics_out_of_range_name_their_file(tmp_path, stats):
     with pytest.raises(CheckpointError, match=r"a\.pth: stats: expected \(mean, std\), finite"):
         load_encoder(write_encoder(tmp_path / "a.pth", stats=stats))
 
 
-@pytest.mark.parametrize("changed", [{"center": False}, {"n_fft": 2**60}, {"hop_length": "x"}])
+@pytest.mark.parametrize(
+    "changed", [{"center": False}, {"n_fft": 2**60}, {"n_fft": 2**24}, {"hop_length": "x"}, {"f_min": "x"}]
+)
 def test_a_front_end_that_cannot_be_names_its_file(tmp_path, changed):
     with pytest.raises(CheckpointError, match=r"a\.pth: config: "):
         load_encoder(write_encoder(tmp_path / "a.pth", config=changed))
@@ -113,8 +116,6 @@ def test_a_checkpoint_of_other_types_is_refused(tmp_path, changed):
     save_checkpoint(tmp_path / "checkpoint.pt", content | changed)
     run = RunFolder(tmp_path)
     if "optimizer" in changed:
-        from byola_fast.training.run_folder import RunState
-
         one = torch.nn.Linear(1, 1)
         state = RunState(None, one, torch.optim.Adam(one.parameters()), one)  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match="does not fit this run"):
@@ -123,6 +124,54 @@ def test_a_checkpoint_of_other_types_is_refused(tmp_path, changed):
     with pytest.raises(CheckpointError, match="damaged; give another out"):
         run.open(PretrainConfig())
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"weight": torch.full((1, 1), math.nan)}}, r"weight: not finite in torch.float32 \(1 of 1 values\)"),
+        ({"model": {"weight": torch.ones(1, 1, dtype=torch.int64)}}, "weight: of another dtype torch.int64"),
+        ({"augment": {"rng": torch.zeros(4)}}, "rng: of another "),
+        ({"augment": {"fixed_stats": torch.tensor([0.0, math.inf])}}, "fixed_stats: not finite"),
+        ({"augment": {"bank.cursor": torch.zeros(3)}}, "bank.cursor: of another dtype torch.float32"),
+    ],
+)
+def test_a_run_with_other_tensors_is_refused_and_nothing_changes(change, words):
+    learner, augment = torch.nn.Linear(1, 1), Augment(stats=(0.0, 1.0), n_memory=2)
+    state = RunState(None, learner, torch.optim.Adam(learner.parameters()), augment)  # type: ignore[arg-type]
+    parts = {"model": learner, "optimizer": state.optimizer, "augment": augment}
+    saved = {name: part.state_dict() for name, part in parts.items()} | {"rng": [], "step": 1, "epoch": 0}
+    before = copy.deepcopy([learner.state_dict(), augment.state_dict()])
+    name, changed = next(iter(change.items()))
+    with pytest.raises(CheckpointError, match=f"does not fit this run: {words}"):
+        state.restore(saved | {name: saved[name] | changed})
+    for old, part in zip(before, (learner, augment), strict=True):
+        assert all(torch.equal(old[key], x) for key, x in part.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", ["", "child."])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("bank.rows", torch.full((2, 3, 4), math.nan), r"not finite in torch.float32 \(24 of 24 values\)"),
+        ("bank.rows", torch.ones(2, 3, 4, dtype=torch.int64), "of another dtype torch.int64"),
+        ("bank.rows", torch.ones(2, 3, 5), r"of another shape \(2, 3, 5\) instead of \(2, 3, 4\)"),
+        ("bank.rows", torch.ones(1).expand(2, 3, 4), "of fewer values than their shape"),
+        ("bank.cursor", torch.tensor([0, -1, 0]), r"negative \(1 of 3 values\)"),
+        ("rng", torch.zeros(4), "of another"),
+        ("running_stats.variance", torch.tensor(-1.0), "negative"),
+        ("running_stats.mean", torch.tensor(math.inf), "not finite"),
+        ("running_stats.count", torch.tensor(1.0), "of another dtype"),
+    ],
+)
+def test_a_damaged_state_of_augment_changes_nothing(suffix, name, value, words):
+    augment = Augment(n_memory=2)
+    augment(torch.randn(3, 3, 4))
+    module = augment if not suffix else torch.nn.ModuleDict({"child": augment})
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=rf"{name}: {words}"):
+        module.load_state_dict(before | {suffix + name: value})
+    assert all(torch.equal(before[key], x) for key, x in module.state_dict().items())
 
 
 # embeddings

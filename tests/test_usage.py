@@ -101,7 +101,7 @@ def test_too_little_memory_is_an_error_of_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_stats", fail)
     assert main(["stats", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("byola-fast: error: not enough memory")
+    assert line.startswith("byola-fast: error: out of memory")
 
 
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path):

@@ -37,9 +37,11 @@ OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encod
 MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
 MP3_EDGE = 4 * 1152  # frames that an MP3 decoder leaves out: the table, the encoder's delay, the padding
 UNKNOWN_FRAMES = 1 << 60  # libsndfile returns 2^63 - 1 if the header has no length (FLAC from a pipe)
+MAX_PLANES = 8
 SYSTEM_ERROR = 2  # libsndfile's code for a failed system call
 LOUDEST = 2.0**20  # of full scale: 120 dB above it; anything louder is damage
 NOT_AUDIO = "not audio that can be decoded"
+NO_TABLE = "an MP3 without a table of its length"
 MORE_FORMATS = 'pip install "byola_fast[av]" reads more'
 KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}  # else a device
 
@@ -99,35 +101,16 @@ class AudioFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         status = _require_regular(self.path)
-        self._state = (str(path), status.st_size, status.st_mtime_ns)
-        self._proof, self._header, self._promised_sec = "", 0, 0.0
-        self._whole = False  # whether libsndfile alone decoded all of it
-        self._file = _open_libsndfile(self.path)
-        if self._file is not None:
-            self._header, self.rate = int(self._file.frames), int(self._file.samplerate)
-            self._proof = _proof(self._file)
+        self._state = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         try:
-            self._doubt = _doubt(*self._state, self._proof, self._header)
+            self._facts = _examine(*self._state)
         except OSError as error:
-            self.close()
             raise AudioError(path, error.strerror or str(error)) from error
-        promised = min(self._header, self._doubt.promised)
-        if self._file is not None and promised < UNKNOWN_FRAMES:
-            self._promised_sec = promised / self.rate
-        empty = self._file is not None and self._header < 1
-        if empty and not has_ffmpeg():
-            self.close()
-            raise AudioError(path, f"its header says that it holds no samples ({MORE_FORMATS})")
-        if self._file is None or empty or (self._doubt.reason and has_ffmpeg()):
-            try:
-                self.rate = _ffmpeg_rate(self.path, self._header > 0)
-                self.close()
-                self._file = None
-            except AudioError:
-                if self._file is None or empty:
-                    raise
-        if self._doubt.note and not empty:
-            warn_once(f"{self.path}: {self._doubt.note}")
+        self.rate = self._facts.rate
+        self._whole = False  # whether libsndfile alone decoded all of it
+        self._file = None if self._facts.by_ffmpeg else _open_libsndfile(self.path)
+        if self._facts.note:
+            warn_once(f"{self.path}: {self._facts.note}")
 
     def __enter__(self) -> AudioFile:
         return self
@@ -162,12 +145,12 @@ class AudioFile:
             for block in _libsndfile_blocks(self._from_start(), UNKNOWN_FRAMES, maximum):
                 got += len(block)
                 yield self._mono(block)
-            self._whole = got == self._header and not self._doubt.reason
+            self._whole = got == self._facts.header and not self._facts.reason
             if self._whole:
                 return
         if self._file is None or (has_ffmpeg() and _ffmpeg_rate(self.path, True) == self.rate):
             # libsndfile stops at damage in a FLAC; FFmpeg reads on
-            for block in _ffmpeg_blocks(self.path, self._header > 0, got, maximum):
+            for block in _ffmpeg_blocks(self.path, self._facts.header > 0, got, maximum):
                 got += len(block)
                 damaged += not len(block)
                 yield self._mono(block)
@@ -199,8 +182,9 @@ class AudioFile:
 
     def _length(self) -> tuple[int, bool]:
         """Return the number of frames, and whether libsndfile can seek to each of them."""
-        if self._file is not None and not self._doubt.reason and self._proof in ("size", "ogg", "mpeg"):
-            return self._header, True
+        facts = self._facts
+        if not facts.by_ffmpeg and not facts.reason and facts.proof in ("size", "ogg", "mpeg"):
+            return facts.header, True
         return _count(*self._state)
 
     def _from_start(self) -> soundfile.SoundFile:
@@ -208,7 +192,7 @@ class AudioFile:
         import soundfile
 
         assert self._file is not None
-        if self._doubt.reason and self._proof == "mpeg":
+        if self._facts.reason and self._facts.proof == "mpeg":
             with suppress(soundfile.SoundFileError):
                 return _open_through_pipe(self.path)
         return self._file
@@ -227,14 +211,15 @@ class AudioFile:
 
     def _report(self, got: int, damaged: int) -> None:
         """Warn if the file was not read to its end, or holds less than its header promises."""
-        seconds, edge = got / self.rate, MP3_EDGE / self.rate if self._proof in ("ogg", "mpeg") else 0
-        if seconds + edge < self._promised_sec:
-            message = f"its header promises {self._promised_sec:.2f} s; only {seconds:.2f} s can be decoded"
+        facts, seconds = self._facts, got / self.rate
+        edge = MP3_EDGE / self.rate if facts.proof in ("ogg", "mpeg") else 0
+        if seconds + edge < facts.promised_sec:
+            message = f"its header promises {facts.promised_sec:.2f} s; only {seconds:.2f} s can be decoded"
         elif damaged:
-            reason = f"{self._doubt.reason}; " if self._doubt.reason else ""
+            reason = f"{facts.reason}; " if facts.reason else ""
             message = f"{reason}damaged packets left out: {damaged}; {seconds:.2f} s were read"
-        elif self._file is not None and got + MP3_EDGE < self._doubt.frames:
-            message = f"{self._doubt.reason}; only {seconds:.2f} s were read ({MORE_FORMATS})"
+        elif self._file is not None and got + MP3_EDGE < facts.frames:
+            message = f"{facts.reason}; only {seconds:.2f} s were read ({MORE_FORMATS})"
         else:
             return
         warn_once(f"{self.path}: {message}")
@@ -295,50 +280,76 @@ def _proof(file: soundfile.SoundFile) -> str:
     return "decode" if file.subtype in ("FLOAT", "DOUBLE") or file.format in ("FLAC", "OGG") else "size"
 
 
-class Doubt(NamedTuple):
-    """What a file's structure says against its header.
+class Facts(NamedTuple):
+    """What is known of a file from its header and its structure.
 
     Attributes:
+        by_ffmpeg: whether FFmpeg reads it, and not libsndfile.
+        rate: in Hz, of the decoder that reads it.
+        header: number of frames that the header gives, as libsndfile understands it; 0 if it does not.
+        promised_sec: length in seconds that the header promises; 0 if it gives none, or libsndfile guessed it.
+        proof: see ``_proof``.
         reason: why libsndfile may not read the file to its end; "" if it does.
-        frames: number of frames in the file, if known.
-        promised: number of frames that the header promises, unless libsndfile guessed it.
+        frames: number of frames in a file that libsndfile may not read to its end, if known.
         note: what no decoder reads.
     """
 
+    by_ffmpeg: bool
+    rate: int
+    header: int = 0
+    promised_sec: float = 0.0
+    proof: str = ""
     reason: str = ""
     frames: int = 0
-    promised: int = UNKNOWN_FRAMES
     note: str = ""
 
 
 @lru_cache(maxsize=1 << 17)
-def _doubt(path: str, _size: int, _changed: int, proof: str, header: int) -> Doubt:
+def _examine(path: str, *_state: int) -> Facts:
+    file = _open_libsndfile(Path(path))
+    if file is None:
+        rate = _ffmpeg_rate(Path(path), known=False)
+        with open(path, "rb") as raw:
+            return Facts(True, rate, note=odd_end(raw))
+    with file:
+        header, rate, proof = int(file.frames), int(file.samplerate), _proof(file)
+    if header < 1:
+        if not has_ffmpeg():
+            raise AudioError(path, f"its header says that it holds no samples ({MORE_FORMATS})")
+        return Facts(True, _ffmpeg_rate(Path(path), known=False))
+    reason, frames, note = _doubt(path, proof, header)
+    guessed = header >= UNKNOWN_FRAMES or reason == NO_TABLE
+    facts = Facts(False, rate, header, 0.0 if guessed else header / rate, proof, reason, frames, note)
+    if reason and has_ffmpeg():
+        with suppress(AudioError):  # then libsndfile reads what it can
+            return facts._replace(by_ffmpeg=True, rate=_ffmpeg_rate(Path(path), known=True))
+    return facts
+
+
+def _doubt(path: str, proof: str, header: int) -> tuple[str, int, str]:
+    """Return ``reason``, ``frames`` and ``note`` of a file that libsndfile opens."""
     with open(path, "rb") as file:
         return _doubt_of(path, file, proof, header)
 
 
-def _doubt_of(path: str, file: BinaryIO, proof: str, header: int) -> Doubt:
+def _doubt_of(path: str, file: BinaryIO, proof: str, header: int) -> tuple[str, int, str]:
     content = FileBytes(file)
     if proof not in ("mpeg", "ogg"):
         streams = max(ogg_streams(content)[0], flac_streams(content)) if proof == "decode" else 1
-        if streams > 1:
-            return Doubt(f"holds {streams} streams", UNKNOWN_FRAMES, header)
-        return Doubt(note=odd_end(file))
+        note = odd_end(file)
+        return (f"holds {streams} streams", UNKNOWN_FRAMES, note) if streams > 1 else ("", 0, note)
     if proof == "mpeg":
         frames, tables, whole = mpeg_samples(content)
         if whole and 0 <= frames - header <= MP3_EDGE and _reaches(path, header):
-            return Doubt()
-        if not tables:
-            return Doubt("an MP3 without a table of its length", frames, promised=0)
-        return Doubt("a joined or damaged MP3", frames, header)
+            return "", 0, ""
+        return "a joined or damaged MP3" if tables else NO_TABLE, frames, ""
     streams, whole, cut = ogg_streams(content)
     note = "breaks off inside its last page" if cut else ""
     if streams > 1:
-        return Doubt(f"holds {streams} streams", UNKNOWN_FRAMES, header, note)
+        return f"holds {streams} streams", UNKNOWN_FRAMES, note
     if not _counts_from_zero(content):
-        return Doubt("an Opus stream that does not begin at 0", promised=0, note=note)
-    whole = whole and _reaches(path, header)
-    return Doubt(note=note) if whole else Doubt("damaged Ogg pages", header, header, note)
+        return "an Opus stream that does not begin at 0", 0, note
+    return ("", 0, note) if whole and _reaches(path, header) else ("damaged Ogg pages", header, note)
 
 
 def _counts_from_zero(content: FileBytes) -> bool:
@@ -367,10 +378,10 @@ def _reaches(path: str, frames: int) -> bool:
 
 
 @lru_cache(maxsize=1 << 17)
-def _count(path: str, _size: int, _changed: int) -> tuple[int, bool]:
+def _count(path: str, *_state: int) -> tuple[int, bool]:
     with AudioFile(path) as file:
         frames = sum(map(len, file.blocks()))
-        return frames, file._whole and file._proof != "stream"
+        return frames, file._whole and file._facts.proof != "stream"
 
 
 def _seek(file: soundfile.SoundFile, start: int) -> tuple[soundfile.SoundFile, int]:
@@ -482,6 +493,8 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
         rate = rate or frame.sample_rate
         if frame.sample_rate != rate:
             raise AudioError(path, f"its rate changes from {rate} to {frame.sample_rate} Hz; expected one rate")
+        if frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES:  # PyAV reads beyond the list of planes
+            raise AudioError(path, f"{frame.layout.nb_channels} channels; expected at most {MAX_PLANES} of FFmpeg")
         block = _samples(frame)
         block, skip = block[skip:], max(0, skip - len(block))
         if held and (held[0].shape[1] != block.shape[1] or length + len(block) > maximum):

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import CheckpointError
-from byola_fast.networks.encoder_file import read_encoder
+from byola_fast.networks.encoder_file import open_encoder, shown
 from byola_fast.networks.encoders import feature_width
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
-from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
+from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
+
+SIZES = ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels")  # settings of a file's front end
+LARGEST = 1 << 24  # of each, and of the filter bank: a damaged file must not ask for all memory
 
 
 class FrameEmbeddings(NamedTuple):
@@ -213,7 +216,7 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
-    network, config, saved_stats = read_encoder(path, encoder)
+    (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:
         stats = saved_stats
     if stats is None:
@@ -225,13 +228,23 @@ def load_encoder(
         settings = {name: config[name] for name in FRONT_END if name in config}
         if hasattr(network, "n_mels"):
             settings["n_mels"] = network.n_mels
-        if "f_max" not in settings and isinstance(rate := settings.get("sample_rate"), int):
-            settings["f_max"] = min(7800.0, rate / 2)
+        for name in SIZES:
+            value = settings.setdefault(name, getattr(FrontEnd, name))
+            if not isinstance(value, (int, float)) or not 1 <= value <= LARGEST:
+                raise CheckpointError(f"{path}: config: {name}: expected 1 to {LARGEST}, got {shown(value)}")
+        if settings["n_mels"] * settings["n_fft"] > LARGEST:
+            product = f"{settings['n_mels']} * {settings['n_fft']}"
+            raise CheckpointError(f"{path}: config: n_mels * n_fft: expected at most {LARGEST}, got {product}")
+        settings.setdefault("f_max", min(FrontEnd.f_max, settings["sample_rate"] / 2))
         try:
             to_lms = LogMel(**settings)
-        except (TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:  # the last two: of any size
+        except ValueError as error:
             raise CheckpointError(f"{path}: config: {error}") from error
+        except Exception as error:  # values of any kind
+            raise CheckpointError(f"{path}: config: expected settings of LogMel: {error}") from error
         if not to_lms.center:
             raise CheckpointError(f"{path}: config: expected center True, as embeddings have times, got False")
-    embedder = Embedder(network.requires_grad_(False), stats=stats, to_lms=to_lms)
+    embedder = Embedder(network, stats=stats, to_lms=to_lms)
+    load_weights()  # after every check
+    network.requires_grad_(False)
     return embedder.eval().to(torch.device("cpu" if device is None else device))

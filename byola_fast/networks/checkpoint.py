@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import zipfile
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
+from byola_fast.networks.torch_file import RefusedError, check_torch_file
 from byola_fast.runtime.files import write_whole
 
-ZIP = b"PK\x03\x04"  # first bytes of an archive
-BLOCK_BYTES = 1 << 22  # read at a time for a checksum
 SAFETENSORS = ".safetensors"
 RUN_WEIGHTS = ("encoder.pth", "encoder.safetensors", "checkpoint.pt")  # files of a run, in order of preference
 METADATA = "byola_fast"  # key of a safetensors file's metadata with config and statistics, as JSON
+CHECKSUM = METADATA + "_sha256"  # key of its checksum
 
 
 class CheckpointError(ValueError):
@@ -48,19 +50,18 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         map_location: device of the tensors.
 
     Raises:
-        CheckpointError: the file is missing, a folder, empty, truncated, damaged (a wrong checksum; safetensors have
-        none), no checkpoint, or holds pickled code.
+        CheckpointError: the file is missing, a folder or pipe, empty, truncated, damaged (a wrong checksum, sizes that
+        contradict each other), no checkpoint, or holds pickled code or other than dense float, integer or bool tensors.
+        Files of torch before 1.6 and safetensors of other programs have no checksum.
     """
     path = Path(path)
-    if os.path.isdir(path):  # False also if that cannot be known
-        inside = [name for name in RUN_WEIGHTS if (path / name).is_file()]
-        message = f"; give a file, such as {path / inside[0]}" if inside else ", not a file of weights"
-        raise CheckpointError(f"{path}: Is a directory{message}")
+    _check_kind(path)
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path, map_location)
     try:
-        _check_archive(path)
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with open(path, "rb") as file:  # one file, even if another replaces it meanwhile
+            check_torch_file(file)
+            content = torch.load(file, map_location=map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # the unpickler may raise anything on bytes that are no checkpoint
@@ -71,40 +72,53 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            names = list(file.keys())
-            content: dict[str, Any] = {"state_dict": {name: file.get_tensor(name) for name in names}}
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in list(file.keys())}
             metadata = file.metadata() or {}
     except OSError as error:
-        why = "No such file or directory" if not path.exists() else str(error)
-        raise CheckpointError(f"{path}: {why}") from error
-    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # SafetensorError, or another for dtypes and sizes out of range
         size = path.stat().st_size
         why = f"truncated, damaged or no safetensors file ({size} bytes): {error}" if size else "empty file (0 bytes)"
         raise CheckpointError(f"{path}: {why}") from error
+    described = metadata.get(METADATA, "{}")
+    if CHECKSUM in metadata and metadata[CHECKSUM] != weights_sha256(weights, described):
+        raise CheckpointError(
+            f"{path}: damaged, or changed by a program that kept the checksum (metadata {CHECKSUM!r})"
+        )
     try:
-        described = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
+        values = json.loads(described)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the metadata {METADATA!r} is not JSON: {error}") from error
-    if not isinstance(described, dict):
+    if not isinstance(values, dict):
         raise CheckpointError(f"{path}: the metadata {METADATA!r} is no JSON object")
-    return content | {name: described[name] for name in ("config", "stats") if name in described}
+    return {"state_dict": weights} | {name: values[name] for name in ("config", "stats") if name in values}
 
 
-def _check_archive(path: Path) -> None:
-    """Verify the checksums of a file of ``torch.save``, which ``torch.load`` ignores."""
-    with open(path, "rb") as file:
-        if file.read(len(ZIP)) != ZIP:
-            return  # of torch before 1.6
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.CRC:  # 0: none
-                with archive.open(record) as content:
-                    while content.read(BLOCK_BYTES):
-                        pass  # reading to the end verifies the checksum
+def weights_sha256(weights: Mapping[str, Tensor], described: str) -> str:
+    """Return the checksum of named tensors and of what describes them."""
+    digest = hashlib.sha256(described.encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is no file; a pipe would block."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null in the name
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', error)}") from error
+    if stat.S_ISDIR(mode):
+        inside = [name for name in RUN_WEIGHTS if (path / name).is_file()]
+        message = f"; give a file, such as {path / inside[0]}" if inside else ", not a file of weights"
+        raise CheckpointError(f"{path}: Is a directory{message}")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: expected a file of weights, got a pipe, socket or device")
 
 
 def write_checked(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -125,15 +139,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     size = path.stat().st_size
     if size == 0:
         return "empty file (0 bytes)"
-    if code := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"holds pickled code ({code[1]}), which is refused"
-    with open(path, "rb") as file:
-        is_archive = file.read(len(ZIP)) == ZIP
-    if is_archive or "EOF" in str(error):
-        return f"truncated or damaged ({size} bytes)"
+    if isinstance(error, RefusedError):
+        return str(error)
     if isinstance(error, UnpicklingError) and re.search("operand|instruction", str(error)):
-        return "not a checkpoint, or pickled in a way that is refused"
-    return "not a checkpoint"
+        return "pickled in a way that is refused; expected that of torch.save by default"
+    return f"truncated or damaged ({size} bytes)"
 
 
 def _one_line(error: BaseException) -> str:

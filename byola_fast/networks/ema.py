@@ -7,7 +7,7 @@ import copy
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import HALF
 from byola_fast.ops.functional import ema_decay
 from byola_fast.ops.reference import sums_dtype
+from byola_fast.runtime.state import require_state
 
 BUFFERS = ("none", "copy", "ema")
 NAME_WRAPPERS = ("_orig_mod", "module")  # added to parameter names by torch.compile and DistributedDataParallel
@@ -231,6 +232,10 @@ class EMA(nn.Module):
 
         super()._apply(keep_wide, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        require_state(self, state_dict, prefix)  # of all submodules, before anything changes
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, buffers={self.buffers_mode!r}"

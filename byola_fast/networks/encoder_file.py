@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import (
+    CHECKSUM,
     METADATA,
     SAFETENSORS,
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
+    weights_sha256,
     write_checked,
 )
-from byola_fast.networks.encoders import ENCODERS, AudioNTT, make_encoder
+from byola_fast.networks.encoders import ENCODERS, make_encoder
 from byola_fast.runtime.files import some_of
 from byola_fast.runtime.plugins import class_name
+from byola_fast.runtime.state import mismatch
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 
@@ -68,22 +74,44 @@ def read_encoder(path: str | Path, encoder: nn.Module | type[nn.Module] | str | 
         CheckpointError: as ``load_checkpoint``; or no encoder is recognised, or configuration or statistics in the file
         contradict it.
     """
+    found, load = open_encoder(path, encoder)
+    load()
+    return EncoderFile(found.encoder.eval(), found.config, found.stats)
+
+
+def open_encoder(
+    path: str | Path, encoder: nn.Module | type[nn.Module] | str | None = None
+) -> tuple[EncoderFile, Callable[[], None]]:
+    """Return what ``read_encoder`` does, but with the encoder unchanged, and the function that loads its weights."""
     content = load_checkpoint(path)
     tensors = named_tensors(content)
     config = _plain_dict(content.get("config"))
+    stats = _read_stats(content, path)
     if encoder is None:
         encoder = _recognise(tensors, config, path)
     elif not isinstance(encoder, nn.Module):
         widths = {name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int}
-        try:
-            encoder = make_encoder(encoder, **widths)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
-    fit_weights(encoder, tensors, path)
-    return EncoderFile(encoder.eval(), config, _read_stats(content, path))
+        encoder = _make(encoder, widths, tensors, path)
+    return EncoderFile(encoder, config, stats), partial(fit_weights, encoder, tensors, path)
 
 
-def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: str | Path) -> AudioNTT:
+def _make(
+    kind: type[nn.Module] | str, widths: Mapping[str, int], tensors: Mapping[str, Tensor], path: str | Path
+) -> nn.Module:
+    """Return an encoder with fresh weights; one of ours is compared with the file before memory is allocated."""
+    try:
+        if kind in (*ENCODERS, *ENCODERS.values()):
+            with torch.device("meta"):
+                sketch = make_encoder(kind, **widths)
+            _fitting(sketch, tensors, path)
+        return make_encoder(kind, **widths)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: str | Path) -> nn.Module:
     """Return the encoder, with fresh weights, that fits the shapes of the weights."""
     named = config.get("encoder")
     if isinstance(named, str) and ":" in named:
@@ -101,9 +129,9 @@ def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: s
         if widths is not None:
             n_mels = config.get("n_mels", widths["n_mels"])
             if not isinstance(n_mels, int) or n_mels // kind.frame_stride != widths["n_mels"] // kind.frame_stride:
-                message = f"n_mels {n_mels!r} contradicts weights for {widths['n_mels']} mels"
+                message = f"n_mels {shown(n_mels)} contradicts weights for {widths['n_mels']} mels"
                 raise CheckpointError(f"{path}: config: {message}")
-            return kind(**widths | {"n_mels": n_mels})
+            return _make(kind, widths | {"n_mels": n_mels}, tensors, path)
     convolutions = sum(name.startswith("features.") and len(shape) == 4 for name, shape in shapes.items())
     first, last = shapes.get("fc.0.weight", "missing"), shapes.get("fc.3.weight", "missing")
     raise CheckpointError(
@@ -115,29 +143,40 @@ def _recognise(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: s
 def _read_stats(content: Mapping[str, Any], path: str | Path) -> tuple[float, float] | None:
     """Return the statistics of an encoder's file or, failing that, of a checkpoint's ``Augment``."""
     given = content.get("stats")
-    if given is None:
-        given = _augment_stats(_plain_dict(content.get("augment")))
-    if given is None:
-        return None
     try:
+        if given is None:
+            given = _augment_stats(_plain_dict(content.get("augment")))
+        if given is None:
+            return None
+        if isinstance(given, Tensor) and given.shape != (2,):
+            raise ValueError("not two numbers")
         mean, std = (float(value) for value in given)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: stats: expected (mean, std), got {given!r}") from error
-    if not math.isfinite(mean) or not 0 <= std < math.inf:
-        raise CheckpointError(f"{path}: stats: expected (mean, std), finite, std at least 0, got {(mean, std)}")
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        got = "a damaged augment" if given is None else shown(given)
+        raise CheckpointError(f"{path}: stats: expected (mean, std), got {got}") from error
+    if not math.isfinite(mean) or not 0 < std < math.inf:
+        raise CheckpointError(f"{path}: stats: expected (mean, std), finite, std above 0, got {(mean, std)}")
     return mean, std
+
+
+def shown(value: Any) -> str:
+    """Return a short form of a value of any kind and depth."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of too many digits
+        return type(value).__name__
 
 
 def _augment_stats(augment: Mapping[str, Any]) -> Any:
     if isinstance(augment.get("fixed_stats"), Tensor):
-        return augment["fixed_stats"].tolist()
+        return augment["fixed_stats"]
     prefix = "running_stats."
     state = {name.removeprefix(prefix): x for name, x in augment.items() if name.startswith(prefix)}
     running = RunningStats()
     if state.keys() != running.state_dict().keys():
         return None
     running.load_state_dict(state)
-    return running.stats().tolist() if int(running.count) else None
+    return running.stats() if int(running.count) else None
 
 
 def _plain_dict(value: Any) -> dict[str, Any]:
@@ -151,7 +190,7 @@ def save_encoder(
 
     Args:
         path: file to write. ``.pth`` or ``.pt``: a dict of the three, for ``torch.load``. ``.safetensors``: the
-            weights, and the other two as JSON in the metadata, under "byola_fast".
+            weights, and the other two as JSON in the metadata, under "byola_fast", with a checksum of all three.
         encoder: its weights are stored contiguous and on the CPU.
         config: network and front end as plain values, from ``describe_encoder``.
         stats: (mean, std) of the pre-normalisation in training.
@@ -168,9 +207,10 @@ def save_encoder(
         from safetensors.torch import save  # here: importing byola_fast needs torch alone
 
         try:
-            metadata = {METADATA: json.dumps(described)}
+            text = json.dumps(described)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: config: cannot be written as JSON: {error}") from error
+        metadata = {METADATA: text, CHECKSUM: weights_sha256(weights, text)}
         write_checked(path, lambda file: file.write(save(weights, metadata)))
     else:
         raise CheckpointError(f"{path}: expected a name ending in .pth, .pt or .safetensors")
@@ -187,8 +227,8 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
         path: any file that ``load_checkpoint`` reads, safetensors included.
 
     Raises:
-        CheckpointError: as ``load_checkpoint``; or weights are missing, unexpected or of another shape, with names.
-            The encoder is then unchanged.
+        CheckpointError: as ``load_checkpoint``; or weights are missing, unexpected, not finite, or of another shape or
+            kind of dtype, with names. The encoder is then unchanged.
     """
     fit_weights(encoder, named_tensors(load_checkpoint(path)), path)
 
@@ -211,22 +251,31 @@ def fit_weights(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     Raises:
         CheckpointError: they do not fit; names the file. The encoder is then unchanged.
     """
+    given = _fitting(encoder, tensors, path)
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    try:
+        encoder.load_state_dict(given, strict=False)  # only counters of batches may be absent
+    except Exception as error:  # whatever a user's own network raises
+        encoder.load_state_dict(before)
+        raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; {error}") from error
+
+
+def _fitting(encoder: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of an encoder under its own names, after a check of everything."""
     wanted = encoder.state_dict()
     prefix = _best_prefix(tensors, wanted)
     given = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in given if name not in wanted]
-    shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems: dict[str, list[str]] = {
+        "missing": [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in given if name not in wanted],
+    }
+    for name, x in given.items():
+        if name in wanted and (problem := mismatch(name, x, wanted[name])):
+            problems.setdefault(problem[0], []).append(f"{name} {problem[1]}")
     mismatches = [f"{len(names)} {what}: {some_of(names)}" for what, names in problems.items() if names]
     if mismatches:
         raise CheckpointError(f"{path}: not the weights of this {type(encoder).__name__}; " + "; ".join(mismatches))
-    encoder.load_state_dict(given, strict=False)  # only counters of batches may be absent
+    return given
 
 
 def _best_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -23,6 +27,8 @@ def require_float(name: str, x: object) -> None:
     if x.dtype not in FLOATS:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise TypeError(f"{name}: expected a floating-point tensor ({wanted}), got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {x.layout}")
 
 
 def require_integer(name: str, x: object, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
@@ -81,6 +87,18 @@ def require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
+def whole(name: str, value: object, minimum: int, limit: int) -> int:
+    """Return an integer in [minimum, limit), where ``limit`` is a power of two."""
+    number: int | None = None
+    if isinstance(value, (int, torch.SymInt)):
+        number = value  # type: ignore[assignment]
+    elif hasattr(value, "__index__") and not isinstance(value, Tensor):
+        number = operator.index(value)
+    if number is None or not minimum <= number < limit:
+        raise ValueError(f"{name}: expected an integer in [{minimum}, 2^{limit.bit_length() - 1}), got {value!r}")
+    return number
+
+
 def is_pair(value: object) -> bool:
     """Return whether a value has a length of 2; a number has none."""
     return hasattr(value, "__len__") and len(value) == 2
@@ -94,9 +112,57 @@ def require_no_grad(op: str, **tensors: Tensor | None) -> None:
                 raise RuntimeError(f"{op}: gives no gradient to {name}; detach it, or call under torch.no_grad()")
 
 
+def require_no_forward_mode(op: str, **tensors: Tensor | None) -> None:
+    """Require that no tensor carries a forward-mode tangent, which PyTorch would silently drop in the op."""
+    if forward_ad._current_level >= 0:
+        for name, x in tensors.items():
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(f"{op}: gives no forward-mode derivative to {name}; use a backward pass")
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Return whether x is an ordinary tensor, neither traced nor wrapped by a transform."""
+    if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    return not x.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_readable(x: Tensor) -> bool:
     """Return whether values can be read without a sync: on the CPU, and not while tracing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    return x.is_cpu and _has_memory(x)
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the number of elements from the first to the last in memory, gaps included; at least one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether each axis steps beyond the reach of the faster axes; then no two elements share memory."""
+    end = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride < end:
+            return False
+        end += (size - 1) * stride
+    return True
+
+
+def _end(x: Tensor, begin: int) -> int:
+    """Return the address one past the last byte of x."""
+    return begin + (x.nbytes if x.is_contiguous() else reach(x.shape, x.stride()) * x.element_size())
+
+
+def require_own_memory(name: str, written: Tensor, **read: Tensor | None) -> None:
+    """Require that a tensor to write to shares no memory with those that are read, nor within itself."""
+    if not _has_memory(written) or not written.numel():
+        return
+    if not written.is_contiguous() and not is_nested(written.shape, written.stride()):
+        raise ValueError(f"{name}: expected elements with memory of their own, got strides {written.stride()}")
+    begin = written.data_ptr()
+    end = _end(written, begin)
+    for other, x in read.items():
+        if x is not None and (first := x.data_ptr()) < end and begin < _end(x, first) and x.numel():
+            raise ValueError(f"{name}: expected memory of its own, got that of {other}")
 
 
 def require_lam_in_range(name: str, lam: Tensor) -> None:
@@ -111,7 +177,8 @@ def require_crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> 
     if is_readable(crop) and crop.numel():
         boxes = crop.reshape(-1, 4).long()
         start, extent = boxes[:, :2], boxes[:, 2:]
-        bad = ((start < 0) | (extent < 1) | (start + extent > torch.tensor(canvas))).any(1)
+        limit = torch.tensor(canvas, device="cpu")
+        bad = ((start < 0) | (extent < 1) | (start > limit - extent)).any(1)  # start + extent may overflow
         if bool(bad.any()):
             number = int(bad.nonzero()[0])
             box = tuple(boxes[number].tolist())

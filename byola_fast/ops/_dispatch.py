@@ -65,11 +65,15 @@ def add_backend(backend: Backend) -> None:
     """Add a backend without loading it; backends added earlier for the same key are preferred."""
     with _registry.lock:
         _registry.backends.append(backend)
-        for op in backend.ops:
-            if (backend.key, op) not in _registry.stubs:
-                stub = torch.library.Library(_schemas.NAMESPACE, "IMPL", backend.key)
-                stub.impl(op, _make_stub(backend.key, op))
-                _registry.stubs[backend.key, op] = stub
+        _add_stubs(backend)
+
+
+def _add_stubs(backend: Backend) -> None:
+    for op in backend.ops:
+        if (backend.key, op) not in _registry.stubs:
+            stub = torch.library.Library(_schemas.NAMESPACE, "IMPL", backend.key)
+            stub.impl(op, _make_stub(backend.key, op))
+            _registry.stubs[backend.key, op] = stub
 
 
 def candidates(key: str, op: str) -> list[Backend]:
@@ -99,14 +103,18 @@ def resolve(key: str, op: str) -> None:
 def _load(backend: Backend) -> None:
     try:
         prepared = backend.prepare()
+        for op in backend.ops:
+            _remove_stub(backend.key, op)
+        try:
+            backend.register(prepared)
+        except (ImportError, OSError) as error:  # of the loader: no such file, or a folder mounted noexec
+            _add_stubs(backend)
+            raise BackendError(f"the kernels cannot be loaded: {error}") from error
     except BackendError as error:
         backend.failure = str(error)
         if not strict():
             logger.warning("byola_fast: %s backend not used: %s", backend.name, backend.failure)
         return
-    for op in backend.ops:
-        _remove_stub(backend.key, op)
-    backend.register(prepared)
     backend.loaded = True
 
 

@@ -88,33 +88,18 @@ def have_clash(ranges: Tensor, targets: int) -> bool:
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Return whether elements fill one stretch of memory without gaps, in any order."""
-    return _reach(shape, strides) == math.prod(shape) and _is_nested(shape, strides)
-
-
-def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the number of elements from the first to the last in memory, gaps included; at least one."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def _is_nested(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether each axis steps beyond the reach of the faster axes; then no two elements share memory."""
-    reach = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1 and stride < reach:
-            return False
-        reach += (size - 1) * stride
-    return True
+    return check.reach(shape, strides) == math.prod(shape) and check.is_nested(shape, strides)
 
 
 @functools.lru_cache(maxsize=16)
 def _find_clash(layouts: tuple[Layout, ...], targets: int) -> tuple[int, int] | None:
     """Return the numbers of two tensors that share memory, the target first. Online tensors may share."""
     extents = [
-        (address, address + (0 if 0 in shape else _reach(shape, strides) * size))
+        (address, address + (0 if 0 in shape else check.reach(shape, strides) * size))
         for address, size, shape, strides in layouts
     ]
     clash = _first_clash(torch.tensor(extents, dtype=torch.int64, device="cpu").view(-1, 2), targets)
-    if clash is None and all(_is_nested(shape, strides) for _address, _size, shape, strides in layouts[:targets]):
+    if clash is None and all(check.is_nested(shape, strides) for _address, _size, shape, strides in layouts[:targets]):
         return None
     pieces = [_pieces(*layout) for layout in layouts]  # exactly: a clash of extents may lie in gaps between elements
     counts = [len(piece) for piece in pieces]

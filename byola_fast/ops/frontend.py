@@ -92,6 +92,7 @@ def log_mel(
     for name, tensor in (("window", window), ("filter_bank", filter_bank), ("bands", bands)):
         check.require_same_device(name, tensor, "wav", wav)
     check.require_no_grad("log_mel", window=window, filter_bank=filter_bank, stats=stats)
+    check.require_no_forward_mode("log_mel", wav=wav)
     num_frames(wav.shape[1], n_fft, hop_length, center)
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
     # An exported graph must run without this package. Read the flag itself, because torch 2.11 compiles a call of

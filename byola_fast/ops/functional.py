@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import require_decay
-from byola_fast.ops.reference import SIZE_SHIFT
+from byola_fast.ops.reference import SIZE_SHIFT, sums_dtype
 
 __all__ = [
     "augment_views",
@@ -28,6 +28,7 @@ __all__ = [
 
 VIRTUAL_CROP_SCALE = (1.0, 1.5)  # mels, frames
 MAX_ROWS = 2**24  # a 24-bit draw chooses the partner
+FAR_MEAN = 1e6  # in units of std: float64 sums of squares then lose the std of float64 values
 MAX_SIDE = 2**31 - 1  # of a canvas or an output: kernels count along an axis in int32
 
 
@@ -50,7 +51,8 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
 
     Numerics:
         Half precision is computed in float32 and rounded once. Like the formula, exp overflows to inf above 88.7 (709.7
-        in float64). NaN and inf stay in their own sample. Deterministic.
+        in float64), and a weight of 0 turns that into NaN; -inf counts as silence. NaN and inf stay in their own
+        sample. Deterministic.
 
     Autograd:
         To x and z, once differentiable.
@@ -76,6 +78,7 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     check.require_same_device("z", z, "x", x)
     check.require_same_device("lam", lam, "x", x)
     check.require_no_grad("log_mixup_exp", lam=lam)
+    check.require_no_forward_mode("log_mixup_exp", x=x, z=z, lam=lam)
     check.require_lam_in_range("lam", lam)
     return torch.ops.byola_fast.log_mixup_exp(x, z, lam)
 
@@ -153,6 +156,7 @@ def resize_crop(
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     check.require_crop_in_canvas("crop", crop, canvas)
+    check.require_no_forward_mode("resize_crop", x=x)
     y = torch.ops.byola_fast.resize_crop(flat, crop, size, canvas, interpolation)
     return y[:, None] if x.dim() == 4 else y
 
@@ -176,12 +180,9 @@ def without_channel(name: str, x: Tensor) -> Tensor:
 
 def pair(name: str, value: Sequence[int], minimum: tuple[int, int]) -> tuple[int, int]:
     """Return two integers (mels, frames), each at least its minimum and below 2^31."""
-    if (
-        not isinstance(value, Sequence)
-        or len(value) != 2
-        or not all(v >= n for v, n in zip(value, minimum, strict=True))
-    ):
-        raise ValueError(f"{name}: expected (mels, frames) of at least {minimum}, got {value!r}")
+    whole = isinstance(value, Sequence) and all(isinstance(v, torch.SymInt) or hasattr(v, "__index__") for v in value)
+    if not whole or len(value) != 2 or not all(v >= n for v, n in zip(value, minimum, strict=True)):
+        raise ValueError(f"{name}: expected (mels, frames) of at least {minimum}, integers, got {value!r}")
     if not all(v <= MAX_SIDE for v in value):
         raise ValueError(f"{name}: expected fewer than 2^31 mels and frames, got {value!r}")
     return value[0], value[1]
@@ -238,18 +239,18 @@ def draw_params(
         bank_count: number of filled rows in the bank, on the device; None without a bank.
         pool: number of rows in the pool, which partners come from while the bank is empty; B by default.
         pool_offset: row of the batch's first sample in the pool.
-        sample_offset: number of the batch's first sample in the global batch.
+        sample_offset: number of the batch's first sample in the global batch, in [0, 2^63) and taken modulo 2^32.
 
     Shape:
         rng ``(2,)`` int64, bank_count ``()`` int64; returns lam ``(2, B)`` float32, bank_index ``(2, B)`` int64 (-1:
         no partner), crop ``(2, B, 4)`` int32 and fader ``(2, B, 2)`` float32.
 
     Raises:
-        TypeError, ValueError: arguments out of range.
+        TypeError, ValueError: arguments out of range; bank_count, at most 2^24, is checked on the CPU only.
 
     Numerics:
-        Philox4x32-10 with key seed and counter (step, sample, view, slot); 24-bit draws; sizes and positions in
-        integer arithmetic, lam and fader with one float32 rounding each.
+        Philox4x32-10 with key seed and counter (step, sample, view, slot), each modulo 2^32; 24-bit draws; sizes and
+        positions in integer arithmetic, lam and fader with one float32 rounding each.
 
     Source:
         BYOL-A, arXiv:2103.06695, for the parameters; Salmon et al., SC 2011, for the generator.
@@ -258,10 +259,16 @@ def draw_params(
     check.require_shape("rng", rng, (2,))
     weights_in_range(mixup_ratio, fader_gain)
     check.require_count("bank_count", bank_count, "rng", rng)
+    if bank_count is not None and check.is_readable(bank_count) and not 0 <= int(bank_count) <= MAX_ROWS:
+        raise ValueError(f"bank_count: expected 0 to 2^24 rows, got {int(bank_count)}")
+    batch = check.whole("batch", batch, 0, 2**32)
+    sample_offset = check.whole("sample_offset", sample_offset, 0, 2**63)
     pool = batch if pool is None else pool
-    if pool > MAX_ROWS:
-        raise ValueError(f"pool: expected at most 2^24 rows, got {pool}")
-    mels, frames = input_size
+    if not 0 <= pool <= MAX_ROWS:
+        raise ValueError(f"pool: expected 0 to 2^24 rows, got {pool}")
+    if pool_offset < 0:
+        raise ValueError(f"pool_offset: expected a row of the pool, got {pool_offset}")
+    mels, frames = pair("input_size", input_size, (1, 1))
     return torch.ops.byola_fast.draw_params(
         rng,
         bank_count,
@@ -306,20 +313,22 @@ def augment_views(
         bank: past pre-normalised inputs, float32 or float16.
         bank_count: number of filled rows in the bank; at 0 the pool is used.
         stats: mean and std of the pre-normalisation; None for none.
-        sample_offset: number of the first sample in the global batch (Gaussian noise depends on it).
+        sample_offset: number of the first sample in the global batch, as in ``draw_params`` (Gaussian noise needs it).
         size, canvas, interpolation, mode: as in ``resize_crop``.
         mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none".
-        out: a contiguous tensor to write the views to.
+        out: a contiguous tensor to write the views to, with memory of its own.
 
     Shape:
         x ``(B, F, T)``, pool ``(P, F, T)``, bank ``(N, F, T)``, stats ``(2,)``; views ``(2, B, *size)`` in the dtype of
         x, sums ``(2, B, 3)`` float64: count, sum and sum of squares of each view of each sample, for ``normalize``.
 
     Raises:
-        TypeError, ValueError: arguments that do not match. RuntimeError: ``out=`` while x or stats requires a gradient.
+        TypeError, ValueError: arguments that do not match. RuntimeError: ``out=`` while x, stats or out requires a
+        gradient.
 
     Numerics:
-        Like the single ops; rounded once, to the dtype of x. A partner of -1 leaves its sample unmixed. Bank rows
+        Like the single ops; rounded once, to the dtype of x. Sums are right to 1e-5, however far from zero a view's
+        mean is; float32 values more than 1e18 apart overflow them. A partner of -1 leaves its sample unmixed. Bank rows
         without an index in ``bank_index`` have no effect. Deterministic, and independent of the number of threads.
         Out of range, a crop is moved inside the canvas, a bank_index reads the last row, and lam is used unchanged;
         nothing is read out of bounds. ``augment`` checks replayed parameters on the CPU; on a GPU that needs a sync.
@@ -345,9 +354,16 @@ def augment_views(
         check.require_shape(name, tensor, shape)
         check.require_same_device(name, tensor, "x", x)
     check.require_integer("rng", rng, (torch.int64,))
+    check.require_float("lam", lam)
+    check.require_float("fader", fader)
+    check.require_integer("bank_index", bank_index)
+    check.require_integer("crop", crop)
+    sample_offset = check.whole("sample_offset", sample_offset, 0, 2**63)
     for name, rows in (("pool", pool), ("bank", bank)):
         if rows is not None:
             check.require_float(name, rows)
+            if batch and not rows.shape[0]:
+                raise ValueError(f"{name}: expected at least one row, got shape {tuple(rows.shape)}")
             check.require_shape(name, rows, ("N", mels, frames))
             check.require_same_device(name, rows, "x", x)
     if pool is not None:
@@ -356,32 +372,32 @@ def augment_views(
         raise ValueError("bank, bank_count: expected both or neither")
     check.require_count("bank_count", bank_count, "x", x)
     if stats is not None:
+        check.require_float("stats", stats)
         check.require_shape("stats", stats, (2,))
         check.require_same_device("stats", stats, "x", x)
     check.require_no_grad("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
+    check.require_no_forward_mode("augment_views", x=x, pool=pool, bank=bank, stats=stats, lam=lam, fader=fader)
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
         return torch.ops.byola_fast.augment_views(*parameters, size, canvas, interpolation, mixup)
-    check_out(out, x, size, pool=pool, bank=bank)
-    check.require_no_grad("augment_views with out=", x=x, stats=stats)
+    check_out(out, x, size)
+    parameters_read = dict(lam=lam, bank_index=bank_index, crop=crop, fader=fader, rng=rng, bank_count=bank_count)
+    check.require_own_memory("out", out, x=x, pool=pool, bank=bank, stats=stats, **parameters_read)
+    check.require_no_grad("augment_views with out=", x=x, stats=stats, out=out)
     sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, interpolation, mixup, out)
     increment_version(out)  # autograd does not see the kernels' writes
     return out, sums
 
 
-def check_out(out: Tensor, x: Tensor, size: tuple[int, int], **sources: Tensor | None) -> None:
-    """Require an ``out`` that can hold the views of ``x (B, F, T)`` and shares no memory with inputs."""
+def check_out(out: Tensor, x: Tensor, size: tuple[int, int]) -> None:
+    """Require an ``out`` that can hold the views of ``x (B, F, T)``."""
     check.require_shape("out", out, (2, x.shape[0], *size))
     check.require_same_dtype("out", out, "x", x)
     check.require_same_device("out", out, "x", x)
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
-    if not torch.compiler.is_compiling() and x.numel():
-        for name, source in ({"x": x} | sources).items():
-            if source is not None and source.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
-                raise ValueError(f"out: expected memory of its own, got that of {name}")
 
 
 def sample_sums(x: Tensor) -> Tensor:
@@ -394,7 +410,9 @@ def sample_sums(x: Tensor) -> Tensor:
         x ``(B, ...)`` with any strides; ``(B, 3)`` float64 (float32 on MPS).
 
     Numerics:
-        Summed in float64. NaN and inf stay in their own sample. The same for any number of threads.
+        Each sum is right to 1e-6 of its terms' magnitudes, 1e-13 for float64, also if the first value is an outlier.
+        Sums of squares of a mean far from zero drown a small std: see ``normalize``. NaN and inf stay in their own
+        sample. The same for any number of threads.
 
     Autograd:
         To x.
@@ -406,6 +424,7 @@ def sample_sums(x: Tensor) -> Tensor:
     check.require_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (B, ...), got {tuple(x.shape)}")
+    check.require_no_forward_mode("sample_sums", x=x)
     return torch.ops.byola_fast.sample_sums(x)
 
 
@@ -420,8 +439,14 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
     Shape:
         x any, sums ``(..., 3)`` float64; returns the shape and dtype of x.
 
+    Raises:
+        TypeError, ValueError: arguments that do not match; on the CPU, float64 values with ``|mean| >= 1e6 std`` if
+        sums are not those of x alone. RuntimeError: ``inplace`` while x or sums requires a gradient.
+
     Numerics:
         Statistics in float64, the result in float32 (float64 for float64) and rounded once. One NaN makes all NaN.
+        std is right to 1e-16 of ``(mean / std)^2``, which is enough for float32. For float64 values with ``|mean| >=
+        1e6 std``, x itself gives std on the CPU; elsewhere, and while compiling, subtract their mean first.
 
     Autograd:
         To x and sums; with ``inplace=True`` an error if they require a gradient.
@@ -438,12 +463,33 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
     if sums.dim() < 1 or sums.shape[-1] != 3:
         raise ValueError(f"sums: expected shape (..., 3), got {tuple(sums.shape)}")
     check.require_same_device("sums", sums, "x", x)
+    if sums.dtype is not torch.float64 and sums.dtype != sums_dtype(x.device):
+        raise TypeError(f"sums: expected {sums_dtype(x.device)}, got {sums.dtype}")
+    if x.numel() and not sums.numel():
+        raise ValueError(f"sums: expected those of x, got none, in shape {tuple(sums.shape)}")
+    check.require_no_forward_mode("normalize", x=x, sums=sums)
+    if inplace:
+        check.require_no_grad("normalize in place", x=x, sums=sums)
+        check.require_own_memory("x", x, sums=sums)
+    if x.dtype == torch.float64 and check.is_readable(sums) and x.numel():
+        count, mean, std = _readable_statistics(sums)
+        if abs(mean) >= FAR_MEAN * std and math.isfinite(mean):
+            if count != x.numel():
+                raise ValueError(f"x: expected |mean| below 1e6 std, got mean {mean:g}; subtract it and sum again")
+            centred = x - mean
+            y = torch.ops.byola_fast.normalize(centred, torch.ops.byola_fast.sample_sums(centred.reshape(1, -1)))
+            return x.copy_(y) if inplace else y
     if not inplace:
         return torch.ops.byola_fast.normalize(x, sums)
-    check.require_no_grad("normalize in place", x=x, sums=sums)
     torch.ops.byola_fast.normalize_(x, sums)
     increment_version(x)
     return x
+
+
+def _readable_statistics(sums: Tensor) -> tuple[float, float, float]:
+    count, total, squares = sums.detach().reshape(-1, 3).sum(0).tolist()
+    mean = total / max(count, 1)
+    return count, mean, math.sqrt(max(squares - total * mean, 0) / max(count, 1))
 
 
 def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = None) -> None:
@@ -459,7 +505,7 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
         rows ``(N, F, T)`` and cursor ``(3,)`` contiguous, x ``(B, F, T)`` with any strides, stats ``(2,)``.
 
     Raises:
-        TypeError, ValueError: arguments that do not match.
+        TypeError, ValueError: arguments that do not match, shared memory. RuntimeError: rows requires a gradient.
 
     Numerics:
         Never syncs: the count of finite samples stays on the device, and no shape depends on it.
@@ -477,9 +523,15 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
         raise ValueError(f"cursor: expected a contiguous tensor, got strides {cursor.stride()}")
     check.require_float("x", x)
     check.require_shape("x", x, ("B", *rows.shape[1:]))
+    if stats is not None:
+        check.require_float("stats", stats)
+        check.require_shape("stats", stats, (2,))
     for name, tensor in (("cursor", cursor), ("x", x), ("stats", stats)):
         if tensor is not None:
             check.require_same_device(name, tensor, "rows", rows)
+    check.require_own_memory("rows", rows, x=x, cursor=cursor, stats=stats)
+    check.require_own_memory("cursor", cursor, x=x, stats=stats)
+    check.require_no_grad("bank_push_", rows=rows)
     torch.ops.byola_fast.bank_push_(rows, cursor, x.detach(), None if stats is None else stats.detach())
     increment_version((rows, cursor))
 
@@ -541,6 +593,6 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
     elif not isinstance(decay, (int, float)):
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:
-        decay = torch.tensor(decay, dtype=torch.float64)
+        decay = torch.tensor(decay, dtype=torch.float64, device="cpu")
     require_decay(decay, target)
     return decay

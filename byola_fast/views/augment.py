@@ -5,6 +5,7 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -16,6 +17,7 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.distributed import concat_ranks
+from byola_fast.runtime.state import require_state
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
@@ -75,11 +77,11 @@ def augment(
         preset: "byola-v1" (mixup_ratio 0.4) or "byola-v2" (mixup_ratio 0.2, fader_gain 1).
         stats: (mean, std) for the pre-normalisation; by default the batch's, ``(0, 1)`` for none.
         seed: in [0, 2^63), or a 0-d int64 tensor; by default drawn from ``generator`` or torch's default generator.
-        step: in [0, 2^32), or a 0-d int64 tensor; each step of a seed draws other parameters.
-        sample_offset: number of the first sample in the global batch.
+        step: in [0, 2^32), or a 0-d int64 tensor, taken modulo 2^32; each step of a seed draws other parameters.
+        sample_offset: number of the first sample in the global batch, in [0, 2^63) and taken modulo 2^32.
         generator: draws the seed; on the CPU or on the batch's device.
-        out: a contiguous ``(2, B, ...)`` tensor that receives the views.
-        params: parameters to replay instead of drawing.
+        out: a contiguous ``(2, B, ...)`` tensor that receives the views, with memory of its own.
+        params: parameters to replay instead of drawing; their partners must be rows of this batch.
         return_params: return ``view1, view2, params``.
         post_norm: normalise both views jointly to mean 0 and std 1.
         **settings: any of ``byola_fast.views.params.Settings``: mixup_ratio, mixup, freq_scale, time_scale,
@@ -116,7 +118,14 @@ def augment(
         rng = _fresh_rng(x.device, seed, step, generator)
         params = _draw(rng, x, chosen, sample_offset=sample_offset)
     else:
+        if seed is not None or generator is not None:
+            raise ValueError("params: expected neither seed nor generator beside them, which would have no effect")
         params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
+        held = params.bank_count
+        if held is not None and check.is_readable(held) and int(held):
+            raise ValueError(
+                f"params: expected partners from the batch, got rows of a bank of {int(held)}; see Augment"
+            )
     flat_out = _flat_out(out, lms, chosen)
     views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=flat_out)
     return _answer(views, lms, params if return_params else None)
@@ -194,13 +203,14 @@ class Augment(nn.Module):
         self.post_norm = post_norm
         self.sync = sync
         self.bank = MemoryBank(n_memory, shape, bank_dtype)
-        self.register_buffer("rng", _fresh_rng(torch.device("cpu"), seed, 0, None))
+        device = self.bank.cursor.device  # torch's default
+        self.register_buffer("rng", _fresh_rng(device, seed, 0, None))
         self.running_stats: RunningStats | None = None
         if stats is None or isinstance(stats, RunningStats):
             self.running_stats = RunningStats() if stats is None else stats
             self.register_buffer("fixed_stats", None)
         else:
-            self.register_buffer("fixed_stats", given_stats(stats, torch.device("cpu")).clone())
+            self.register_buffer("fixed_stats", given_stats(stats, device).clone())
 
     def forward(
         self,
@@ -219,12 +229,23 @@ class Augment(nn.Module):
         flat_out = _flat_out(out, lms, self.settings)
         rows = self.bank.prepare(x)
         held = self.bank.count
+        if flat_out is not None:
+            given = {} if params is None else {k: v for k, v in vars(params).items() if isinstance(v, Tensor)}
+            check.require_own_memory("out", flat_out, lms=x, **given, **dict(self.named_buffers()))
         rank, pool = self._gather(x)
+        if pool is not None and torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
         everyone = x if pool is None else pool
         if params is not None:
             held = held if params.bank_count is None else params.bank_count
-            from_bank = not check.is_readable(held) or bool(held)
-            params.check(x.shape[0], x.device, _canvas(x, self.settings), len(rows) if from_bank else len(everyone))
+            check.require_count("params.bank_count", held, "lms", x)
+            partners = len(rows)
+            if check.is_readable(held):
+                filled = len(self.bank)
+                if not 0 <= int(held) <= filled:
+                    raise ValueError(f"params.bank_count: expected at most the bank's {filled} rows, got {int(held)}")
+                partners = int(held) or len(everyone)
+            params.check(x.shape[0], x.device, _canvas(x, self.settings), partners)
             params = replace(params, bank_count=held)
 
         if self.running_stats is None:
@@ -261,6 +282,10 @@ class Augment(nn.Module):
             return 0, None
         return distributed.get_rank(), concat_ranks(x)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        require_state(self, state_dict, prefix)  # of all submodules, before anything changes
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"{self.settings}, post_norm={self.post_norm}"
 
@@ -285,10 +310,8 @@ def _set_word(word: Tensor, name: str, value: int | Tensor, limit: int) -> None:
         check.require_integer(name, value)
         check.require_shape(name, value, ())
         word.copy_(value, non_blocking=True)
-    elif isinstance(value, (int, torch.SymInt)) and 0 <= value < limit:
-        word.fill_(value)
     else:
-        raise ValueError(f"{name}: expected an integer in [0, 2^{limit.bit_length() - 1}), got {value!r}")
+        word.fill_(check.whole(name, value, 0, limit))
 
 
 def _canvas(x: Tensor, settings: Settings) -> tuple[int, int]:
@@ -335,8 +358,6 @@ def _make_views(
 ) -> Tensor:
     """Make the views, ``(2, B, *size)``; with the ``pool`` of all ranks, statistics are joint too."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (stats is not None and stats.requires_grad))
-    if differentiable and pool is not None:
-        raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
     views, sums = ops.augment_views(
         x,
         params.lam,
@@ -378,6 +399,7 @@ def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | N
         out = out[:, :, 0]
     x = without_channel("lms", lms)
     check_out(out, x, settings.size or (x.shape[1], x.shape[2]))
+    check.require_no_grad("augment with out=", lms=lms, out=out)
     return out
 
 

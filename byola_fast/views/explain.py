@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from byola_fast import ops
+from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import pre_norm_reference
 from byola_fast.spectrograms.statistics import batch_stats, given_stats
 from byola_fast.views.augment import augment
@@ -68,6 +69,7 @@ def explain_views(
         preset, seed, stats, settings: as in ``augment``.
     """
     chosen = resolve_settings(preset, settings)
+    check.require_one_of("mixup", chosen.mixup, ("log",))  # a panel shows one partner and its log-mix
     view1, view2, params = augment(lms, preset=preset, stats=stats, seed=seed, return_params=True, **settings)
     views = torch.stack([view1, view2])[:, :, 0]
     x = pre_norm_reference(lms, batch_stats(lms) if stats is None else given_stats(stats, lms.device))[:, 0]

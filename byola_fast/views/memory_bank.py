@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.runtime.state import require_state
 
 
 class MemoryBank(nn.Module):
@@ -100,6 +101,7 @@ class MemoryBank(nn.Module):
         return f"n_memory={self.n_memory}, shape={None if self.rows is None else tuple(self.rows.shape[1:])}"
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        require_state(self, state_dict, prefix)
         saved = state_dict.get(prefix + "rows")
         if saved is not None and self.rows is None and saved.dim() == 3 and saved.shape[0] == self.n_memory:
             self.allocate((saved.shape[1], saved.shape[2]), self.cursor.device)

@@ -136,7 +136,8 @@ class AugmentParams:
         bank_count: ``()`` int64, rows in the bank at the draw; None without a bank.
         sample_offset: number of the first sample in the global batch.
 
-    ``params[10:20]`` are the parameters of samples 10 to 19.
+    ``params[10:20]`` are the parameters of samples 10 to 19; without a bank, ``bank_index`` still means rows of the
+    whole batch.
     """
 
     lam: Tensor
@@ -181,6 +182,8 @@ class AugmentParams:
             rows: number of rows to choose partners from.
         """
         check.require_float("params.lam", self.lam)
+        check.require_float("params.fader", self.fader)
+        check.whole("params.sample_offset", self.sample_offset, 0, 2**63)
         for name, wanted in (("lam", ()), ("bank_index", ()), ("crop", (4,)), ("fader", (2,))):
             tensor = getattr(self, name)
             check.require_shape(f"params.{name}", tensor, (2, batch, *wanted))
@@ -188,6 +191,7 @@ class AugmentParams:
                 raise ValueError(f"params.{name}: expected on {device}, got {tensor.device}; use params.to(device)")
         check.require_integer("params.bank_index", self.bank_index)
         check.require_integer("params.crop", self.crop)
+        check.require_integer("params.rng", self.rng, (torch.int64,))
         check.require_shape("params.rng", self.rng, (2,))
         check.require_lam_in_range("params.lam", self.lam)
         check.require_crop_in_canvas("params.crop", self.crop, canvas)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
-from helpers.weight_files import Malicious
+from helpers.weight_files import Claim, Malicious, flipped, write_archive, write_claim
 
-from byola_fast import BYOL, AudioNTT2020
+from byola_fast import BYOL, AudioNTT2020, load_encoder
 from byola_fast.networks import checkpoint
 from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from byola_fast.networks.encoder_file import load_encoder_weights, save_encoder
+from byola_fast.networks.encoder_file import load_encoder_weights, read_encoder, save_encoder
 
 
 def make_encoder(d: int = 16) -> AudioNTT2020:
@@ -256,3 +258,233 @@ def test_counters_of_batches_may_be_absent(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     load_encoder_weights(other, tmp_path / "a.pt")
     assert torch.equal(other.fc[0].weight, encoder.fc[0].weight)
+
+
+# damage
+
+
+CONTENT = {"state_dict": {"a": torch.randn(5), "b": torch.randn(7).half(), "n": torch.tensor(7)}, "config": {"x": 1.5}}
+
+
+def same(given, wanted):
+    if isinstance(wanted, dict):
+        return given.keys() == wanted.keys() and all(same(given[name], wanted[name]) for name in wanted)
+    if isinstance(wanted, torch.Tensor):
+        return given.dtype == wanted.dtype and given.shape == wanted.shape and torch.equal(given, wanted)
+    return given == wanted
+
+
+def check_flips(path, bits):
+    """Each gives an error that names the file, or exactly the content."""
+    content, wanted, refused = path.read_bytes(), load_checkpoint(path), 0
+    for damaged in flipped(content, bits):
+        path.write_bytes(damaged)
+        try:
+            assert same(load_checkpoint(path), wanted)
+        except CheckpointError:
+            refused += 1
+    assert refused > len(bits) // 3
+
+
+def test_a_flipped_bit_of_an_archive_is_found_or_harmless(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, CONTENT)
+    content = path.read_bytes()
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))  # of the first tensor, in the directory
+    check_flips(path, [*range(8 * entry, 8 * (entry + 60)), *range(0, 8 * len(content), 41)])
+
+
+def test_a_flipped_bit_of_safetensors_is_found_or_harmless(tmp_path):
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, tensor in CONTENT["state_dict"].items():
+                self.register_buffer(name, tensor)
+
+    path = tmp_path / "a.safetensors"
+    save_encoder(path, Encoder(), config=CONTENT["config"], stats=(-7.1, 4.2))
+    check_flips(path, range(0, 8 * path.stat().st_size, 5))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:The PyTorch API of nested")
+def test_values_that_are_no_dense_tensors_are_refused(tmp_path):
+    one = torch.ones(3)
+    kinds = {
+        "sparse": one.to_sparse(),
+        "meta": one.to("meta"),
+        "qtensor": torch.quantize_per_tensor(one, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([one, one[:2]]),
+        "rebuild_tensor_v3": one.to(torch.float8_e4m3fn),
+        "Linear": torch.nn.Linear(1, 1),
+        "bytearray": bytearray(3),
+    }
+    for name, value in kinds.items():
+        torch.save({"a": value}, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=rf"a\.pth: holds pickled code \(.*{name}.*\), which is refused; exp"):
+            load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        Claim(4, 0, (1 << 35,), (1,)),  # 137 GB
+        Claim(1 << 35, 0, (4,), (1,)),
+        Claim(1 << 35, 0, (1 << 35,), (1,)),
+        Claim(4, 1 << 35, (1,), (1,)),
+        Claim(4, 1, (4,), (1,)),
+        Claim(4, 3, (2,), (-1,)),
+        Claim(4, -1, (1,), (1,)),
+        Claim(-4, 0, (1,), (1,)),
+        Claim(4, 0, (2, 2), (1,)),
+    ],
+)
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path, claim, legacy):
+    write_claim(tmp_path / "a.pth", claim, legacy=legacy)
+    with pytest.raises(CheckpointError, match=r"a\.pth: truncated or damaged \(\d+ bytes\)"):
+        load_checkpoint(tmp_path / "a.pth")
+    write_claim(tmp_path / "a.pth", Claim(4, 0, (4,), (1,)), legacy=legacy)
+    assert torch.equal(load_checkpoint(tmp_path / "a.pth")["a"], torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # bytearray(2**31 - 1)
+        b"\x80\x02}r\xff\xff\xff\xf0\x8e\xff\xff\xff\xff\x7f\0\0\0x.",  # a memo and bytes of absurd size
+    ],
+)
+def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, pickled):
+    write_archive(tmp_path / "a.pth", pickled)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"a\.pth: "):
+        load_checkpoint(tmp_path / "a.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+        b"\x80\x02}()" + b"\x85" * 300_000 + b"Nu.",
+        b"\x80\x02ccollections\nOrderedDict\n])" + b"\x85" * 300_000 + b"N\x86a\x85R.",
+        b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90.",
+    ],
+)
+def test_a_deep_key_does_not_overflow_the_stack(tmp_path, pickled):
+    write_archive(tmp_path / "a.pth", pickled)
+    with pytest.raises(CheckpointError, match=r"a\.pth: truncated or damaged"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """Its records may grow to any size."""
+    write_archive(tmp_path / "a.pth", pickle.dumps({}, 2), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"a\.pth: truncated or damaged"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_file_is_refused(tmp_path, suffix):
+    pipe, loop, device = (tmp_path / (name + suffix) for name in ("pipe", "loop", "device"))
+    os.mkfifo(pipe)  # reading one would wait for ever
+    loop.symlink_to(loop)
+    device.symlink_to("/dev/zero")
+    for path, words in ((pipe, "a pipe"), (loop, "Too many levels"), (device, "device"), (f"a\0{suffix}", "null")):
+        with pytest.raises(CheckpointError, match=words) as error:
+            load_checkpoint(path)
+        assert str(path) in str(error.value)
+
+
+WEIGHT = torch.ones(16, 16)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(
+            ({"fc.3.weight": WEIGHT.to(dtype)}, f"1 of another dtype: fc.3.weight {dtype} instead of torch.float32")
+            for dtype in (torch.int64, torch.bool, torch.complex64, torch.int8)
+        ),
+        ({"fc.3.weight": WEIGHT * math.nan}, r"1 not finite in torch.float32: fc.3.weight \(256 of 256 values\)"),
+        ({"fc.3.bias": torch.tensor([math.inf] + 15 * [0.0])}, r"fc.3.bias \(1 of 16 values\)"),
+        ({"fc.3.weight": WEIGHT.double() * 1e300}, "1 not finite in torch.float32: fc.3.weight"),
+        ({"features.1.running_var": -torch.ones(64)}, r"1 negative: features.1.running_var \(64 of 64 values\)"),
+        ({"features.1.num_batches_tracked": torch.tensor(-1)}, "1 negative: features.1.num_batches_tracked"),
+        ({"features.1.num_batches_tracked": torch.tensor(1.0)}, "num_batches_tracked torch.float32 instead of torch.i"),
+    ],
+)
+def test_weights_that_cannot_be_are_named_and_change_nothing(tmp_path, suffix, change, words):
+    from safetensors.torch import save_file
+
+    encoder, state = make_encoder(), make_encoder().state_dict() | change
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    path = tmp_path / f"a{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(dict(state), path)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_encoder_weights(encoder, path)
+    assert str(path) in str(error.value)
+    assert same(encoder.state_dict(), before)
+
+
+def test_a_tensor_of_one_repeated_value_allocates_nothing(tmp_path):
+    """A file of 1 KB once made an encoder of 4 GB."""
+    wide = {"fc.0.weight": (1 << 30, 64), "fc.0.bias": (1 << 30,), "fc.3.weight": (1 << 30, 1 << 30)}
+    state = make_encoder().state_dict() | {name: torch.zeros(1).expand(shape) for name, shape in wide.items()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="3 of fewer values than their shape"):
+        read_encoder(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("widths", [{"feature_d": 1 << 34}, {"n_mels": 1 << 34}, {"feature_d": 0}])
+def test_widths_in_a_file_allocate_nothing(tmp_path, widths):
+    save_encoder(tmp_path / "a.pth", make_encoder(), config=widths, stats=None)
+    with pytest.raises(CheckpointError, match=r"a\.pth: "):
+        read_encoder(tmp_path / "a.pth", "AudioNTT2020")
+
+
+def test_a_load_that_fails_half_way_changes_nothing(tmp_path):
+    class Own(AudioNTT2020):
+        fails = True
+
+        def load_state_dict(self, *args, **kwargs):
+            super().load_state_dict(*args, **kwargs)
+            if self.fails:
+                self.fails = False
+                raise RuntimeError("half way")
+
+    save_encoder(tmp_path / "a.pth", make_encoder(), config={}, stats=None)
+    encoder = Own(n_mels=8, d=16)
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"a\.pth: not the weights of this Own; half way"):
+        load_encoder_weights(encoder, tmp_path / "a.pth")
+    assert same(encoder.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "more", [{"stats": None}, {"stats": (0.0, 0.0)}, {"config": {"n_fft": 1 << 30}}, {"config": {"n_fft": 1 << 24}}]
+)
+def test_a_refused_file_leaves_the_encoder_as_it_was(tmp_path, more):
+    encoder = make_encoder().train()
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    save_encoder(tmp_path / "a.pth", make_encoder(), **{"config": {}, "stats": (-7.1, 4.2)} | more)
+    with pytest.raises(CheckpointError, match=r"a\.pth: "):
+        load_encoder(tmp_path / "a.pth", encoder=encoder)
+    assert same(encoder.state_dict(), before)
+    assert encoder.training
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_mask_of_infinity_in_the_network_itself_is_loaded(tmp_path):
+    class Own(AudioNTT2020):
+        def __init__(self):
+            super().__init__(n_mels=8, d=16)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    save_encoder(tmp_path / "a.pth", Own(), config={}, stats=None)
+    load_encoder_weights(Own(), tmp_path / "a.pth")
+    other = Own()
+    other.mask.zero_()
+    with pytest.raises(CheckpointError, match=r"1 not finite in torch.float32: mask \(1 of 2 values\)"):
+        load_encoder_weights(other, tmp_path / "a.pth")

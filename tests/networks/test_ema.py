@@ -466,3 +466,21 @@ def test_no_update_and_no_second_swap_while_swapped():
     with ema.swapped():
         pass
     ema.update()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("step", torch.tensor(-1), "negative"),
+        ("step", torch.tensor(1.0), "of another dtype"),
+        ("target.weight", torch.full((2, 2), torch.nan), "not finite"),
+        ("target.weight", torch.ones(2, 2, dtype=torch.complex64), "of another dtype"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(name, value, words):
+    ema = EMA(nn.Linear(2, 2), CosineDecay())
+    before = {key: x.clone() for key, x in ema.state_dict().items()}
+    changed = {key: x + 1 for key, x in before.items()} | {name: value}
+    with pytest.raises(RuntimeError, match=f"{name}: {words}"):
+        ema.load_state_dict(changed)
+    assert all(torch.equal(before[key], x) for key, x in ema.state_dict().items())

@@ -71,6 +71,32 @@ def test_the_first_call_loads_and_later_ones_do_not(registry):
     assert torch.equal(call(), X + 1)
 
 
+def test_kernels_that_cannot_be_loaded_warn_and_the_next_best_answers(registry, caplog, monkeypatch):
+    """The first call raised ImportError, and the later ones ran the reference without a word."""
+
+    def unloadable(_prepared):
+        raise ImportError("failed to map segment from shared object")
+
+    broken, good = backend("broken", 0.0), backend("seven", 7.0)
+    broken.register = unloadable
+    _dispatch.add_backend(broken)
+    _dispatch.add_backend(good)
+    try:
+        with caplog.at_level(logging.WARNING, logger="byola_fast"):
+            assert (call() == 7).all()
+    finally:
+        good.undo()
+    reason = "the kernels cannot be loaded: failed to map segment from shared object"
+    assert [record.getMessage() for record in caplog.records] == [f"byola_fast: broken backend not used: {reason}"]
+    registry.backends.clear()
+    _dispatch.add_backend(backend("strict", 0.0))
+    registry.backends[0].register = unloadable
+    monkeypatch.setenv("BYOLA_FAST_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(BackendError, match="probe on CPU: strict backend: the kernels cannot be loaded"):
+            call()
+
+
 def test_a_failure_warns_once_and_the_next_best_answers(registry, caplog):
     good = backend("seven", 7.0)
     _dispatch.add_backend(backend("broken", 0.0, fails="no compiler: install g++"))

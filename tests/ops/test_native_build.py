@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,9 +115,9 @@ def test_a_build_killed_half_way_is_done_again(tiny):
 def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     library = cpu.prepare()
-    assert library.is_relative_to(tmp_path / "tmp")
+    assert library.is_relative_to(tmp_path / f"byola_fast-{os.getuid()}")
     assert [record.getMessage().startswith("byola_fast: cache folder") for record in caplog.records] == [True]
 
 
@@ -131,14 +132,109 @@ def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
         lock(file, kind)
 
     monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     assert cpu.prepare().is_relative_to(tmp_path / "tmp")
 
 
 def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
     library = cpu.prepare()
-    monkeypatch.setattr(build, "_writable", lambda folder: pytest.fail("wrote to a finished build"))
+    monkeypatch.setattr(build, "_writable", lambda *_: pytest.fail("wrote to a finished build"))
     assert cpu.prepare() == library
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch):
+    """A stand-in for the compiler."""
+    library = f"{cpu.NAME}.so"
+    monkeypatch.setattr(build, "_build", lambda folder, *_: (folder / library).write_bytes(b"kernels"))
+
+
+@pytest.fixture
+def fallback(quick, tmp_path, monkeypatch):
+    """A finished build in a shared temporary folder, as the cache cannot be written to."""
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    umask = os.umask(0)
+    yield cpu.prepare()
+    os.umask(umask)
+
+
+def test_the_folder_in_a_shared_one_is_private(fallback, tmp_path):
+    """Under umask 0 its parent was open to everyone."""
+    assert [folder.stat().st_mode & 0o777 for folder in fallback.parents[:2]] == [0o700, 0o700]
+    assert fallback.is_relative_to(tmp_path / "tmp")
+    assert cpu.prepare() == fallback
+
+
+@pytest.mark.parametrize("level", [-1, 0, 1])
+def test_a_link_in_a_shared_folder_is_refused(fallback, tmp_path, level):
+    """Another user could plant one to a library of theirs."""
+    path = [fallback, *fallback.parents][level + 1]
+    path.rename(tmp_path / "planted")
+    path.symlink_to(tmp_path / "planted")
+    with pytest.raises(BackendError, match=re.escape(f"another user can change {path}; set BYOLA_FAST_CACHE")):
+        cpu.prepare()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_folder_that_others_can_write_to_is_refused(fallback, level, mode):
+    path = fallback.parents[level]
+    path.chmod(mode)
+    with pytest.raises(BackendError, match=re.escape(f"another user can change {path}; set BYOLA_FAST_CACHE")):
+        cpu.prepare()
+
+
+@pytest.mark.parametrize("level", [-1, 0, 1, 2, 3])
+def test_what_another_user_owns_in_a_shared_folder_is_refused(fallback, monkeypatch, level):
+    path, lstat = [fallback, *fallback.parents][level + 1], Path.lstat
+
+    def owned_by_another(one):
+        status = lstat(one)
+        return os.stat_result([*status[:4], 12345, *status[5:10]]) if one == path else status
+
+    monkeypatch.setattr(Path, "lstat", owned_by_another)
+    with pytest.raises(BackendError, match=re.escape(f"another user can change {path}; set BYOLA_FAST_CACHE")):
+        cpu.prepare()
+
+
+def test_a_user_without_a_home_has_a_cache(quick, tmp_path, monkeypatch):
+    """As in a container that runs under any number; every op raised RuntimeError."""
+    for name in ("BYOLA_FAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert build.cache_folder() == Path("/nonexistent/.cache/byola_fast")
+
+
+def test_the_users_own_cache_may_belong_to_a_group(quick):
+    library = cpu.prepare()
+    for path in (library, *library.parents[:2]):
+        path.chmod(0o775)
+    assert cpu.prepare() == library
+
+
+@pytest.mark.parametrize("content", [b"kern", b"kernelz", None])
+def test_a_damaged_library_is_built_again(quick, content):
+    """The loader maps one that is cut short, and then the process dies."""
+    library = cpu.prepare()
+    library.unlink()
+    if content is not None:
+        library.write_bytes(content)
+    assert cpu.prepare() == library
+    assert library.read_bytes() == b"kernels"
+
+
+def test_a_full_disk_is_a_reason_to_use_the_reference(quick, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "_build", full)
+    with pytest.raises(BackendError, match=r"cannot build in .*: No space left on device; set BYOLA_FAST_CACHE"):
+        cpu.prepare()
 
 
 def test_the_error_without_any_folder_names_the_remedy(tiny, tmp_path, monkeypatch):

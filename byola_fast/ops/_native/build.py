@@ -2,7 +2,8 @@
 
 The name of a build's folder contains everything that it depends on: the versions of torch and Python, the CPU's
 instruction set, and a hash of the sources and flags. A file lock guards the build: two processes that start together
-build once, and the system releases the lock of a killed process. A marker, written last, makes a build valid.
+build once, and the system releases the lock of a killed process. A marker, written last, makes a build valid: the
+checksum of the library.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,8 @@ from byola_fast.ops._dispatch import BackendError
 
 logger = logging.getLogger("byola_fast")
 
-MARKER = "complete"
+REMEDY = "set BYOLA_FAST_CACHE to a folder"
+MARKER = "library.sha256"
 
 
 def source_folder() -> Path:
@@ -46,12 +49,15 @@ def cache_folder() -> Path:
     chosen = os.environ.get("BYOLA_FAST_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byola_fast"
+    home = os.path.expanduser("~")  # "~" itself for a user without a home
+    if not os.path.isabs(home):
+        home = "/nonexistent"
+    return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "byola_fast"
 
 
 def versioned_name(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
     """Return the name of a build: everything that it depends on, with headers and sources as a hash."""
-    digest = hashlib.sha256(" ".join(build_flags).encode())
+    digest = hashlib.sha256(" ".join([MARKER, *build_flags]).encode())
     headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
     for path in sorted([*headers, *compiled]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -71,17 +77,34 @@ def build_once(build: str, language: str, arguments: dict[str, Any], environment
     """
     folder = cache_folder() / build
     name = f"{arguments['name']}.so"
-    if (folder / MARKER).exists() and (folder / name).exists():
+    if _finished(folder, name):
         return folder / name
-    folder = _writable(folder)
-    with _locked(folder / "byola_fast.lock"):
-        if not ((folder / MARKER).exists() and (folder / name).exists()):
-            _build(folder, language, arguments, environment())
-            (folder / MARKER).touch()
+    folder = _writable(folder, name)
+    try:
+        with _locked(folder / "byola_fast.lock"):
+            if not _finished(folder, name):
+                for old in (MARKER, name):
+                    (folder / old).unlink(missing_ok=True)
+                _build(folder, language, arguments, environment())
+                (folder / MARKER).write_bytes(_checksum(folder / name))
+    except OSError as error:
+        raise BackendError(f"cannot build in {folder}: {error.strerror or error}; {REMEDY}") from error
     return folder / name
 
 
-def _writable(folder: Path) -> Path:
+def _finished(folder: Path, name: str) -> bool:
+    """Return whether a folder holds a whole library."""
+    try:
+        return (folder / MARKER).read_bytes() == _checksum(folder / name)
+    except OSError:
+        return False
+
+
+def _checksum(library: Path) -> bytes:
+    return hashlib.sha256(library.read_bytes()).hexdigest().encode()
+
+
+def _writable(folder: Path, name: str) -> Path:
     """Create and return ``folder``, or one in the temporary folder if it cannot be written to or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,15 +112,40 @@ def _writable(folder: Path) -> Path:
             fcntl.flock(file, fcntl.LOCK_EX)  # some file systems refuse locks
             return folder
     except OSError as error:
-        other = Path(tempfile.gettempdir()) / f"byola_fast-{os.getuid()}" / folder.name
-        logger.warning("byola_fast: cache folder %s: %s; using %s instead", folder, error.strerror, other)
+        why = error.strerror
     try:
-        other.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = Path(tempfile.gettempdir()).resolve()
+        other = temporary / f"byola_fast-{os.getuid()}" / folder.name
+        _make_private(other, name)
     except OSError as error:
-        raise BackendError(f"no folder to build in: {other}: {error.strerror}; set BYOLA_FAST_CACHE to one") from error
-    if other.parent.stat().st_uid != os.getuid():
-        raise BackendError(f"no folder to build in: {other.parent} is another user's; set BYOLA_FAST_CACHE to one")
+        raise BackendError(f"no folder to build in: {error.filename}: {error.strerror}; {REMEDY}") from error
+    logger.warning("byola_fast: cache folder %s: %s; using %s instead", folder, why, other)
     return other
+
+
+def _make_private(folder: Path, name: str) -> None:
+    """Create a folder and its parent in a shared one; refuse what another user may have put there or may replace.
+
+    Raises:
+        BackendError: another user owns, can write to or can replace one of the folders, or owns the library.
+    """
+    me = os.getuid()
+    for path in (folder.parent, folder):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        _require(path, stat.S_ISDIR, {me}, 0o022)
+    for path in (folder / MARKER, folder / name):
+        if os.path.lexists(path):
+            _require(path, stat.S_ISREG, {me}, 0)
+    for path in folder.parent.parents:
+        sticky = path.lstat().st_mode & stat.S_ISVTX  # others can add to it, but not replace what is in it
+        _require(path, stat.S_ISDIR, {me, 0}, 0 if sticky else 0o022)
+
+
+def _require(path: Path, kind: Callable[[int], bool], owners: set[int], forbidden: int) -> None:
+    status = path.lstat()  # of a link itself
+    if not kind(status.st_mode) or status.st_uid not in owners or status.st_mode & forbidden:
+        raise BackendError(f"no folder to build in: another user can change {path}; {REMEDY}")
 
 
 @contextlib.contextmanager

@@ -99,12 +99,12 @@ def resize_along_time(
 
 
 @triton.jit
-def finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE: tl.constexpr):
-    """Add the fader to outputs (o, t), write those inside the view, and return them with zeros outside it."""
+def finish(y, target, o, t, out_mels, out_frames, head, rise, pivot, COMPUTE: tl.constexpr):
+    """Add the fader to outputs (o, t), write those inside the view, and return them less ``pivot``, 0 outside."""
     y += head + rise * (t.to(COMPUTE) * (1 / tl.maximum(out_frames - 1, 1).to(COMPUTE)))
     written = (o < out_mels) & (t < out_frames)
     tl.store(target + o * out_frames + t, y, written)
-    return tl.where(written, y, 0)
+    return tl.where(written, y - pivot, 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -226,6 +226,11 @@ def augment_views_kernel(
         head = tl.load(fader + 2 * row).to(COMPUTE)
         rise = tl.load(fader + 2 * row + 1).to(COMPUTE) - head
         target = out + row * out_mels * out_frames
+        # The first output. Sums are taken around it, because in float32 the squares of a large mean would drown a small
+        # variance.
+        corner = tl.where((top >= 0) & (top < mels), top, mels) * stride
+        corner += tl.where((left >= 0) & (left < frames), left, frames)
+        pivot = tl.load(tile + corner) + head
         if COLUMN_BLOCKS:
             total = tl.zeros((ROWS * COLUMNS,), COMPUTE)
             squares = tl.zeros((ROWS * COLUMNS,), COMPUTE)
@@ -242,7 +247,7 @@ def augment_views_kernel(
                             tile, places, t, left, w, frames, out_frames, frame_magic, frame_shift,
                             TAPS, COMPUTE, WIDE,
                         )  # fmt: skip
-                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE)
+                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, pivot, COMPUTE)
                     total += y
                     squares += y * y
         else:
@@ -268,12 +273,15 @@ def augment_views_kernel(
                     for k in tl.static_range(TAPS):
                         places = row_place(base, k, top, h, mels, resized_stride, TAPS)
                         y += tap_weight(fraction, k, TAPS) * tl.load(resized + (places + t))
-                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, COMPUTE)
+                    y = finish(y, target, o, t, out_mels, out_frames, head, rise, pivot, COMPUTE)
                     total += y
                     squares += y * y
-        tl.store(sums + 3 * row, tl.full((), out_mels * out_frames, tl.float64))
-        tl.store(sums + 3 * row + 1, tl.sum(total.to(tl.float64)))
-        tl.store(sums + 3 * row + 2, tl.sum(squares.to(tl.float64)))
+        count = tl.full((), out_mels * out_frames, tl.float64)
+        total_all = tl.sum(total.to(tl.float64))
+        pivot = pivot.to(tl.float64)
+        tl.store(sums + 3 * row, count)
+        tl.store(sums + 3 * row + 1, total_all + count * pivot)
+        tl.store(sums + 3 * row + 2, tl.sum(squares.to(tl.float64)) + pivot * (2 * total_all + count * pivot))
         tl.debug_barrier()
 
 

@@ -52,10 +52,10 @@ def ema_update_kernel(
     if ALIGNED:
         target = tl.multiple_of(target, 16)
         online = tl.multiple_of(online, 16)
-    # both branches of the formula as base + factor (o - t), with the same roundings: x - y is x + (-y)
+    # both branches of the formula as base + factor (o - t), with the same roundings: x - y is x + (-y), for zeros too
     weight = (1 - tl.load(decay)).to(TARGET)
     is_near = weight < 0.5
-    factor = tl.where(is_near, weight, weight - 1)
+    factor = tl.where(is_near, weight, (1 - weight) * -1.0)
     k = tl.arange(0, CHUNK)
     if left >= CHUNK:  # no mask, so that accesses are 16 bytes wide
         near = tl.load(target + k)
@@ -160,7 +160,7 @@ def _make_work(target: list[Tensor], online: list[Tensor], capturing: bool) -> _
     for (target_dtype, online_dtype, aligned), lists in rows.items():
         on_device = []
         for values, dtype in zip(lists, (torch.int64, torch.int32), strict=True):
-            pinned = torch.tensor(values, dtype=dtype)
+            pinned = torch.tensor(values, dtype=dtype, device="cpu")
             if target[0].device.type == "cuda":
                 pinned = pinned.pin_memory()  # a captured copy needs it
             work.pinned.append(pinned)

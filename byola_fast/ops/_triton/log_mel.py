@@ -250,8 +250,8 @@ def log_mel_kernel(
         target = lms + sample * mels * frames + start
         for block in range(0, mels, MELS):
             mel = block + tl.arange(0, MELS)
-            first = tl.maximum(tl.load(bands + 2 * mel, mel < mels, other=0).to(tl.int32), 0)
-            last = tl.minimum(tl.load(bands + 2 * mel + 1, mel < mels, other=0).to(tl.int32), bins)
+            first = tl.minimum(tl.maximum(tl.load(bands + 2 * mel, mel < mels, other=0), 0), bins).to(tl.int32)
+            last = tl.minimum(tl.maximum(tl.load(bands + 2 * mel + 1, mel < mels, other=0), 0), bins).to(tl.int32)
             width = last - first
             weights = filter_bank + mel * bins + first
             values = power + (first * FRAMES)[:, None] + f[None, :]

@@ -29,8 +29,8 @@ def box_side(box, AXIS: tl.constexpr, length, canvas):
 
     A box that leaves the canvas is moved inside, so that nothing is read out of bounds.
     """
-    extent = tl.minimum(tl.maximum(tl.load(box + 2 + AXIS).to(tl.int32), 1), canvas)
-    start = tl.minimum(tl.maximum(tl.load(box + AXIS).to(tl.int32), 0), canvas - extent)
+    extent = tl.minimum(tl.maximum(tl.load(box + 2 + AXIS), 1), canvas).to(tl.int32)  # int64 would wrap if cut first
+    start = tl.minimum(tl.maximum(tl.load(box + AXIS), 0), canvas - extent).to(tl.int32)
     return extent, start - (canvas - length) // 2
 
 
