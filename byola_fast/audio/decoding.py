@@ -36,6 +36,7 @@ OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encod
 MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
 MP3_EDGE = 4 * 1152  # frames that an MP3 decoder leaves out: the table, the encoder's delay, the padding
 UNKNOWN_FRAMES = 1 << 60  # libsndfile returns 2^63 - 1 if the header has no length (FLAC from a pipe)
+MAX_PLANES = 8
 SYSTEM_ERROR = 2  # libsndfile's code for a failed system call
 LOUDEST = 2.0**20  # of full scale: 120 dB above it; anything louder is damage
 NOT_AUDIO = "not audio that can be decoded"
@@ -468,6 +469,8 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
         rate = rate or frame.sample_rate
         if frame.sample_rate != rate:
             raise AudioError(path, f"its rate changes from {rate} to {frame.sample_rate} Hz; expected one rate")
+        if frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES:  # PyAV reads beyond the list of planes
+            raise AudioError(path, f"{frame.layout.nb_channels} channels; expected at most {MAX_PLANES} of FFmpeg")
         block = _samples(frame)
         block, skip = block[skip:], max(0, skip - len(block))
         if held and (held[0].shape[1] != block.shape[1] or sum(map(len, held)) + len(block) > maximum):

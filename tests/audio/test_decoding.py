@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,20 @@ def test_the_samples_of_ffmpeg_are_those_of_libsndfile(tmp_path: Path) -> None:
         first = read_audio(path, RATE).numpy()
         other = np.concatenate([block.mean(1) for block in decoding._ffmpeg_blocks(path, True, 0, 1 << 20)])
         np.testing.assert_allclose(other[: len(first)], first, atol=1e-4)
+
+
+def test_channels_beyond_eight_are_refused_where_pyav_reads_out_of_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wav = chirp(0.5)
+    path = with_av(tmp_path / "a.m4a", "ipod", "aac", chirp(0.5, 44100))
+    planar = SimpleNamespace(is_planar=True)  # PyAV crashes when it makes such frames, too
+    frame = SimpleNamespace(format=planar, layout=SimpleNamespace(nb_channels=16), sample_rate=RATE)
+    monkeypatch.setattr(decoding, "_ffmpeg_frames", lambda *_: iter([frame]))
+    with pytest.raises(AudioError, match="16 channels; expected at most 8"):
+        read_audio(path)
+    encode(tmp_path / "c.wav", np.stack([wav] * 20, 1), "PCM_16")
+    np.testing.assert_allclose(read_audio(tmp_path / "c.wav", RATE).numpy(), wav, atol=1e-4)
 
 
 def test_streams_that_ffmpeg_cannot_join_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

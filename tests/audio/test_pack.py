@@ -180,6 +180,7 @@ def test_a_single_file_is_a_corpus(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         ({"sample_rate": 0}, "sample_rate"),
+        ({"sample_rate": 10_000_001}, "sample_rate"),
         ({"part": (2, 2)}, "part"),
         ({"part": (-1, 2)}, "part"),
         ({"part": (0, 0)}, "part"),
