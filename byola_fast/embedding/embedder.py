@@ -217,7 +217,8 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
-    (network, config, saved_stats), load_weights = open_encoder(path, encoder)
+    with torch.device("cpu"):  # whatever torch's default is: meta takes no weights
+        (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:
         stats = saved_stats
     if stats is None:
@@ -238,7 +239,8 @@ def load_encoder(
             raise CheckpointError(f"{path}: config: n_mels * n_fft: expected at most {LARGEST}, got {product}")
         settings.setdefault("f_max", min(FrontEnd.f_max, settings["sample_rate"] / 2))
         try:
-            to_lms = LogMel(**settings)
+            with torch.device("cpu"):
+                to_lms = LogMel(**settings)
         except ValueError as error:
             raise CheckpointError(f"{path}: config: {error}") from error
         except Exception as error:  # values of any kind
