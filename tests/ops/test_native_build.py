@@ -162,7 +162,7 @@ def test_a_complete_build_that_cannot_be_loaded_is_named(tmp_path, strict):
         assert done.stdout.splitlines() == ["done", "done", "reference"]
         (line,) = lines
         assert line.startswith(f"byola_fast: cpp backend not used: {reason}")
-        assert line.endswith("; set BYOLA_FAST_CACHE to a folder")
+        assert line.endswith("; set BYOLA_FAST_CACHE to another folder")
     else:
         assert [reason in line for line in done.stdout.splitlines()] == [True] * 3
 

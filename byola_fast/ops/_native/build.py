@@ -102,7 +102,7 @@ def loading() -> Iterator[None]:
         yield
     except (ImportError, OSError) as error:
         reason = error.__cause__ or error  # torch puts an error without a reason before the loader's
-        raise BackendError(f"the kernels cannot be loaded: {reason}; {REMEDY}") from error
+        raise BackendError(f"the kernels cannot be loaded: {reason}; set BYOLA_FAST_CACHE to another folder") from error
 
 
 def _finished(folder: Path, name: str) -> bool:
