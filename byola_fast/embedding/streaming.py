@@ -19,6 +19,7 @@ from byola_fast.runtime.workers import num_workers, read_in_processes
 
 BATCH_SEC = 60.0  # sound per batch: 0.2 GB; larger is no faster on a CPU
 NOT_FINITE = "the embedding is not finite: samples far beyond full scale, or weights out of range"
+LONGEST_PAD_SEC = 86400  # a day
 WAITING = 8  # batches of sound that wait for clips of equal length
 
 
@@ -101,8 +102,8 @@ def embed_clips(
 
 def require_batching(pad_sec: float, batch_sec: float, workers: int | None) -> int:
     """Refuse settings of ``embed_clips`` that are out of range; return the number of workers."""
-    if not 0 <= pad_sec < math.inf:
-        raise ValueError(f"pad_sec: expected at least 0 s, got {pad_sec}")
+    if not 0 <= pad_sec <= LONGEST_PAD_SEC:
+        raise ValueError(f"pad_sec: expected 0 to {LONGEST_PAD_SEC} s, got {pad_sec}")
     if not 0 < batch_sec < math.inf:
         raise ValueError(f"batch_sec: expected more than 0 s, got {batch_sec}")
     return num_workers(workers)

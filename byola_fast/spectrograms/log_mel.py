@@ -44,6 +44,7 @@ class FrontEnd:
         return settings | {"f_max": min(self.f_max, self.sample_rate / 2)}
 
 
+LARGEST = 1 << 31
 FRONT_END = (*(field.name for field in fields(FrontEnd)), "center")  # attributes of LogMel that define it
 
 
@@ -114,8 +115,8 @@ class LogMel(torch.nn.Module):
         super().__init__()
         sizes = {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if not 1 <= value < LARGEST:
+                raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
         if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length: expected 1 to n_fft = {n_fft}, got {win_length}")
         if not 0 <= f_min < f_max <= sample_rate / 2:
