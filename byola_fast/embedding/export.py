@@ -89,7 +89,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
         about["frame_period_ms"] = embedder.frame_period_ms
     about["min_samples"] = shortest
     network = _Face(embedder, frames).eval()
-    example = torch.zeros(2, max(embedder.sample_rate, shortest + 1))
+    example = torch.zeros(2, max(embedder.sample_rate, shortest + 1), dtype=torch.float32, device="cpu")
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from inside the exporter

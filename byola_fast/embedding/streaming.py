@@ -135,7 +135,8 @@ def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: flo
     # A convolution reaches stride - 1 frames further than what it is pooled to, a spectrum half its window.
     margin = math.ceil((stride - 1 + math.ceil(to_lms.n_fft / 2 / to_lms.hop_length)) / stride)
     size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings per block
-    held, left = torch.empty(0), 0  # the first `left` frames of `held` were yielded already
+    held = torch.empty(0, dtype=torch.float32, device="cpu")
+    left = 0  # the first `left` frames of `held` were yielded already
     device = to_lms.window.device
     for block in blocks:
         held = torch.cat([held, block])
@@ -198,7 +199,7 @@ def _embed_long(
             yield block
 
     pieces = embed_blocks(embedder, counted(), block_sec=block_sec)
-    nothing = torch.empty(0, embedder.feature_d)
+    nothing = torch.empty(0, embedder.feature_d, dtype=torch.float32, device="cpu")
     while True:
         try:
             with torch.no_grad():  # not around a yield: the caller would inherit it
@@ -223,7 +224,7 @@ def _embed_long(
 
 
 def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
-    return Piece(number, torch.empty(0, embedder.feature_d), 0, True, error)
+    return Piece(number, torch.empty(0, embedder.feature_d, dtype=torch.float32, device="cpu"), 0, True, error)
 
 
 def _read_start(file: Path, sample_rate: int, samples: int) -> Tensor | AudioError:
