@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import get_worker_info
 
 T = TypeVar("T")
 
@@ -149,6 +150,15 @@ def name_lost_rank(world: World, message: Callable[[], str]) -> Iterator[None]:
         # without gloo's source location
         why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {message()}") from error
+
+
+def own_rank() -> int:
+    """Return the rank in torch.distributed; 0 without. A worker of a data loader has the rank of its main process."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    if get_worker_info() is None:
+        return 0
+    return int(os.environ.get("RANK", 0))  # started by spawn or forkserver, where nothing is initialised
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ import torch
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.runtime.buffers import FixedDtype
 
 
 @dataclass(kw_only=True)
@@ -47,7 +48,7 @@ class FrontEnd:
 FRONT_END = (*(field.name for field in fields(FrontEnd)), "center")  # attributes of LogMel that define it
 
 
-class LogMel(torch.nn.Module):
+class LogMel(FixedDtype):
     """Turn waveforms into natural-log mel spectrograms: ``lms = log(mel(|STFT(wav)|^2) + eps)``.
 
     Hann window, frames centred on multiples of ``hop_length`` with reflect padding, ``eps = 2^-23`` (float32's).
@@ -79,7 +80,7 @@ class LogMel(torch.nn.Module):
     Numerics:
         int16 counts as ``wav / 32768`` and gives float32. float16 and bfloat16 waveforms are computed in float32 and
         returned in their own dtype; float64 is computed in float64, with the filter bank rounded to float32. Autocast
-        is off inside, and ``.half()`` on a model that holds this module does not touch the window and the filter bank.
+        is off inside. Window and filter bank are float32, even after ``.half()`` or under a default dtype of half.
         Silence gives ``log(eps)`` = -15.94. NaN and infinity stay in their own waveform.
 
     Autograd: once differentiable with respect to ``wav``, by plain PyTorch.
@@ -127,17 +128,34 @@ class LogMel(torch.nn.Module):
         if norm not in ("slaney", None):
             raise ValueError(f"norm: expected 'slaney' or None, got {norm!r}")
 
-        import torchaudio  # here, so that importing byola_fast needs torch alone
-
         self.sample_rate, self.n_fft, self.win_length, self.hop_length = sample_rate, n_fft, win_length, hop_length
         self.n_mels, self.f_min, self.f_max, self.mel_scale, self.norm = n_mels, f_min, f_max, mel_scale, norm
         self.center = center
-        bank = torchaudio.functional.melscale_fbanks(
-            n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=norm, mel_scale=mel_scale
-        )
-        self.register_buffer("filter_bank", bank.T.contiguous().float(), persistent=False)
-        self.register_buffer("bands", ops.mel_bands(self.filter_bank), persistent=False)
-        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float32), persistent=False)
+        for name, constant in self._constants(torch.get_default_device()).items():
+            self.register_buffer(name, constant, persistent=False)
+
+    def _constants(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the buffers, computed on the CPU in float32 whatever torch's defaults are."""
+        import torchaudio  # here, so that importing byola_fast needs torch alone
+
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                bank = torchaudio.functional.melscale_fbanks(
+                    self.n_fft // 2 + 1,
+                    self.f_min,
+                    self.f_max,
+                    self.n_mels,
+                    self.sample_rate,
+                    norm=self.norm,
+                    mel_scale=self.mel_scale,
+                ).T.contiguous()
+                window = torch.hann_window(self.win_length)
+        finally:
+            torch.set_default_dtype(default)
+        constants = {"filter_bank": bank, "bands": ops.mel_bands(bank), "window": window}
+        return {name: value.to(device) for name, value in constants.items()}
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames T of ``num_samples`` samples; for an even ``n_fft``, ``1 + num_samples // hop``.
@@ -175,13 +193,12 @@ class LogMel(torch.nn.Module):
         return lms[:, None] if wav.ndim == 2 else lms
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LogMel:
-        """Move to the device of ``fn`` but keep the buffers in float32 if a model is converted to another dtype."""
-
-        def keep_dtype(buffer: torch.Tensor) -> torch.Tensor:
-            moved = fn(buffer)
-            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
+        """Move the buffers and make them anew: ``to_empty`` leaves them without values, and no state dict has them."""
+        before = self.window
+        super()._apply(fn, recurse)
+        if self.window is not before and not self.window.is_meta:
+            for name, value in self._constants(self.window.device).items():
+                setattr(self, name, value)
         return self
 
     def extra_repr(self) -> str:
