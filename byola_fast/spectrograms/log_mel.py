@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -131,11 +132,12 @@ class LogMel(FixedDtype):
         self.sample_rate, self.n_fft, self.win_length, self.hop_length = sample_rate, n_fft, win_length, hop_length
         self.n_mels, self.f_min, self.f_max, self.mel_scale, self.norm = n_mels, f_min, f_max, mel_scale, norm
         self.center = center
-        for name, constant in self._constants(torch.get_default_device()).items():
-            self.register_buffer(name, constant, persistent=False)
+        for name in ("filter_bank", "bands", "window"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._compute()
 
-    def _constants(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the buffers, computed on the CPU in float32 whatever torch's defaults are."""
+    def _compute(self) -> None:
+        """Compute the buffers, whatever torch's default dtype and device are, and move them to their device."""
         import torchaudio  # here, so that importing byola_fast needs torch alone
 
         default = torch.get_default_dtype()
@@ -154,8 +156,21 @@ class LogMel(FixedDtype):
                 window = torch.hann_window(self.win_length)
         finally:
             torch.set_default_dtype(default)
-        constants = {"filter_bank": bank, "bands": ops.mel_bands(bank), "window": window}
-        return {name: value.to(device) for name, value in constants.items()}
+        device = self.window.device
+        self.filter_bank, self.bands, self.window = (x.to(device) for x in (bank, ops.mel_bands(bank), window))
+        self._computed = (self.filter_bank, self.bands, self.window)
+
+    def _restore(self) -> None:
+        """Compute the buffers again if others were put in their place.
+
+        No state dict has them, so ``to_empty`` and loaders of large models leave them without values.
+        """
+        here = (self.filter_bank, self.bands, self.window)
+        if type(self.window) is not torch.Tensor or self.window.is_meta or all(map(operator.is_, here, self._computed)):
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError("LogMel: its buffers were replaced; call it once before torch.compile traces it")
+        self._compute()
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames T of ``num_samples`` samples; for an even ``n_fft``, ``1 + num_samples // hop``.
@@ -176,6 +191,7 @@ class LogMel(FixedDtype):
         check.require_tensor("wav", wav)
         if wav.ndim not in (1, 2):
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), got {tuple(wav.shape)}")
+        self._restore()
         window = self.window
         if wav.dtype == torch.float64:
             window = torch.hann_window(self.win_length, dtype=torch.float64, device=wav.device)
@@ -193,12 +209,8 @@ class LogMel(FixedDtype):
         return lms[:, None] if wav.ndim == 2 else lms
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LogMel:
-        """Move the buffers and make them anew: ``to_empty`` leaves them without values, and no state dict has them."""
-        before = self.window
         super()._apply(fn, recurse)
-        if self.window is not before and not self.window.is_meta:
-            for name, value in self._constants(self.window.device).items():
-                setattr(self, name, value)
+        self._restore()
         return self
 
     def extra_repr(self) -> str:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from typing_extensions import Unpack  # which torch depends on
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.buffers import FixedDtype
-from byola_fast.runtime.distributed import concat_ranks, own_rank
+from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
 from byola_fast.runtime.recomputation import is_recomputed, recall, remember
 from byola_fast.runtime.workers import warn_once
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
@@ -328,7 +327,7 @@ class Augment(FixedDtype):
 
         By fork, workers of all epochs begin with the same state; by spawn, they share its memory.
         """
-        worker = get_worker_info()
+        worker = loader_worker()
         if worker is None or worker.seed == self._worker_seed:
             return
         self._worker_seed = worker.seed
@@ -348,7 +347,7 @@ class Augment(FixedDtype):
         distributed = torch.distributed
         if not (self.sync and self.training and distributed.is_available() and distributed.is_initialized()):
             return 0, None
-        if distributed.get_world_size() == 1 or get_worker_info() is not None:
+        if distributed.get_world_size() == 1 or loader_worker() is not None:
             return 0, None
         return distributed.get_rank(), concat_ranks(x)
 

@@ -107,7 +107,7 @@ class MemoryBank(FixedDtype):
             if torch.compiler.is_compiling():
                 raise RuntimeError("MemoryBank: its shape is not known yet; give shape=(mels, frames) or call it once")
             self.allocate((x.shape[1], x.shape[2]), x.device)
-            self.cursor[:2] = 0  # on a GPU it was not read
+            self.cursor[:2].zero_()  # on a GPU it was not read
         rows = self.rows
         assert rows is not None
         if x.shape[1:] != rows.shape[1:]:

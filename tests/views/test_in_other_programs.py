@@ -433,3 +433,99 @@ def test_inputs_on_the_cpu_work_under_another_default_device():
         assert to_lms(wav.double()).isfinite().all()
         assert compute_stats([lms]) == stats
         aug(lms, params=aug(lms, return_params=True)[2])
+
+
+# --- Lightning and Transformers.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "32-true"])
+def test_lightning_trains_in_half_precision_and_validation_changes_nothing(precision, tmp_path):
+    import pytorch_lightning as lightning
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aug = Augment("byola-v2", seed=1, n_memory=8)
+            self.net = nn.Linear(12, 4)
+            self.seen: list[tuple[Tensor, ...]] = []
+
+        def training_step(self, batch: Any, _number: int) -> Tensor:
+            lms, params = batch
+            replayed = self.aug(lms, params=params)
+            self.seen.append((lms, *self.aug(lms), *replayed))
+            return self.net(self.seen[-1][1]).square().mean()
+
+        def validation_step(self, batch: Any, _number: int) -> None:
+            self.aug(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    lms = 3 * torch.randn(4, 4, 8, 12) - 4.1
+    batches = [(x, augment(x, seed=2, return_params=True)[2]) for x in lms]
+    tasks = []
+    for validated in (0, 1.0):
+        task = Task()
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            precision=precision,
+            limit_val_batches=validated,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loaders = [DataLoader(batches, batch_size=None) for _ in range(2)]
+        trainer.fit(task, *loaders)
+        tasks.append(task)
+    plain, validated_too = tasks
+    assert_same_state(plain.aug, state_of(validated_too.aug))
+    assert plain.net.weight.dtype == {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision[:-5]]
+    twin = Augment("byola-v2", seed=1, n_memory=8)
+    for (x, *views), (_, params) in zip(plain.seen, batches * 2, strict=True):
+        wanted = twin(x, params=params)
+        wanted = (*twin(x), *wanted)
+        for a, b in zip(views[:2], wanted[:2], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(views[2:], wanted[2:], strict=True):  # lam and fader came in half precision
+            torch.testing.assert_close(a, b, rtol=0, atol={"16": 0.01, "bf16": 0.1, "32": 0}[precision[:-5]])
+    assert plain.aug.running_stats.stats()[0].item() == pytest.approx(lms.mean().item(), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_build_on_meta_and_load(dtype, tmp_path):
+    import transformers
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "views"
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.to_lms = LogMel(n_mels=32)
+            self.aug = Augment(seed=1, n_memory=8, shape=(32, 26))
+            self.net = nn.Linear(26, 4)
+            self.post_init()
+
+    wav = 0.1 * torch.randn(4, 4000)
+    original = Model(Config())
+    original.aug(original.to_lms(wav))
+    original.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path, dtype=dtype).train()
+    assert loaded.net.weight.dtype == dtype
+    built = Model._from_config(Config(), dtype=dtype)  # under another default dtype
+    lms = original.to_lms(wav)
+    assert torch.equal(loaded.to_lms(wav), lms)
+    assert torch.equal(built.to_lms(wav), lms)
+    for a, b in zip(loaded.aug(lms), original.aug(lms), strict=True):
+        assert torch.equal(a, b)
+    twin = Augment(seed=1, n_memory=8)
+    for _ in range(2):
+        for a, b in zip(built.aug(lms), twin(lms), strict=True):
+            assert torch.equal(a, b)
