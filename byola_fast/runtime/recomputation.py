@@ -39,6 +39,9 @@ def recall(module: object) -> tuple[Any, list[Any]]:
         RuntimeError: a backward pass runs this code, and there is no record.
     """
     if torch.compiler.is_compiling():
+        if _traced_in_checkpoint():  # without fullgraph, Python then runs this part
+            raise RuntimeError("checkpoint: compiled code keeps no record for it")
+        module.__dict__["_traced"] = True  # a side effect, which torch.compile refuses inside a checkpoint likewise
         return None, []
     task = torch._C._current_graph_task_id()
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # as use_reentrant=False does
@@ -65,6 +68,11 @@ def remember(module: object, record: object, around: list[Any]) -> None:
         held = vars(checkpoint)
         held.setdefault("byola_fast_records", []).append((module, record))
         held.setdefault("byola_fast_taken", {})  # by backward pass
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_in_checkpoint() -> bool:
+    return _checkpoints(sys._getframe()) != ([], None)
 
 
 def _checkpoints(frame: FrameType | None) -> tuple[list[Any], Any]:

@@ -330,6 +330,8 @@ class Augment(FixedDtype):
         worker = loader_worker()
         if worker is None or worker.seed == self._worker_seed:
             return
+        if torch.compiler.is_compiling():  # without fullgraph, Python then runs this call
+            raise RuntimeError("Augment: expected a first call in this worker before torch.compile traces it")
         self._worker_seed = worker.seed
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -205,6 +205,34 @@ def test_what_cannot_be_computed_again_says_so():
     assert_same_state(aug, state)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True], ids=["checkpoint compiled", "compiled inside a checkpoint"])
+def test_checkpoints_and_torch_compile(inside):
+    aug, twin = (Augment(seed=1, n_memory=8, shape=(8, 12)) for _ in range(2))
+    net = nn.Linear(12, 3)
+
+    def part(x: Tensor) -> Tensor:
+        return net(aug(x)[0]).square().mean()
+
+    def saving(run: Any, x: Tensor) -> Tensor:
+        return checkpoint(run, x, use_reentrant=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(part) if inside else torch.compile(saving)
+    for _ in range(3):
+        x = torch.randn(4, 8, 12)
+        loss = saving(compiled, x) if inside else compiled(part, x)
+        (got,) = torch.autograd.grad(loss, net.weight)
+        (wanted,) = torch.autograd.grad(net(twin(x)[0]).square().mean(), net.weight)
+        torch.testing.assert_close(got, wanted)
+        assert_same_state(aug, state_of(twin))
+    if not inside:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="side effect"):
+            torch.compile(saving, fullgraph=True)(part, x)
+    torch._dynamo.reset()
+
+
 # --- Ranks.
 
 
@@ -388,6 +416,13 @@ def test_results_do_not_depend_on_the_default_dtype(dtype, default_dtype):
     for a, b in zip(results(), wanted, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_statistics_put_into_half_precision_from_outside_are_refused():
+    stats = RunningStats()
+    stats.mean.data = stats.mean.half()  # as FSDP's buffer_dtype does
+    with pytest.raises(TypeError, match=r"RunningStats.mean: expected torch.float32, got torch.float16"):
+        stats.update(torch.randn(3, 8, 12))
 
 
 # --- Default devices and the meta device.
