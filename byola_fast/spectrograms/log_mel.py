@@ -12,6 +12,7 @@ import torch
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.device import without_autocast
 
 
 @dataclass(kw_only=True)
@@ -196,7 +197,7 @@ class LogMel(FixedDtype):
         window = self.window
         if wav.dtype == torch.float64:
             window = torch.hann_window(self.win_length, dtype=torch.float64, device=wav.device)
-        with torch.autocast(wav.device.type, enabled=False):
+        with without_autocast(wav.device):
             lms = ops.log_mel(
                 wav if wav.ndim == 2 else wav[None],
                 window,

@@ -10,7 +10,7 @@ import torch
 from helpers.tolerances import assert_close
 from helpers.weight_files import Malicious, layout
 
-from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel, export_encoder, load_encoder
+from byola_fast import EMA, AudioNTT2020, AudioNTT2022, Embedder, LogMel, export_encoder, load_encoder
 from byola_fast.embedding.streaming import embed_blocks
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
@@ -131,14 +131,18 @@ def test_another_default_device_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", [AudioNTT2020, AudioNTT2022])
-def test_an_encoder_built_on_meta(encoder):
-    with torch.device("meta"):
-        built = encoder(16, 300).eval()
-        assert built(torch.empty(2, 1, 16, 96)).shape == (2, 300)
+def test_built_on_meta(encoder):
     embedder, wav = make_embedder(encoder), 0.1 * torch.randn(2, 16000)
-    built.to_empty(device="cpu").load_state_dict(embedder.encoder.state_dict())
-    found = Embedder(built, stats=STATS, to_lms=LogMel(n_mels=16))(wav)
-    assert torch.equal(found, embedder(wav))
+    with torch.device("meta"):
+        built = make_embedder(encoder)
+        average = EMA(built)
+        frames = built(torch.empty(2, 16000), frames=True)
+    wanted = embeddings_of(embedder, wav)
+    assert [x.shape for x in frames] == [x.shape for x in wanted[1:3]]
+    built.to_empty(device="cpu").load_state_dict(embedder.state_dict())
+    average.to_empty(device="cpu").load_state_dict(EMA(embedder).state_dict())
+    for each in (built, average.target):
+        assert all(map(torch.equal, embeddings_of(each.eval(), wav), wanted))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
