@@ -154,7 +154,8 @@ class Embedder(nn.Module):
     def timestamps(self, count: int) -> Tensor:
         """Return the centres of the first ``count`` frames, in ms, on the device of the module."""
         stride, hop_ms = self.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
-        return (torch.arange(count, device=self.to_lms.window.device) * stride + (stride - 1) / 2) * hop_ms
+        first = (torch.arange(count, device=self.to_lms.window.device) * stride).float()
+        return (first + (stride - 1) / 2) * hop_ms
 
     def forward(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings:
         """Return one embedding per waveform, or with ``frames`` the ``FrameEmbeddings``; see the class."""
