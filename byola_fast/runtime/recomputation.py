@@ -70,9 +70,12 @@ def remember(module: object, record: object, around: list[Any]) -> None:
         held.setdefault("byola_fast_taken", {})  # by backward pass
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_in_checkpoint() -> bool:
     return _checkpoints(sys._getframe()) != ([], None)
+
+
+# as torch.compiler.assume_constant_result does, which would import the compiler
+_traced_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checkpoints(frame: FrameType | None) -> tuple[list[Any], Any]:
