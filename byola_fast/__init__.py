@@ -7,6 +7,7 @@
 single steps. ``load_encoder`` loads a trained encoder. Importing needs torch alone.
 """
 
+import byola_fast.runtime.interrupts  # noqa: F401  # first: Ctrl-C may come during the others
 from byola_fast import ops
 from byola_fast.audio.reading import read_audio
 from byola_fast.doctor import doctor

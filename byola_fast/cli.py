@@ -23,6 +23,7 @@ from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.ops import BackendError
 from byola_fast.runtime.console import reader_may_leave, say
 from byola_fast.runtime.distributed import RankError
+from byola_fast.runtime.interrupts import INTERRUPTED, interruptible
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
@@ -31,7 +32,7 @@ from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
 ABOUT = "BYOL-A: pre-train an audio encoder on unlabelled sound, embed, evaluate. First: byola-fast pretrain --demo"
-RANK_LOST, USAGE_ERROR, SIGNALLED, INTERRUPTED = 1, 2, 128, 130  # exit codes; a signal's number is added to 128
+RANK_LOST, USAGE_ERROR, SIGNALLED = 1, 2, 128  # exit codes; a signal's number is added to 128
 OLD_FLAGS = {"--precision": ("pretrain",), "--network": ("eval",), "--encoder": ("eval",)}  # of version 0.1
 
 WORDS = {
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE_ERROR
         with reader_may_leave(sys.stdout) if sys.stdout else nullcontext():  # --help prints
             settings = parser.parse_args([*argv[:1], *options, *(["--", *others] if others else [])])
-        return _run(settings.command, settings[settings.command])
+        with interruptible():
+            return _run(settings.command, settings[settings.command])
     except ArgumentError as error:
         flags = [setting.name for setting in fields(CONFIGS[argv[0]])] if argv[0] in CONFIGS else []
         say(f"{PROG}: {_rank()}error: {explain(str(error), flags)}", sys.stderr)
@@ -82,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BackendError, ImportError, OSError, RankError, ValueError) as error:
         say(f"{PROG}: {_rank()}error: {' '.join(_message(error).split())}", sys.stderr)
         return RANK_LOST if isinstance(error, RankError) else USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch has no class for it on a CPU
+            raise
+        say(
+            f"{PROG}: {_rank()}error: out of memory: {(str(error).strip() or 'no reason given').splitlines()[0]}",
+            sys.stderr,
+        )
+        return USAGE_ERROR
     except KeyboardInterrupt:
         say(f"{PROG}: interrupted", sys.stderr)
         return INTERRUPTED
@@ -107,8 +117,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         option = _with_underscores(word)
         if option in valued and words and not words[0].startswith("--"):
             option += "=" + words.popleft()
-        options.append(_renamed(command, option))
+        options.append(_renamed(command, _named_like_nothing(option)))
     return options, others
+
+
+def _named_like_nothing(option: str) -> str:
+    """Keep the name of a file that YAML takes for a comment or for null."""
+    flag, equals, value = option.partition("=")
+    return f"{flag}=./{value}" if equals and (value.startswith("#") or value == "~") else option
 
 
 def _with_underscores(argument: str) -> str:
@@ -324,14 +340,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        ValueError: not YAML, or not a mapping.
+        ValueError: not YAML, not a mapping, or a name that is there twice.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not a YAML file: {error}") from error
+    names = [name.value for name, _value in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: expected each name once, got {', '.join(twice)} more than once")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+MAX_RATE = 10_000_000  # Hz; no converter is faster
 FORMAT, VERSION = "byola_fast packed store", 1
 HEADER_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.json")
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}[.-].*(json|int16|tmp)$")
@@ -143,7 +144,10 @@ def _problem(header: PartHeader, name: str) -> str:
     The checksum already excludes damage; this finds a faulty writer or a forgery.
     """
     counts = (header.part, header.parts, header.sample_rate, header.files, header.samples, header.clipped)
-    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts) or header.sample_rate < 1:
+    if (
+        not all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
+        or not 0 < header.sample_rate <= MAX_RATE
+    ):
         return "a count is not a number, or out of range"
     if not header.part < header.parts or name != f"{part_name(header.part, header.parts)}.json":
         return f"its content is of part {header.part} of {header.parts}"

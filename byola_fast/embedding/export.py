@@ -89,9 +89,10 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
         about["frame_period_ms"] = embedder.frame_period_ms
     about["min_samples"] = shortest
     network = _Face(embedder, frames).eval()
-    example = torch.zeros(2, max(embedder.sample_rate, shortest + 1))
+    example = torch.zeros(2, max(embedder.sample_rate, shortest + 1), dtype=torch.float32, device="cpu")
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)},)
-    with torch.no_grad(), warnings.catch_warnings():
+    # whatever surrounds the call is not for the file: gradients, autocast, another default device
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.export.export(network, (example,), dynamic_shapes=sizes, strict=False)
         content = _as_pt2(program, about) if path.suffix == ".pt2" else _as_onnx(program, about)
@@ -181,7 +182,7 @@ def _difference(embedder: Embedder, path: Path, frames: bool) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     face, differences = _Face(embedder, frames), []
     for batch, samples in ((1, shortest_export(embedder)), (3, 2 * embedder.sample_rate + 7)):
-        wav = torch.randn(batch, samples) / 8
+        wav = torch.randn(batch, samples, dtype=torch.float32, device="cpu") / 8
         expected = face(wav)
         other = torch.from_numpy(session.run(None, {"wav": wav.numpy()})[0])
         differences.append((expected - other).abs().max() / expected.abs().max().clamp_min(1e-9))

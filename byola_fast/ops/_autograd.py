@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from byola_fast.ops import _schemas
+from byola_fast.ops import _schemas, reference
 from byola_fast.ops.reference import EPS, compute_dtype, mean_std_reference
 
-ops = torch.ops.byola_fast
+OPS = torch.ops.byola_fast
+
+
+def _op(name: str) -> Any:
+    """Return an op, or its reference in forward mode, which PyTorch would drop at a custom op in silence."""
+    return getattr(reference, f"{name}_reference") if forward_ad._current_level >= 0 else getattr(OPS, name)
 
 
 def _register(name: str, backward: Any, setup_context: Any) -> None:
@@ -25,7 +31,7 @@ def _save_log_mel(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _log_mel_backward(ctx: Any, grad: Tensor) -> Any:
-    return ops.log_mel_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
+    return _op("log_mel_backward")(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
 
 
 def _save_log_mixup_exp(ctx: Any, inputs: Any, output: Any) -> None:
@@ -34,7 +40,7 @@ def _save_log_mixup_exp(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _log_mixup_exp_backward(ctx: Any, grad: Tensor) -> Any:
     x, z, lam = ctx.saved_tensors
-    return *ops.log_mixup_exp_backward(grad, x, z, lam), None
+    return *_op("log_mixup_exp_backward")(grad, x, z, lam), None
 
 
 def _save_resize_crop(ctx: Any, inputs: Any, output: Any) -> None:
@@ -45,7 +51,8 @@ def _save_resize_crop(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _resize_crop_backward(ctx: Any, grad: Tensor) -> Any:
     (crop,) = ctx.saved_tensors
-    return ops.resize_crop_backward(grad, crop, ctx.input_size, ctx.canvas, ctx.interpolation), None, None, None, None
+    to_x = _op("resize_crop_backward")(grad, crop, ctx.input_size, ctx.canvas, ctx.interpolation)
+    return to_x, None, None, None, None
 
 
 def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
@@ -62,7 +69,7 @@ def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> 
     dtype = compute_dtype(views.dtype)
     of_total, of_squares = grad_sums[..., 1, None, None], grad_sums[..., 2, None, None]
     grad = grad_views.to(dtype) + (of_total + 2 * views * of_squares).to(dtype)
-    to_x, to_stats = ops.augment_views_backward(
+    to_x, to_stats = _op("augment_views_backward")(
         grad,
         x,
         bank,
@@ -137,7 +144,7 @@ def _register_once(name: str) -> None:
     """Raise an error at a second derivative; without it, the second derivative would be silently missing."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"byola_fast: {name} is differentiable once; its second derivative is not provided")
+        raise RuntimeError(f"byola_fast: {name} is differentiable once; use torch.func for higher derivatives")
 
     _register(name, backward, lambda ctx, inputs, output: None)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from byola_fast.ops import _checks as check
+from byola_fast.ops._route import needs_reference, op
 from byola_fast.ops._schemas import log_mel_in_chunks
-from byola_fast.ops.reference import log_mel_reference, num_frames_reference
+from byola_fast.ops.reference import num_frames_reference
 
 __all__ = ["log_mel", "mel_bands", "num_frames"]
 
@@ -62,7 +63,7 @@ def log_mel(
     Backends:
         C++ on the CPU, fastest if n_fft has only the prime factors 2, 3 and 5. Triton on CUDA if n_fft is a power of
         two from 64 to 2048, hop_length at most 2 n_fft, and wav not float64. Plain PyTorch otherwise, on the CPU if
-        n_fft has a prime factor above 64, and under ``torch.export``.
+        n_fft has a prime factor above 64, under ``torch.export`` and in ``torch.func``.
 
     Source:
         Niizumi et al., arXiv:2103.06695, section IV.
@@ -76,6 +77,7 @@ def log_mel(
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*check.FLOATS, torch.int16))
         raise TypeError(f"wav: expected one of {wanted}, got {wav.dtype}")
     check.require_shape("wav", wav, ("B", "samples"))
+    n_fft, hop_length = check.whole("n_fft", n_fft, 1, 2**63), check.whole("hop_length", hop_length, 1, 2**63)
     check.require_float("window", window)
     check.require_shape("window", window, ("n",))
     if not 1 <= window.shape[0] <= n_fft:
@@ -92,16 +94,11 @@ def log_mel(
     for name, tensor in (("window", window), ("filter_bank", filter_bank), ("bands", bands)):
         check.require_same_device(name, tensor, "wav", wav)
     check.require_no_grad("log_mel", window=window, filter_bank=filter_bank, stats=stats)
-    check.require_no_forward_mode("log_mel", wav=wav)
     num_frames(wav.shape[1], n_fft, hop_length, center)
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
-    # An exported graph must run without this package. Read the flag itself, because torch 2.11 compiles a call of
-    # is_exporting() to True.
-    if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
-        return log_mel_reference(*arguments)
-    if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR:
+    if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR and not needs_reference():
         return log_mel_in_chunks(*arguments)
-    return torch.ops.byola_fast.log_mel(*arguments)
+    return op("log_mel")(*arguments)
 
 
 def _largest_factor(n: int) -> int:

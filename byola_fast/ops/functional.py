@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import require_decay
-from byola_fast.ops.reference import SIZE_SHIFT, sums_dtype
+from byola_fast.ops._ema_checks import require_decay, require_matching_lists
+from byola_fast.ops._route import needs_reference, op
+from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
 __all__ = [
     "augment_views",
@@ -78,9 +80,8 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     check.require_same_device("z", z, "x", x)
     check.require_same_device("lam", lam, "x", x)
     check.require_no_grad("log_mixup_exp", lam=lam)
-    check.require_no_forward_mode("log_mixup_exp", x=x, z=z, lam=lam)
     check.require_lam_in_range("lam", lam)
-    return torch.ops.byola_fast.log_mixup_exp(x, z, lam)
+    return op("log_mixup_exp")(x, z, lam)
 
 
 def canvas_size(mels: int, frames: int, scale: Sequence[float] = VIRTUAL_CROP_SCALE) -> tuple[int, int]:
@@ -156,8 +157,7 @@ def resize_crop(
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     check.require_crop_in_canvas("crop", crop, canvas)
-    check.require_no_forward_mode("resize_crop", x=x)
-    y = torch.ops.byola_fast.resize_crop(flat, crop, size, canvas, interpolation)
+    y = op("resize_crop")(flat, crop, size, canvas, interpolation)
     return y[:, None] if x.dim() == 4 else y
 
 
@@ -263,13 +263,12 @@ def draw_params(
         raise ValueError(f"bank_count: expected 0 to 2^24 rows, got {int(bank_count)}")
     batch = check.whole("batch", batch, 0, 2**32)
     sample_offset = check.whole("sample_offset", sample_offset, 0, 2**63)
-    pool = batch if pool is None else pool
-    if not 0 <= pool <= MAX_ROWS:
+    pool = batch if pool is None else check.whole("pool", pool, 0, 2**63)
+    if pool > MAX_ROWS:
         raise ValueError(f"pool: expected 0 to 2^24 rows, got {pool}")
-    if pool_offset < 0:
-        raise ValueError(f"pool_offset: expected a row of the pool, got {pool_offset}")
+    pool_offset = check.whole("pool_offset", pool_offset, 0, 2**63)
     mels, frames = pair("input_size", input_size, (1, 1))
-    return torch.ops.byola_fast.draw_params(
+    return op("draw_params")(
         rng,
         bank_count,
         batch,
@@ -376,17 +375,16 @@ def augment_views(
         check.require_shape("stats", stats, (2,))
         check.require_same_device("stats", stats, "x", x)
     check.require_no_grad("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
-    check.require_no_forward_mode("augment_views", x=x, pool=pool, bank=bank, stats=stats, lam=lam, fader=fader)
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
-        return torch.ops.byola_fast.augment_views(*parameters, size, canvas, interpolation, mixup)
+        return op("augment_views")(*parameters, size, canvas, interpolation, mixup)
     check_out(out, x, size)
     parameters_read = dict(lam=lam, bank_index=bank_index, crop=crop, fader=fader, rng=rng, bank_count=bank_count)
     check.require_own_memory("out", out, x=x, pool=pool, bank=bank, stats=stats, **parameters_read)
     check.require_no_grad("augment_views with out=", x=x, stats=stats, out=out)
-    sums = torch.ops.byola_fast.augment_views_out(*parameters, canvas, interpolation, mixup, out)
+    sums = op("augment_views_out")(*parameters, canvas, interpolation, mixup, out)
     increment_version(out)  # autograd does not see the kernels' writes
     return out, sums
 
@@ -424,8 +422,7 @@ def sample_sums(x: Tensor) -> Tensor:
     check.require_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (B, ...), got {tuple(x.shape)}")
-    check.require_no_forward_mode("sample_sums", x=x)
-    return torch.ops.byola_fast.sample_sums(x)
+    return op("sample_sums")(x)
 
 
 def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
@@ -467,7 +464,6 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
         raise TypeError(f"sums: expected {sums_dtype(x.device)}, got {sums.dtype}")
     if x.numel() and not sums.numel():
         raise ValueError(f"sums: expected those of x, got none, in shape {tuple(sums.shape)}")
-    check.require_no_forward_mode("normalize", x=x, sums=sums)
     if inplace:
         check.require_no_grad("normalize in place", x=x, sums=sums)
         check.require_own_memory("x", x, sums=sums)
@@ -477,11 +473,11 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
             if count != x.numel():
                 raise ValueError(f"x: expected |mean| below 1e6 std, got mean {mean:g}; subtract it and sum again")
             centred = x - mean
-            y = torch.ops.byola_fast.normalize(centred, torch.ops.byola_fast.sample_sums(centred.reshape(1, -1)))
+            y = op("normalize")(centred, op("sample_sums")(centred.reshape(1, -1)))
             return x.copy_(y) if inplace else y
     if not inplace:
-        return torch.ops.byola_fast.normalize(x, sums)
-    torch.ops.byola_fast.normalize_(x, sums)
+        return op("normalize")(x, sums)
+    op("normalize_")(x, sums)
     increment_version(x)
     return x
 
@@ -532,7 +528,7 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None = N
     check.require_own_memory("rows", rows, x=x, cursor=cursor, stats=stats)
     check.require_own_memory("cursor", cursor, x=x, stats=stats)
     check.require_no_grad("bank_push_", rows=rows)
-    torch.ops.byola_fast.bank_push_(rows, cursor, x.detach(), None if stats is None else stats.detach())
+    op("bank_push_")(rows, cursor, x.detach(), None if stats is None else stats.detach())
     increment_version((rows, cursor))
 
 
@@ -573,11 +569,15 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
     >>> target
     [tensor([0.2500, 0.2500])]
     """
-    weight = ema_decay(decay, target)
     try:
+        weight = ema_decay(decay, target)
         with torch.no_grad():
-            torch.ops.byola_fast.ema_update_(target, online, weight)
-    except RuntimeError:
+            if needs_reference():
+                require_matching_lists(target, online)
+                ema_update__reference(target, [o.detach() for o in online], weight)  # no_grad lets forward mode pass
+            else:
+                torch.ops.byola_fast.ema_update_(target, online, weight)
+    except (RuntimeError, TypeError):
         for name, tensors in (("target", target), ("online", online)):
             if not isinstance(tensors, Sequence):
                 raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}") from None
@@ -590,9 +590,9 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
     """Check the decay of ``ema_update_`` and return it as a tensor."""
     if isinstance(decay, Tensor):
         check.require_shape("decay", decay, ())
-    elif not isinstance(decay, (int, float)):
+    elif not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
     else:
-        decay = torch.tensor(decay, dtype=torch.float64, device="cpu")
+        decay = torch.tensor(float(decay), dtype=torch.float64, device="cpu")
     require_decay(decay, target)
     return decay

@@ -6,7 +6,8 @@ Half precision is computed in float32 and rounded once at the end; float64 stays
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ def _spectra(wav: Tensor, window: Tensor, n_fft: int, hop_length: int, center: b
     return torch.stft(wav, n_fft, hop_length, len(window), window, center=center, return_complex=True)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product in the dtype of both; autocast, which reaches into an op, would lower it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def log_mel_reference(
     wav: Tensor,
     window: Tensor,
@@ -65,7 +72,7 @@ def log_mel_reference(
         return wav.new_empty(0, filter_bank.shape[0], frames, dtype=dtype)
     spectra = _spectra(wav, window, n_fft, hop_length, center)
     power = spectra.real.square() + spectra.imag.square()  # abs() calls hypot, which is slow
-    lms = (filter_bank.to(power.dtype) @ power + EPS).log()
+    lms = (_product(filter_bank.to(power.dtype), power) + EPS).log()
     return pre_norm_reference(lms, stats).to(dtype).contiguous()
 
 
@@ -86,10 +93,10 @@ def log_mel_backward_reference(
     spectra = _spectra(wav, window, n_fft, hop_length, center)
     power = spectra.real.square() + spectra.imag.square()
     bank = filter_bank.to(power.dtype)
-    grad = grad.to(power.dtype) / (bank @ power + EPS)
+    grad = grad.to(power.dtype) / (_product(bank, power) + EPS)
     if stats is not None:
         grad = grad / stats[1].to(grad.dtype).clamp_min(EPS)
-    to_spectra = 2 * (bank.T @ grad) * spectra
+    to_spectra = 2 * _product(bank.T, grad) * spectra
     to_spectra[:, 1 : (n_fft + 1) // 2] /= 2  # the inverse transform counts these twice
     of_window = torch.nn.functional.pad(window.to(power.dtype), _around(len(window), n_fft))
     to_frames = torch.fft.irfft(to_spectra, n_fft, dim=1, norm="forward").transpose(1, 2) * of_window
@@ -305,7 +312,24 @@ def mix_reference(x: Tensor, z: Tensor, lam: Tensor, mixup: str) -> Tensor:
     return ((1 - weight) * x.exp() + (weight * z).exp() + EPS).log()
 
 
-def augment_views_out_reference(
+def augment_views_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return both views ``(2, B, *size)`` and their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+    views = list(_each_view(x, *args))
+    return torch.stack(views).to(x.dtype), torch.stack([sample_sums_reference(view) for view in views])
+
+
+def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
+    """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
+    *parameters, out = args
+    parameters.insert(-3, out.shape[2:])  # before canvas, interpolation and mixup
+    sums = []
+    for number, view in enumerate(_each_view(x, *parameters)):
+        out[number] = view
+        sums.append(sample_sums_reference(view))
+    return torch.stack(sums)
+
+
+def _each_view(
     x: Tensor,
     pool: Tensor | None,
     bank: Tensor | None,
@@ -317,14 +341,13 @@ def augment_views_out_reference(
     fader: Tensor,
     rng: Tensor,
     sample_offset: int,
+    size: Sequence[int],
     canvas: list[int],
     interpolation: str,
     mixup: str,
-    out: Tensor,
-) -> Tensor:
-    """Write both views to ``out (2, B, *size)`` and return their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+) -> Iterator[Tensor]:
+    """Yield both views ``(B, *size)`` in the compute dtype."""
     clean = pre_norm_reference(x, stats)
-    sums = torch.empty(*out.shape[:2], 3, dtype=sums_dtype(x.device), device=x.device)
     noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
     for view in range(2):
         mixed = clean
@@ -334,14 +357,8 @@ def augment_views_out_reference(
             z = partners_reference(x if pool is None else pool, bank, bank_count, stats, bank_index[view])
             alone = (bank_index[view] < 0)[:, None, None]
             mixed = torch.where(alone, clean, mix_reference(clean, z, lam[view], mixup))
-        y = resize_crop_reference(mixed, crop[view], list(out.shape[2:]), canvas, interpolation)
-        y = y + fader_curve_reference(fader[view], out.shape[3], y.dtype)
-        out[view] = y
-        wide = y.to(sums.dtype)
-        sums[view, :, 0] = y.shape[1] * y.shape[2]
-        sums[view, :, 1] = wide.sum((1, 2))
-        sums[view, :, 2] = wide.square().sum((1, 2))
-    return sums
+        y = resize_crop_reference(mixed, crop[view], list(size), canvas, interpolation)
+        yield y + fader_curve_reference(fader[view], size[1], y.dtype)
 
 
 def fader_curve_reference(fader: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
@@ -500,7 +517,7 @@ def bank_push__reference(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor 
 # the moving average
 
 
-def ema_update__reference(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
+def ema_update__reference(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
     """Set target to decay * target + (1 - decay) * online, computed as an interpolation.
 
     With w = 1 - decay rounded to the compute dtype: ``t + w (o - t)`` if w < 1/2, else ``o - (1 - w) (o - t)``. The

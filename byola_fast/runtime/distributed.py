@@ -22,6 +22,9 @@ T = TypeVar("T")
 LOST = re.compile(r"gloo|nccl|connection|peer|timed? ?out|socket|broken pipe", re.IGNORECASE)
 
 
+MAX_MIN = 1e6  # two years; timedelta has a limit
+
+
 class RankError(RuntimeError):
     """Another process of the group died or hangs."""
 
@@ -119,7 +122,7 @@ def join(device: torch.device, timeout_min: float = 15.0) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         joining = World(device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         with name_lost_rank(joining, lambda: "nothing was started"):
-            distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
+            distributed.init_process_group(backend, timeout=timedelta(minutes=min(timeout_min, MAX_MIN)))
         try:
             yield World(device, distributed.get_rank(), distributed.get_world_size())
         except RankError:

@@ -133,7 +133,7 @@ def open_locked(path: Path) -> IO[bytes] | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")  # noqa: SIM115
-            if lock(file) and _has_name(file):
+            if lock(file) and has_name(file):
                 return file
             file.close()
         except FileNotFoundError:  # the folder was removed meanwhile
@@ -144,7 +144,7 @@ def open_locked(path: Path) -> IO[bytes] | None:
         time.sleep(LOCK_POLL_SEC)
 
 
-def _has_name(file: IO[bytes]) -> bool:
+def has_name(file: IO[bytes]) -> bool:
     """Return whether an open file was not renamed or removed."""
     try:
         return os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))

@@ -1,9 +1,10 @@
-"""Reading ahead, by a thread or by worker processes. Workers ignore SIGINT and SIGTERM and exit with their parent."""
+"""Reading ahead, by a thread or by worker processes. Workers ignore SIGINT and SIGTERM and die with their parent."""
 
 from __future__ import annotations
 
 import atexit
 import copyreg
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ MAX_WORKERS = 8
 WORKER_AHEAD = 2  # items that a worker has ready, besides the one that it reads; 1 is up to 15 % slower
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SEC = 0.2
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -85,7 +87,8 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
 
     Worker i reads keys i, i + workers, ... and sends the items through a socket of its own. If it is killed, even while
     it sends, its socket ends and nothing waits. (A queue shared by workers, as in ``ProcessPoolExecutor``, waits
-    forever for the rest of the item.) Sockets need no shared memory.
+    forever for the rest of the item.) Sockets need no shared memory. On Linux the kernel kills workers with the thread
+    that asked for the first item.
 
     Args:
         read: called in a worker, where torch has one thread. An error that it raises is raised here.
@@ -146,9 +149,7 @@ def _work(read: Callable[[K], T], keys: Sequence[K], theirs: socket.socket, main
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # a fork server ends with the main process
-    parent = main if multiprocessing.get_start_method() == "fork" else os.getppid()
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    _die_with(main)
     global _unsent
     _unsent = []
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -166,9 +167,19 @@ def _taken(warnings: list[str]) -> list[str]:
     return [warnings.pop(0) for _ in range(len(warnings))]  # the reading thread may add to it meanwhile
 
 
-def _exit_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(POLL_SEC)
+def _die_with(main: int) -> None:
+    """End this process with the main one, also in the middle of a long decode: a fork has the main one's locks."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None and os.getppid() == main:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_exit_without, args=(main,), daemon=True).start()  # for a child of a fork server
+
+
+def _exit_without(main: int) -> None:
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(main, 0)
+            time.sleep(POLL_SEC)
     os._exit(1)
 
 

@@ -21,6 +21,7 @@ from byola_fast.spectrograms.statistics import compute_stats
 
 MIN_SEGMENTS = 1000  # the clips of a small corpus give several segments each
 BATCH = 64
+MIN_STD = 1e-3  # of log-mels; sounds have 1 or more
 
 
 @dataclass(kw_only=True)
@@ -100,7 +101,8 @@ def take_stats(
         broken: receives the broken files, with the reason.
 
     Raises:
-        AudioError: no file can be read. ValueError: ``segments`` below 1, or segments too short for the front end.
+        AudioError: no file can be read. ValueError: ``segments`` below 1, segments too short for the front end, or all
+        alike.
     """
     if segments < 1:
         raise ValueError(f"segments: expected at least 1, got {segments}")
@@ -116,9 +118,16 @@ def take_stats(
                 progress(min(done + batches.batch_size, count), count)
 
     stats = Stats(*compute_stats(log_mels()), count)
+    require_sound(stats.std)
     if broken is not None:
         broken.update(batches.broken)
     return stats
+
+
+def require_sound(std: float) -> None:
+    """Refuse log-mels that are all alike: normalised, they would be rounding errors."""
+    if std < MIN_STD:
+        raise ValueError(f"audio_dir: expected sounds, got log-mels with a std of {std:.2g}, such as silence")
 
 
 def write_stats(path: str | Path, stats: Stats, to_lms: LogMel, unit_sec: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.device import without_autocast
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,7 @@ class FrontEnd:
         return settings | {"f_max": min(self.f_max, self.sample_rate / 2)}
 
 
+LARGEST = 1 << 31
 FRONT_END = (*(field.name for field in fields(FrontEnd)), "center")  # attributes of LogMel that define it
 
 
@@ -116,8 +118,8 @@ class LogMel(FixedDtype):
         super().__init__()
         sizes = {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if not 1 <= value < LARGEST:
+                raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
         if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length: expected 1 to n_fft = {n_fft}, got {win_length}")
         if not 0 <= f_min < f_max <= sample_rate / 2:
@@ -195,7 +197,7 @@ class LogMel(FixedDtype):
         window = self.window
         if wav.dtype == torch.float64:
             window = torch.hann_window(self.win_length, dtype=torch.float64, device=wav.device)
-        with torch.autocast(wav.device.type, enabled=False):
+        with without_autocast(wav.device):
             lms = ops.log_mel(
                 wav if wav.ndim == 2 else wav[None],
                 window,

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.ops._route import op
 from byola_fast.ops.reference import compute_dtype
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.recomputation import refuse_recomputation
@@ -26,9 +27,9 @@ def batch_stats(x: Tensor) -> Tensor:
     """
     if x.dtype == torch.float64 and x.numel():  # squares of a large mean would drown a small std; float32 has no such
         first = x.detach()[(0,) * x.dim()]
-        stats = torch.ops.byola_fast.batch_stats(ops.sample_sums(x - first), x.dtype)
+        stats = op("batch_stats")(ops.sample_sums(x - first), x.dtype)
         return stats + torch.stack([first, torch.zeros_like(first)])
-    return torch.ops.byola_fast.batch_stats(ops.sample_sums(x), compute_dtype(x.dtype))
+    return op("batch_stats")(ops.sample_sums(x), compute_dtype(x.dtype))
 
 
 def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Tensor:
@@ -87,7 +88,7 @@ class RunningStats(FixedDtype):
         if state[0].dtype not in (torch.float32, torch.float64):
             raise TypeError(f"RunningStats.mean: expected torch.float32, got {self.mean.dtype}, which stops to follow")
         limit = -1 if self.max_updates is None else self.max_updates
-        stats = torch.ops.byola_fast.running_stats_(*state, ops.sample_sums(x), limit)
+        stats = op("running_stats_")(*state, ops.sample_sums(x.detach()), limit)
         increment_version(state)
         return stats
 

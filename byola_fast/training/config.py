@@ -74,7 +74,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         timeout_min: minutes that one process waits for the others before it gives up.
         log_every: steps between two lines of log.jsonl; each waits for the GPU. By default 1 on a CPU and 20 on a GPU.
         save_every: steps between two checkpoints; by default only save_minutes counts.
-        keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; by default none.
+        keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; each comes with a checkpoint. By
+            default none.
         save_minutes: minutes between two checkpoints. One is also written at the end, at Ctrl-C and at SIGTERM.
         tensorboard: write OUT/tensorboard too, if tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
@@ -143,13 +144,18 @@ class PretrainConfig(FrontEnd, ViewSettings):
         for name, known in choices.items():
             if getattr(self, name) is not None:
                 check.require_one_of(name, getattr(self, name), tuple(known))
-        minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_memory=0)
+        minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_mels=1)
+        minimum.update(n_fft=1, n_memory=0)
         minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
         minimum.update(warmup_steps=0)
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
+            if value is not None and value >= (limit := 1 << (63 if name == "seed" else 31)):
+                raise ValueError(f"{name}: expected below {limit}, got {value}")
+        if not 0 < self.unit_sec * self.sample_rate < 1 << 31:
+            raise ValueError(f"unit_sec: expected seconds of 1 to 2^31 samples, got {self.unit_sec}")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay: expected a share in [0, 1], got {self.ema_decay}")
         for name, what in dict(lr="a learning rate", timeout_min="minutes", save_minutes="minutes").items():

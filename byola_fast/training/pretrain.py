@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +25,12 @@ from byola_fast.objectives.registry import find_learner, make_learner
 from byola_fast.runtime.device import keep_freed_memory, pick_device
 from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.progress import Progress
-from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
+from byola_fast.spectrograms.corpus_statistics import read_stats, require_sound, take_stats
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.training.config import PretrainConfig
 from byola_fast.training.cuda_graph import Step, graph_step, use_graph
 from byola_fast.training.curves import draw_training
-from byola_fast.training.run_folder import RunFolder, RunState
+from byola_fast.training.run_folder import DEMO_AUDIO, RunFolder, RunState
 from byola_fast.training.schedules import set_learning_rate
 from byola_fast.training.stage_times import StageTimes
 from byola_fast.training.watch import Watch
@@ -124,6 +125,8 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     )
     if batches.local_size < 2:
         raise ValueError(f"batch_size: expected at least 2 for each of {world.size} processes, got {config.batch_size}")
+    if len(set(world.gather((len(source), batches.listing)))) > 1:
+        raise ValueError(f"audio_dir: expected the same files for all {world.size} processes")
     if batches.repeats > 1 and world.first:
         message = "%d clip%s fewer than batch_size %d: each gives up to %d segments an epoch"
         logger.info(message, len(source), " is" if len(source) == 1 else "s are", config.batch_size, batches.repeats)
@@ -152,15 +155,26 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     optimizer = _make_optimizer(learner, config, graphed)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
-    data = {"clips": clips, "listing": batches.listing}  # a resumed run compares its data with these
+    # what a resumed run compares
+    about = {"clips": clips, "listing": batches.listing, "total": total, "torch": str(torch.__version__)}
+
+    def described() -> dict[str, Any]:
+        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
+        return {"config": config_now, "stats": _stats_now(aug, stats)}
+
     if world.rank:
         torch.manual_seed(config.seed + (world.rank << 32))  # dropout differs between processes
     if saved is not None:
         if saved["clips"] != clips:
             raise ValueError(f"audio_dir: expected the {saved['clips']} clips that the run began with, got {clips}")
-        if world.first and saved.get("listing", data["listing"]) != data["listing"]:
-            logger.warning("%s holds other files than at the start of the run; resuming with them", config.audio_dir)
+        if config.stats is not None and Path(config.stats).exists() and read_stats(config.stats)[:2] != stats:
+            raise ValueError(f"stats: {config.stats} changed since the run began: {stats} then")
+        if world.first:
+            for change in _changes(saved, about, config):
+                logger.warning("%s", change)
         step, epoch = state.restore(saved)
+        if world.first:
+            run.complete(encoder, keep=_is_kept(config, step), **described())
 
     times = StageTimes(device, on=config.profile)
 
@@ -182,15 +196,11 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             learner.update_target()
         return loss.detach(), projection
 
-    def described() -> dict[str, Any]:
-        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
-        return {"config": config_now, "stats": _stats_now(aug, stats)}
-
     def save(last: bool) -> None:
         state.check_finite(step, run.resume_hint())
-        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | data)
+        content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | about)
         if world.first:
-            run.save(content, encoder, **described(), last=last)
+            run.save(content, encoder, **described(), last=last, keep=_is_kept(config, step))
             if not last and run.curves_due():
                 _draw(config, run, None, stats)
 
@@ -205,8 +215,6 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
             lr = set_learning_rate(optimizer, config, step, total)
             loss, projection = do_step(batch.wav)
             step, epoch = step + 1, batch.epoch
-            if world.first and config.keep_every and step % config.keep_every == 0:
-                run.keep(step, encoder, **described())
             if watch.due(step):
                 watch.after_step(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
                 if watch.saving:
@@ -218,10 +226,24 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
         if config.profile and times.spans:
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
-        if batch is not None:
-            _draw(config, run, to_lms(as_float(batch.wav).flatten(0, -2)), stats)
-    last = run.lines[-1] if run.lines else {"loss": math.nan, "spread": math.nan}
-    return PretrainResult(run.path, step, last["loss"], last["spread"], watch.stopped_by)
+        _draw(config, run, None if batch is None else to_lms(as_float(batch.wav).flatten(0, -2)), stats)
+    last = run.last_line or {}
+    return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], config: PretrainConfig) -> Iterator[str]:
+    """Yield warnings of what differs from the run that is resumed and may change its result."""
+    before = dict(now) | dict(saved)  # older checkpoints have fewer entries
+    if before["listing"] != now["listing"]:
+        yield f"{config.audio_dir} holds other files than at the start of the run; resuming with them"
+    if before["torch"] != now["torch"]:
+        yield f"torch {now['torch']} resumes a run of torch {before['torch']}: results may differ"
+    if before["total"] != now["total"] and "cosine" in (config.lr_schedule, config.ema_schedule):
+        yield f"the cosine schedule now ends at step {now['total']} instead of {before['total']}: its value jumps"
+
+
+def _is_kept(config: PretrainConfig, step: int) -> bool:
+    return config.keep_every is not None and step % config.keep_every == 0
 
 
 def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, source: Source) -> tuple[int, int]:
@@ -254,7 +276,7 @@ def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: 
 def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source:
     folder = Path(str(config.audio_dir))
     if config.demo:
-        folder = run.path / "demo_audio"
+        folder = run.path / DEMO_AUDIO
         world.broadcast(lambda: len(write_demo_corpus(folder, seed=config.seed)))
     source = open_source(folder, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
     if isinstance(source, SegmentStore) and world.device.type == "cuda" and config.store_on_gpu is not False:
@@ -290,6 +312,7 @@ def _stats_now(aug: Augment, stats: Pair | None) -> Pair | None:
     if aug.running_stats is None:
         return stats
     mean, std = aug.running_stats.stats().tolist()
+    require_sound(std)
     return mean, std
 
 
@@ -315,15 +338,16 @@ def _make_optimizer(learner: nn.Module, config: PretrainConfig, graphed: bool) -
 
 def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pair | None) -> None:
     """Draw the curves and some views of a batch; warn if that fails."""
-    if not run.lines:
+    shown = [line for line in run.lines if {"loss", "spread"} <= line.keys()]
+    if not shown:
         return
     try:
-        draw_training(run.path / "training.png", run.lines, find_learner(config.objective).loss_name)
+        draw_training(run.path / "training.png", shown, find_learner(config.objective).loss_name)
         if lms is not None and config.mixup == "log":  # the picture has no panel for the other mixers
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
             given |= config.view_settings()
             panels = explain_views(lms[:PICTURED_FROM].cpu(), names, samples=3, **given)
             draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
-    except Exception as error:  # all is saved, and worth more than its pictures
+    except Exception as error:  # a picture is worth no run
         logger.warning("no training.png and views.png: %s", error)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +21,15 @@ from torch import nn
 from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from byola_fast.networks.encoder_file import save_encoder
 from byola_fast.runtime.distributed import World
-from byola_fast.runtime.files import lock, write_whole
+from byola_fast.runtime.files import has_name, open_locked, some_of, write_whole
 from byola_fast.runtime.state import require_state
 from byola_fast.training.config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
 
 CHECKPOINT, ENCODER, CONFIG = "checkpoint.pt", "encoder.pth", "config.yaml"
-LOG, LOCK = "log.jsonl", ".lock"
+LOG, LOCK, BOARD, DEMO_AUDIO = "log.jsonl", ".lock", "tensorboard", "demo_audio"
+NEW_ENCODER = ".encoder.pth"  # of a save that is not whole yet
 CURVES_SEC = 60.0  # at least, between two drawings of the curves
 COMPUTED = ("lr", "fused", "foreach", "capturable")  # options of Adam that change how it computes, not what
 
@@ -38,14 +42,15 @@ class RunFolder:
 
     Attributes:
         saved_step: step of the checkpoint on disk; None if there is none.
-        lines: of the log, including earlier parts of the run.
+        last_line: of the log; None if it is empty.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.saved_step: int | None = None
         self._saved_at = self._drawn_at = time.monotonic()
-        self.lines: list[dict[str, Any]] = []
+        self.last_line: dict[str, Any] | None = None
+        self._made: list[Path] = []  # files and folders to remove if the run does not begin
         self._lock: Any = None
         self._log: int | None = None
         self._size = 0
@@ -63,12 +68,24 @@ class RunFolder:
         checkpoint = self.path / CHECKPOINT
         if config.resume and not checkpoint.exists():
             raise CheckpointError(f"{checkpoint}: no such file to resume; leave out resume to start a run")
+        own = (self.path, self.path / LOCK, self.path / DEMO_AUDIO)
+        made = [path for path in (*reversed(self.path.parents), *own) if not path.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = open_locked(self.path / LOCK)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-        if config.restart or not checkpoint.exists():
+        if self._lock is None:
+            raise CheckpointError(f"{self.path}: cannot be written: another run is writing there")
+        self._made = made
+        if config.restart:
+            return None
+        if not checkpoint.exists():
+            if encoders := self._encoders():
+                names = some_of([path.name for path in encoders])
+                raise CheckpointError(
+                    f"{self.path}: holds {names} of a run without its {CHECKPOINT}; give another out, or "
+                    "restart to replace them"
+                )
             return None
         try:
             saved = load_checkpoint(checkpoint)
@@ -87,24 +104,23 @@ class RunFolder:
         return saved
 
     def begin(self, step: int, config: PretrainConfig) -> None:
-        """Truncate the log after a step, open it for appending, and write the settings for ``--config``."""
+        """Truncate the log after a step, open it for appending, and write the settings for ``--config``.
+
+        At step 0, what is left of another run is removed.
+        """
         import yaml
 
         path = self.path / LOG
-        kept = []
-        if step and path.exists():
-            for text in path.read_bytes().splitlines():
-                try:
-                    line = json.loads(text)
-                    if "collapse" in line:  # the name of the spread in logs of version 0.1
-                        line["spread"] = line.pop("collapse")
-                    if line["step"] <= step:
-                        kept.append(line)
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # truncated by a kill, or damaged
-        self.lines = kept
+        self._made = []
+        kept = [line for line in self.lines if line["step"] <= step] if step else []
+        self.last_line = kept[-1] if kept else None
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
         try:
+            if not step:
+                for old in (*self._encoders(), self.path / CHECKPOINT):
+                    old.unlink(missing_ok=True)
+            for left in self.path.glob("*.png.*.tmp"):  # by a run killed at its last picture
+                left.unlink(missing_ok=True)
             write_whole(path, lambda file: file.write(content))
             settings = json.loads(
                 json.dumps(asdict(config) | {"resume": False, "restart": False})
@@ -119,13 +135,33 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line. If the disk is full, warn once and write the line as soon as there is room."""
-        self.lines.append(line)
+        self.last_line = line
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._write_log()
         if self._board is not None:
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(name, value, line["step"])
+            try:
+                for name, value in line.items():
+                    if name not in ("step", "epoch"):
+                        self._board.add_scalar(name, value, line["step"])
+            except OSError as error:  # of the thread that writes
+                logger.warning("%s: %s; training continues without it", self.path / BOARD, error.strerror or error)
+                self._board = None
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The whole lines of the log, including earlier parts of the run; read from its file each time."""
+        found = []
+        with suppress(FileNotFoundError), open(self.path / LOG, "rb") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                    if "collapse" in line:  # the name of the spread in logs of version 0.1
+                        line["spread"] = line.pop("collapse")
+                    if line["step"] >= 0:
+                        found.append(line)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # truncated by a kill, or damaged
+        return found
 
     def _write_log(self) -> None:
         assert self._log is not None
@@ -144,34 +180,58 @@ class RunFolder:
         self._size += written
         self._unwritten, self._failed = b"", False
 
-    def save(self, content: Mapping[str, Any], encoder: nn.Module, *, last: bool, **described: Any) -> None:
+    def save(
+        self, content: Mapping[str, Any], encoder: nn.Module, *, last: bool, keep: bool = False, **described: Any
+    ) -> None:
         """Replace checkpoint and encoder. If that fails, the old ones stay whole and the run continues.
 
         Args:
             content: of the checkpoint.
             encoder: saved in a file of its own.
             last: whether this is the last checkpoint, so that a failure is an error.
+            keep: keep a copy of the encoder, ``encoder-STEP.pth``.
             described: config and stats for ``save_encoder``.
 
         Raises:
-            CheckpointError: the last checkpoint cannot be written.
+            CheckpointError: the last checkpoint cannot be written, or the folder is not this run's any more.
         """
+        self._require_folder()
+        new = self.path / NEW_ENCODER
         try:
+            save_encoder(new, encoder, **described)
             save_checkpoint(self.path / CHECKPOINT, content)
             self.saved_step = content["step"]
-            save_encoder(self.path / ENCODER, encoder, **described)
-        except CheckpointError as error:
+            os.replace(new, self.path / ENCODER)
+            if keep:
+                save_encoder(self._kept, encoder, **described)
+        except (CheckpointError, OSError) as error:
             if last:
                 raise
             logger.warning("%s; training continues, and the next checkpoint is tried later", error)
+        finally:
+            new.unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
-    def keep(self, step: int, encoder: nn.Module, **described: Any) -> None:
-        """Write a copy of the encoder, ``encoder-STEP.pth``; warn if that fails."""
-        try:
-            save_encoder(self.path / f"encoder-{step}.pth", encoder, **described)
-        except CheckpointError as error:
-            logger.warning("%s; training continues", error)
+    def complete(self, encoder: nn.Module, *, keep: bool, **described: Any) -> None:
+        """Write the encoder of the checkpoint, which a killed run may not have written; arguments as for ``save``."""
+        (self.path / NEW_ENCODER).unlink(missing_ok=True)
+        save_encoder(self.path / ENCODER, encoder, **described)
+        if keep:
+            save_encoder(self._kept, encoder, **described)
+
+    @property
+    def _kept(self) -> Path:
+        return self.path / f"encoder-{self.saved_step}.pth"
+
+    def _encoders(self) -> list[Path]:
+        return sorted(path for name in (ENCODER, "encoder-[0-9]*.pth") for path in self.path.glob(name))
+
+    def _require_folder(self) -> None:
+        """Refuse to write to another folder of the same name, which may be another run's."""
+        with suppress(OSError):  # which a write will report
+            if not has_name(self._lock):
+                saved = "nothing was saved yet" if self.saved_step is None else f"it has step {self.saved_step}"
+                raise CheckpointError(f"{self.path}: this run's folder was renamed or removed; {saved}")
 
     def resume_hint(self) -> str:
         """Return a sentence on what is saved and how to resume."""
@@ -194,29 +254,33 @@ class RunFolder:
         return (time.monotonic() - self._saved_at) / 60
 
     def close(self) -> None:
-        """Close the log and unlock the folder."""
+        """Close the log and unlock the folder. If the run did not begin, leave nothing behind."""
         if self._log is not None:
             os.close(self._log)
             self._log = None
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # of a full disk
+                self._board.close()
             self._board = None
+        with suppress(OSError):  # folders with other files stay
+            for path in reversed(self._made):
+                if path.name == DEMO_AUDIO:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name == LOCK:
+                    path.unlink()
+                else:
+                    path.rmdir()
+        self._made = []
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def _take_lock(self) -> None:
-        """Lock the folder for as long as this process lives."""
-        self._lock = open(self.path / LOCK, "wb")  # noqa: SIM115
-        if not lock(self._lock):
-            raise OSError(errno.EBUSY, "another run is writing there")
 
     def _open_board(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(self.path / BOARD), purge_step=step + 1)
 
 
 class RunState(NamedTuple):
@@ -268,11 +332,14 @@ class RunState(NamedTuple):
         return saved["step"], saved["epoch"]
 
     def check_finite(self, step: int, message: str) -> None:
-        """Refuse to save weights that are not finite.
+        """Refuse to save a state that is not finite: weights, BatchNorm's statistics and Adam's moments.
 
         Raises:
-            ValueError: a weight is NaN or infinite.
+            ValueError: a value is NaN or infinite.
         """
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.learner.parameters()])
+        running = [x for name, x in self.learner.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        moments = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        floats = [x.detach() for x in (*self.learner.parameters(), *running, *moments)]
+        norms = torch._foreach_norm(floats, ord=math.inf)
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
-            raise ValueError(f"lr: weights grew out of range by step {step}; lower the learning rate; {message}")
+            raise ValueError(f"lr: the networks are not finite at step {step}; lower the learning rate; {message}")

@@ -52,6 +52,7 @@ class Watch:
         self.saving = self.ending = False
         self.stopped_by = 0
         self._collapse = CollapseWatch()
+        self._save_every = [n for n in (config.save_every, config.keep_every) if n]
 
     def __enter__(self) -> Watch:
         self._progress = None
@@ -69,7 +70,7 @@ class Watch:
 
     def due(self, step: int) -> bool:
         """Return whether ``after_step`` must be called; waits for no GPU and no process."""
-        every = (self.config.log_every or 1, self.config.save_every or self.total)
+        every = (self.config.log_every or 1, *self._save_every)
         return step == self.total or any(step % n == 0 for n in every) or (self.world.size == 1 and bool(self._stop))
 
     def after_step(
@@ -89,7 +90,7 @@ class Watch:
         """
         self.stopped_by, late = self.world.all_max(self._stop.number, self._is_late())
         self.ending = bool(self.stopped_by) or step == self.total
-        self.saving = self.ending or bool(late) or step % (self.config.save_every or self.total) == 0
+        self.saving = self.ending or bool(late) or any(step % n == 0 for n in self._save_every)
 
         local_values = [loss.item(), spread(projection).item()]
         if self.saving:

@@ -319,7 +319,7 @@ class Augment(FixedDtype):
             stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
         if params is None:
             offsets = {"sample_offset": _offset(sample_offset, x), "pool_offset": rank * x.shape[0]}
-            params = _draw(self.rng, x, self.settings, bank_count=held, pool=len(everyone), **offsets)
+            params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
         return _Call(params, stats, rows, pool)
 
     def _enter_worker(self) -> None:

@@ -80,6 +80,18 @@ def test_an_exported_program_runs_without_this_package(tmp_path):
         torch.testing.assert_close(frames, embedder(wav, frames=True).frames, rtol=1e-4, atol=1e-5)
 
 
+def test_what_surrounds_the_export_is_not_in_the_file(embedder, tmp_path):
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            path = export_encoder(embedder, tmp_path / "e.pt2")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    program = torch.export.load(path).module()
+    for wav in cases(embedder):
+        torch.testing.assert_close(program(wav), embedder(wav), rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_reports_the_difference(embedder, tmp_path, capsys):
     weights = tmp_path / "encoder.safetensors"
     save_encoder(weights, embedder.encoder, config=describe_encoder(embedder.encoder, embedder.to_lms), stats=(-6, 3))

@@ -96,7 +96,7 @@ def test_bad_input():
         MemoryBank(-1)
     with pytest.raises(TypeError, match="floating-point dtype"):
         MemoryBank(4, dtype=torch.int8)
-    with pytest.raises(RuntimeError, match="size mismatch for rows"):
+    with pytest.raises(RuntimeError, match=r"rows: of another shape \(4, 5, 6\) instead of \(4, 5, 7\)"):
         MemoryBank(4, shape=(5, 7)).load_state_dict(bank.state_dict())
     with pytest.raises(RuntimeError, match="rows"):
         MemoryBank(3).load_state_dict(bank.state_dict())

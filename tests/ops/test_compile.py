@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from byola_fast import Augment, augment, ops
+from byola_fast import Augment, LogMel, augment, ops
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +51,49 @@ def test_the_module_compiles_once_without_graph_breaks(device):
     assert torch.equal(traced.rng, eager.rng)
     torch.testing.assert_close(traced.bank.rows, eager.bank.rows)
     assert torch.equal(traced.bank.cursor, eager.bank.cursor)
+
+
+def test_other_sizes_do_not_compile_again(device):
+    rng = torch.tensor([1, 2], device=device)
+
+    def model(x, lam):
+        views, sums = ops.augment_views(x, *ops.draw_params(rng, x.shape[0], tuple(x.shape[1:])), rng)
+        return ops.normalize(views, sums) + ops.log_mixup_exp(x, 2 * x, lam)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for number, shape in enumerate([(3, 8, 12), (4, 8, 12), (5, 9, 13)]):
+        x, lam = torch.randn(shape, device=device), torch.rand(shape[0], device=device)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            torch.testing.assert_close(compiled(x, lam), model(x, lam))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x, lam), model(x, lam))
+    x.requires_grad_()
+    got, expected = (torch.autograd.grad(f(x, lam).square().sum(), x)[0] for f in (compiled, model))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("n_fft", [64, 67])  # 67: plain PyTorch, in chunks if not compiled
+def test_the_front_end_compiles_without_graph_breaks(n_fft, device):
+    to_lms = LogMel(n_fft=n_fft, win_length=n_fft, n_mels=8).to(device)
+    wav = torch.randn(2, 500, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.compile(to_lms, fullgraph=True)(wav), to_lms(wav))
+
+
+@pytest.mark.parametrize("transform", ["inside", "outside"])
+def test_forward_mode_and_torch_func_with_a_compiled_function(transform, device):
+    x, z = torch.randn(2, 3, 8, 12, device=device)
+    crop = torch.tensor([[0, 1, 4, 7]] * 3, device=device)
+
+    def product(f):
+        return torch.func.jvp(f, (x,), (z,))[1] + torch.func.grad(lambda x: f(x).square().sum())(x)
+
+    def model(x):
+        return ops.resize_crop(x.sin(), crop)
+
+    whole = torch.compile(lambda: product(model)) if transform == "inside" else None
+    got = whole() if whole else product(torch.compile(model))
+    torch.testing.assert_close(got, product(model))
 
 
 def test_the_function_compiles_and_draws_again_at_each_step(device):

@@ -49,7 +49,7 @@ def test_what_ci_calls_is_installed_by_the_extra_dev():
     installed = "\n".join(extras["dev"] + extras["docs"])
     for tool in ("ruff", "codespell", "import-linter", "clang-format", "mypy", "mkdocs", "pytest-xdist", "pre-commit"):
         assert re.search(rf"^{tool}\W", installed, re.MULTILINE), tool
-    assert extras["dev"][0].startswith("byola_fast[docs,")
+    assert "docs" in re.split(r"\W", extras["dev"][0])
 
 
 def test_the_workflow_calls_ci_and_knows_the_versions():

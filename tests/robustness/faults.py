@@ -36,7 +36,6 @@ from byola_fast.networks.checkpoint import load_checkpoint
 ROOT = Path(__file__).parents[2]
 RATE = 16000
 ERROR = 2  # exit code of a reported error
-BUSY = re.compile("another (process|run) is")  # workers of a killed process hold its lock until they notice
 PRETRAIN = (
     "--feature_d 16 --n_mels 16 --proj_size 8 --proj_dim 16 --batch_size 8 --n_memory 32 --stats_segments 16 "
     "--epochs 1000 --threads 1 --device cpu --no_tensorboard --save_every 2 --keep_every 10"
@@ -198,10 +197,6 @@ class Scenarios:
             if code == 0:
                 seen["ended"] += 1
                 return job.output
-            if code == ERROR and BUSY.search(job.output):
-                seen["runs that met the lock of a killed run's workers"] += 1
-                time.sleep(0.5)
-                continue
             expect(code == -signal.SIGKILL, f"exit {code}: {job.output}")
             seen["kill -9"] += 1
             seen["processes that outlived their job"] += job.outlived()

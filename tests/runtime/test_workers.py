@@ -170,6 +170,37 @@ def test_other_start_methods(tmp_path: Path, method: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_die_at_once_with_a_parent_that_was_killed(tmp_path: Path, method: str) -> None:
+    """Also in the middle of code that no thread of theirs can interrupt: they have their parent's locks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, re, signal, sys\n"
+        "from byola_fast.runtime.workers import read_in_processes\n"
+        "def read(key):\n"
+        "    return key if key < 2 else re.match('(a+)+$', 'a' * 60 + 'b')  # takes years, holding the GIL\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method(sys.argv[1])\n"
+        "    reading = read_in_processes(read, range(9), 2)\n"
+        "    assert [next(reading), next(reading)] == [0, 1]\n"
+        "    print(*(process.pid for process in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with open(tmp_path / "pids", "w") as pids:  # no pipe, which the workers would hold open
+        assert subprocess.run([sys.executable, str(script), method], stdout=pids).returncode == -signal.SIGKILL
+    left, deadline = (tmp_path / "pids").read_text().split(), time.monotonic() + 5
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if Path(f"/proc/{pid}/cmdline").exists() and _state(pid) != "Z"]
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not left
+
+
+def _state(pid: str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_num_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_workers(3) == 3
     cores: Callable[[int], range] = lambda _pid: range(1)  # noqa: E731

@@ -150,6 +150,23 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(recordings, tmp_path
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
 
+def test_processes_with_other_files_are_named(recordings, tmp_path):
+    """Each used to shuffle its own files, so that a global batch held some clips twice."""
+    (tmp_path / "both").mkdir()
+    code = TINY | {"out": str(tmp_path / "run"), "audio_dir": str(recordings)}
+    ranks.finish(ranks.start(2, tmp_path / "both", train_on_own_files, code))
+    for rank in range(2):
+        assert (
+            "audio_dir: expected the same files for all 2 processes" in (tmp_path / f"both/rank{rank}.err").read_text()
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def train_on_own_files(config: dict[str, Any]) -> None:
+    own = config["audio_dir"] + ("/deeper" if os.environ["RANK"] == "1" else "")
+    pretrain(PretrainConfig(**config | {"audio_dir": own}))
+
+
 def fail_first() -> str:
     def fail() -> None:
         raise ValueError("no such thing")

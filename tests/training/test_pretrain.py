@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +25,7 @@ from byola_fast.training.config import PretrainConfig
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.watch import CollapseWatch
 
+MOUNTS = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-Urm", "true"]).returncode == 0
 BROKEN = ("empty.flac", "text.wav", "headless.mp3")
 
 
@@ -62,7 +65,7 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     assert all(0 < line["loss"] < 8 and 0.2 < line["spread"] < 1.2 and line["refused"] == 0 for line in log)
     assert log[-1]["lr"] == {"byola-v1": 3e-4, "byola-v2": 1e-4}[preset]
     assert (result.loss, result.spread) == (log[-1]["loss"], log[-1]["spread"])
-    skipped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    skipped = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipping ")]
     assert sorted(next(name for name in BROKEN if name in line) for line in skipped) == sorted(BROKEN)
 
 
@@ -176,18 +179,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"virtual_crop_scale": (0.5, 1.5)}, "virtual_crop_scale"),
         ({"encoder": "AudioNTT2022", "feature_d": 512}, r"d \(feature_d\): expected more than the 1024"),
         ({"interpolation": "nearest"}, "interpolation"),
+        ({"seed": 1 << 64}, "seed: expected below 9223372036854775808"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"threads": 1 << 31}, "threads: expected below 2147483648"),
+        ({"batch_size": (1 << 63) - 1}, "batch_size: expected below 2147483648"),  # in floats, no step makes an epoch
+        ({"unit_sec": 1e308}, "unit_sec: expected seconds of 1 to"),
+        ({"unit_sec": float("nan")}, "unit_sec: expected seconds of 1 to"),
+        ({"lr": float("nan")}, "lr: expected a learning rate above 0, got nan"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
     ],
 )
-def test_settings_out_of_range_are_named(run, changes, words, monkeypatch):
+def test_settings_out_of_range_are_named(run, changes, words, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer, "take_stats", lambda *_: pytest.fail("statistics were taken first"))
     with pytest.raises(ValueError, match=words):
         run(**changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_audio_is_an_error(run, tmp_path):
     (tmp_path / "notes.txt").write_text("no audio")
     with pytest.raises(AudioError, match="no audio file in this folder"):
         run(audio_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("stats_segments", [0, 8])
+def test_silence_alone_is_an_error(run, tmp_path, stats_segments):
+    """It used to train on rounding errors, with a loss that falls."""
+    (tmp_path / "silence").mkdir()
+    for number in range(4):
+        soundfile.write(tmp_path / "silence" / f"{number}.wav", np.zeros(8000), 16000)
+    with pytest.raises(ValueError, match="audio_dir: expected sounds, got log-mels with a std of"):
+        run(audio_dir=str(tmp_path / "silence"), stats_segments=stats_segments)
+    assert not list((tmp_path / "run").glob("*.p*t*"))
 
 
 def test_files_that_vanish_or_hold_nan_are_named_and_replaced(run, tmp_path, monkeypatch, caplog):
@@ -232,6 +255,25 @@ def test_statistics_from_a_file(run, recordings, tmp_path, caplog):
     assert load_checkpoint(run("other", steps=1).out / "encoder.pth")["stats"] == pytest.approx(stats[:2])
     with pytest.raises(ValueError, match="computed with f_min 60"):
         run("third", stats=str(tmp_path / "stats.json"), f_min=50.0)
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this system allows no mount")
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_a_folder_trains_with_little_shared_memory(recordings, tmp_path, method):
+    """Where workers sent batches through /dev/shm, of 64 MB in a container, a run waited for ever."""
+    config = TINY | {"audio_dir": str(recordings), "out": str(tmp_path / "run"), "batch_size": 32, "workers": 2}
+    code = (
+        "import multiprocessing, sys\n"
+        "from byola_fast.training.pretrain import PretrainConfig, pretrain\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        f"    pretrain(PretrainConfig(**{config}))\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"  # a batch has 512 kB
+    command = ["unshare", "-Urm", "sh", "-c", f'{mount} && exec "$0" "$1"', sys.executable, str(tmp_path / "script.py")]
+    subprocess.run(command, check=True, timeout=120)
+    assert read_log(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_bfloat16_learns_and_keeps_weights_in_float32(run):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from helpers import ranks
 from helpers.runs import TINY, read_log, write_recordings
 from torch import Tensor
 
-from byola_fast import BYOL, cli
+from byola_fast import BYOL, LogMel, cli
 from byola_fast.networks import checkpoint
 from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint
+from byola_fast.runtime import files
+from byola_fast.spectrograms.corpus_statistics import Stats, write_stats
 from byola_fast.training import pretrain as trainer
 from byola_fast.training import run_folder
 from byola_fast.training.config import PretrainConfig, differing_settings
@@ -128,6 +131,32 @@ def test_resuming_with_other_files_warns(settings, tmp_path, recordings, caplog)
     assert f"{moved} holds other files than at the start of the run; resuming with them" in caplog.text
 
 
+def test_resuming_with_another_schedule_or_torch_warns(settings, monkeypatch, caplog):
+    cosine = settings | {"lr_schedule": "cosine"}
+    pretrain(PretrainConfig(**cosine | {"steps": 1}))
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    pretrain(PretrainConfig(**cosine | {"steps": 2}))
+    assert "the cosine schedule now ends at step 2 instead of 1: its value jumps" in caplog.text
+    assert "torch 99.0 resumes a run of torch 2" in caplog.text
+    caplog.clear()
+    pretrain(PretrainConfig(**cosine | {"steps": 2}))
+    assert "schedule" not in caplog.text
+    assert "resumes a run" not in caplog.text
+
+
+def test_a_statistics_file_that_changed_is_named(settings, tmp_path):
+    """The run used to go on with the numbers of its start."""
+    path = tmp_path / "stats.json"
+    to_lms = LogMel(**PretrainConfig(**settings).resolved("cpu").front_end())
+    write_stats(path, Stats(-7.0, 4.0, 9), to_lms, 0.25)
+    pretrain(PretrainConfig(**settings | {"steps": 1, "stats": str(path)}))
+    write_stats(path, Stats(-7.0, 5.0, 9), to_lms, 0.25)
+    with pytest.raises(ValueError, match=r"stats: .*stats\.json changed since the run began: \(-7\.0, 4\.0\) then"):
+        pretrain(PretrainConfig(**settings | {"steps": 2, "stats": str(path)}))
+    path.unlink()  # not needed any more
+    assert pretrain(PretrainConfig(**settings | {"steps": 2, "stats": str(path)})).steps == 2
+
+
 def test_another_configuration_is_named_and_nothing_is_touched(settings, tmp_path, recordings):
     pretrain(PretrainConfig(**settings | {"steps": 2}))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -228,20 +257,35 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(settings, tmp
     assert all(x.isfinite().all() for x in saved["model"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, monkeypatch):
-    update, done = BYOL.update_target, []
+def spoil_weight(learner: BYOL, _optimizer: Any) -> None:
+    learner.encoder.fc[0].bias[0] = float("inf")
 
-    def spoil(self):
+
+def spoil_statistics(learner: BYOL, _optimizer: Any) -> None:
+    learner.encoder.features[1].running_var[0] = float("nan")
+
+
+def spoil_moment(_learner: BYOL, optimizer: Any) -> None:
+    next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")  # this weight never moves again
+
+
+@pytest.mark.parametrize("spoil", [spoil_weight, spoil_statistics, spoil_moment])
+def test_a_state_that_is_not_finite_is_neither_saved_nor_kept(settings, tmp_path, monkeypatch, spoil):
+    update, done, make, optimizers = BYOL.update_target, [], trainer._make_optimizer, []
+    monkeypatch.setattr(trainer, "_make_optimizer", lambda *given: optimizers.append(make(*given)) or optimizers[0])
+
+    def spoiled(self):
         done.append(1)
         update(self)
         if len(done) == 2:
             with torch.no_grad():
-                self.online[0].fc[0].bias[0] = float("inf")  # after the loss of this step was computed
+                spoil(self, optimizers[0])  # after the loss of this step was computed
 
-    monkeypatch.setattr(BYOL, "update_target", spoil)
-    with pytest.raises(ValueError, match=r"weights grew out of range by step 2; .*step 1 is safe"):
-        pretrain(PretrainConfig(**settings | {"save_every": 1}))
+    monkeypatch.setattr(BYOL, "update_target", spoiled)
+    with pytest.raises(ValueError, match=r"lr: the networks are not finite at step 2; .*step 1 is safe"):
+        pretrain(PretrainConfig(**settings | {"keep_every": 1}))
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+    assert sorted(path.name for path in (tmp_path / "run").glob("encoder*")) == ["encoder-1.pth", "encoder.pth"]
 
 
 def test_a_full_disk_warns_and_training_continues(settings, tmp_path, monkeypatch, caplog):
@@ -249,23 +293,86 @@ def test_a_full_disk_warns_and_training_continues(settings, tmp_path, monkeypatc
 
     def full(path, write):
         calls.append(path.name)
-        if 2 < len(calls) < 5:
+        if len(calls) in (3, 5):  # the encoder of step 2, the checkpoint of step 3
             raise CheckpointError(f"{path}: cannot be written: No space left on device; the file is unchanged")
         save(path, write)
 
     monkeypatch.setattr(checkpoint, "write_checked", full)
     pretrain(PretrainConfig(**settings | {"steps": 4, "save_every": 1}))
     warnings = [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
-    assert len(warnings) == 2
-    assert all("checkpoint.pt: cannot be written" in line and "training continues" in line for line in warnings)
+    assert ["encoder.pth" in line for line in warnings] == [True, False]
+    assert all("cannot be written" in line and "training continues" in line for line in warnings)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
     monkeypatch.setattr(
-        checkpoint, "write_checked", lambda path, write: full(calls.clear() or calls.extend("ab") or path, write)
+        checkpoint, "write_checked", lambda path, write: full(calls.clear() or calls.extend("abcd") or path, write)
     )
     with pytest.raises(CheckpointError, match="No space left on device"):  # the last one must not fail silently
         pretrain(PretrainConfig(**settings | {"steps": 5}))
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+def encoder_of_checkpoint(out: Path) -> dict[str, Tensor]:
+    prefix = "online.encoder."
+    model = load_checkpoint(out / "checkpoint.pt")["model"]
+    return {name.removeprefix(prefix): x for name, x in model.items() if name.startswith(prefix)}
+
+
+def assert_encoder_is_the_checkpoints(out: Path) -> None:
+    wanted = encoder_of_checkpoint(out)
+    for path in (out / "encoder.pth", out / f"encoder-{load_checkpoint(out / 'checkpoint.pt')['step']}.pth"):
+        found = load_checkpoint(path)["state_dict"]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), path
+
+
+def run_killed_in_save(config: dict[str, Any], write: int) -> None:
+    """Train, and die before a file of the second save is given its name."""
+    whole, done = files.os.replace, []
+
+    def killed(source: str, target: str) -> None:
+        done.append(Path(target).name)
+        if len(done) == 5 + write:  # each save names four files
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(source, target)
+
+    begin = RunFolder.begin
+    RunFolder.begin = lambda run, *given: (begin(run, *given), done.clear())[0]  # type: ignore[method-assign]
+    files.os.replace = killed
+    pretrain(PretrainConfig(**config))
+
+
+@pytest.mark.parametrize("write", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 3))])
+def test_killed_in_any_write_of_a_save_the_encoder_becomes_the_checkpoints(settings, tmp_path, write):
+    """Killed between two files, the run used to end with an older encoder, and no error."""
+    config = settings | {"steps": 4, "save_every": 2, "keep_every": 2}
+    assert ranks.finish(ranks.start(1, tmp_path, run_killed_in_save, config, write)) == [-signal.SIGKILL]
+    assert pretrain(PretrainConfig(**config)).steps == 4
+    assert_encoder_is_the_checkpoints(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("log.jsonl", "checkpoint.pt", "encoder.pth", "encoder-2.pth", "encoder-4.pth", "config.yaml", ".lock")
+    }
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_a_write_that_fails_leaves_checkpoint_and_encoder_of_one_step(settings, monkeypatch, write):
+    save, calls = checkpoint.write_checked, []
+
+    def full(path, content):
+        calls.append(path.name)
+        if len(calls) > write:
+            raise CheckpointError(f"{path}: cannot be written: No space left on device")
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_checked", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        pretrain(PretrainConfig(**settings | {"save_every": 1}))
+    out = Path(settings["out"])
+    assert (out / "encoder.pth").exists() == (out / "checkpoint.pt").exists() == (write > 1)
+    if write > 1:
+        found, wanted = load_checkpoint(out / "encoder.pth")["state_dict"], encoder_of_checkpoint(out)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not (out / ".encoder.pth").exists()
 
 
 def test_lines_of_a_full_disk_come_later_and_whole(tmp_path, monkeypatch, caplog):
@@ -304,6 +411,91 @@ def test_two_runs_do_not_share_a_folder(settings, tmp_path):
     assert pretrain(PretrainConfig(**settings | {"steps": 1})).steps == 1
 
 
+@pytest.mark.parametrize("then", ["nothing", "another run"])
+def test_a_folder_renamed_during_a_run_is_noticed(settings, tmp_path, monkeypatch, then):
+    """The run used to make the folder again, and to write over another run that began there."""
+    run, update, done = tmp_path / "run", BYOL.update_target, []
+
+    def moved(self):
+        done.append(1)
+        update(self)
+        if len(done) == 3:
+            run.rename(tmp_path / "moved")
+            if then == "another run":
+                other = RunFolder(run)
+                other.open(PretrainConfig(**settings))
+                other.close()
+
+    monkeypatch.setattr(BYOL, "update_target", moved)
+    with pytest.raises(CheckpointError, match=r"run: this run's folder was renamed or removed; it has step 2"):
+        pretrain(PretrainConfig(**settings | {"save_every": 2}))
+    assert not run.exists()
+    assert load_checkpoint(tmp_path / "moved" / "checkpoint.pt")["step"] == 2
+
+
+def test_a_run_that_replaces_another_leaves_nothing_of_it(settings, tmp_path, monkeypatch):
+    """Encoders of other steps stayed, and killed at its start it went on from the other's checkpoint."""
+    run = tmp_path / "run"
+    pretrain(PretrainConfig(**settings | {"keep_every": 1}))
+    (run / "encoder-own.pth").touch()
+    monkeypatch.setattr(trainer, "set_learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(PretrainConfig(**settings | {"restart": True}))
+    assert {path.name for path in run.iterdir()} == {"log.jsonl", "config.yaml", ".lock", "encoder-own.pth"}
+    monkeypatch.undo()
+    assert pretrain(PretrainConfig(**settings | {"steps": 1})).steps == 1
+
+
+def test_encoders_without_their_checkpoint_are_not_replaced(settings, tmp_path):
+    pretrain(PretrainConfig(**settings))
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(CheckpointError, match=r"holds encoder\.pth of a run without its checkpoint\.pt; give"):
+        pretrain(PretrainConfig(**settings))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "take_stats", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    for folders in ("run", "run/deeper/still"):
+        for changes in ({"feature_d": 3, "encoder": "AudioNTT2022"}, {"batch_size": 2, "unit_sec": 0.01}):
+            with pytest.raises(ValueError, match=r"feature_d|unit_sec"):
+                pretrain(PretrainConfig(**settings | {"out": str(tmp_path / folders)} | changes))
+            assert not (tmp_path / "run").exists()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(**settings | {"demo": True}))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(**settings | {"demo": True}))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes"]
+
+
+def test_lines_of_the_log_take_no_memory(tmp_path):
+    run = RunFolder(tmp_path)
+    run.begin(0, PretrainConfig(tensorboard=False))
+    run.log({"step": 1, "loss": 1.0})
+    tracemalloc.start()
+    for step in range(2, 2000):
+        run.log({"step": step, "loss": 1.0})
+    grown, _peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    run.close()
+    assert grown < 50_000  # a line takes 400
+    assert [line["step"] for line in run.lines] == list(range(1, 2000))
+
+
+def test_tensorboard_on_a_full_disk_warns_and_training_continues(settings, monkeypatch, caplog):
+    class Full:
+        def add_scalar(self, *_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "_open_board", lambda self, _step: setattr(self, "_board", Full()))
+    assert pretrain(PretrainConfig(**settings | {"tensorboard": True})).steps == 4
+    assert caplog.text.count("tensorboard: No space left on device; training continues without it") == 1
+
+
 def test_a_log_cut_short_is_mended(tmp_path):
     lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
@@ -312,6 +504,16 @@ def test_a_log_cut_short_is_mended(tmp_path):
     run.log({"step": 3, "loss": 2.0})
     run.close()
     assert read_log(tmp_path) == run.lines == [*lines[:2], {"step": 3, "loss": 2.0}]
+
+
+def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, monkeypatch):
+    drawn = []
+    pretrain(PretrainConfig(**settings))
+    (tmp_path / "run" / "views.png.0123abcd.tmp").touch()
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    pretrain(PretrainConfig(**settings))
+    assert drawn == [4]
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_curves_are_drawn_on_the_way(settings, monkeypatch):
