@@ -1,8 +1,8 @@
 """Activation checkpointing (torch.utils.checkpoint), whose backward pass runs a part of the forward pass again.
 
 A module with a state must then do what it did before, and leave its state as it is. Each call in a checkpointed part
-leaves a record with the checkpoint, and lives as long as the checkpoint's graph. When a backward pass runs the part
-again, its calls take their records in the same order.
+leaves a record with the checkpoint, which lives as long as its graph. When a backward pass runs the part again, its
+calls take their records in the same order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def recall(module: object) -> tuple[Any, list[Any]]:
     around, again = _checkpoints(sys._getframe())
     if task == -1 and again is None:
         return None, around
-    records, taken = getattr(again, "byola_fast_records", []), vars(again or object).get("byola_fast_taken", {})
+    held = {} if again is None else vars(again)
+    records, taken = held.get("byola_fast_records", []), held.get("byola_fast_taken", {})
     number = taken.get(task, 0)
     if number >= len(records) or records[number][0] is not module:
         raise RuntimeError(
@@ -70,9 +71,12 @@ def remember(module: object, record: object, around: list[Any]) -> None:
         held.setdefault("byola_fast_taken", {})  # by backward pass
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_in_checkpoint() -> bool:
     return _checkpoints(sys._getframe()) != ([], None)
+
+
+# as torch.compiler.assume_constant_result does, which would import the compiler
+_traced_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checkpoints(frame: FrameType | None) -> tuple[list[Any], Any]:

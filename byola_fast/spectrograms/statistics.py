@@ -82,11 +82,11 @@ class RunningStats(FixedDtype):
     def update(self, x: Tensor) -> Tensor:
         """Merge a batch and return the new ``stats()``; an empty batch does not count."""
         refuse_recomputation("RunningStats.update")
-        if self.mean.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"RunningStats.mean: expected torch.float32, got {self.mean.dtype}, which stops to follow")
         if x.numel() == 0:
             return self.stats()
         state = (self.mean, self.variance, self.count, self.updates)
+        if state[0].dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"RunningStats.mean: expected torch.float32, got {self.mean.dtype}, which stops to follow")
         limit = -1 if self.max_updates is None else self.max_updates
         stats = op("running_stats_")(*state, ops.sample_sums(x.detach()), limit)
         increment_version(state)

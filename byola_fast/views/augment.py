@@ -294,7 +294,7 @@ class Augment(FixedDtype):
         if self.training:
             self._enter_worker()
         rows = self.bank.prepare(x, allocate=self.training)
-        held = self.bank.count if self.bank.rows is not None else torch.zeros_like(self.bank.count)
+        held = self.bank.count if self.training or len(rows) else torch.zeros_like(self.bank.count)
         if out is not None:
             given = {} if params is None else {k: v for k, v in vars(params).items() if isinstance(v, Tensor)}
             check.require_own_memory("out", out, lms=x, **given, **dict(self.named_buffers()))

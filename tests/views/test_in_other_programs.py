@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from byola_fast import EMA, Augment, AugmentParams, LogMel, MemoryBank, RunningStats, augment
+from byola_fast import EMA, Augment, LogMel, MemoryBank, RunningStats, augment
 from byola_fast.runtime.distributed import join
 from byola_fast.spectrograms.statistics import compute_stats
 from byola_fast.views.augment import _Call
@@ -236,33 +236,32 @@ def test_checkpoints_and_torch_compile(inside):
 # --- Ranks.
 
 
-def draw_as_rank(sync: bool) -> list[AugmentParams]:
+def draw_as_rank() -> list[list[Any]]:
     with join(torch.device("cpu")) as world:
         lms = torch.randn(8, 8, 12, generator=torch.Generator().manual_seed(0)).chunk(world.size)[world.rank]
-        aug = Augment(seed=1, n_memory=8, sync=sync)
-        drawn = [aug(lms, return_params=True)[2], augment(lms, seed=1, return_params=True)[2]]
-        drawn += [aug(lms, sample_offset=0, return_params=True)[2]]
-        aug.eval()
-        if world.first:  # validation on one rank waits for no other
-            drawn += [aug(lms[:3], return_params=True)[2]]
-        loader = DataLoader(Views(aug.train()).lms, 8, collate_fn=Collate(aug), num_workers=2)
-        drawn += [lam for lam, _ in loader]
+        drawn = []
+        for sync in (False, True):
+            aug = Augment(seed=1, n_memory=8, sync=sync)
+            ours = [aug(lms, return_params=True)[2], augment(lms, seed=1, return_params=True)[2]]
+            ours += [aug(lms, sample_offset=0, return_params=True)[2]]
+            if world.first:  # validation on one rank waits for no other
+                aug.eval()(lms[:3])
+            loader = DataLoader(Views(aug.train()).lms, 8, collate_fn=Collate(aug), num_workers=2)
+            drawn.append([*ours, torch.cat([lam for lam, _ in loader])])
         return drawn
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", [False, True])
-def test_ranks_draw_the_parameters_of_their_part_of_the_batch(sync, tmp_path):
-    whole = draw_as_rank(sync)
-    parts = ranks.run(2, tmp_path, draw_as_rank, sync)
-    for number in range(2):
-        for name in ("lam", "crop", "fader"):
-            both = torch.cat([getattr(part[number], name) for part in parts], dim=1)
-            assert torch.equal(both, getattr(whole[number], name))
-    assert [part[0].sample_offset for part in parts] == [0, 4]
-    assert torch.equal(parts[0][2].lam, parts[1][2].lam)  # 0 means 0
-    workers = torch.cat([torch.cat(part[-2:]) for part in parts])
-    assert len(workers.unique()) == workers.numel()
+def test_ranks_draw_the_parameters_of_their_part_of_the_batch(tmp_path):
+    for whole, *parts in zip(draw_as_rank(), *ranks.run(2, tmp_path, draw_as_rank), strict=True):
+        for number in range(2):
+            for name in ("lam", "crop", "fader"):
+                both = torch.cat([getattr(part[number], name) for part in parts], dim=1)
+                assert torch.equal(both, getattr(whole[number], name))
+        assert [part[0].sample_offset for part in parts] == [0, 4]
+        assert torch.equal(parts[0][2].lam, parts[1][2].lam)  # 0 means 0
+        in_workers = torch.cat([part[3] for part in parts])
+        assert len(in_workers.unique()) == in_workers.numel()
 
 
 # --- Evaluation.
