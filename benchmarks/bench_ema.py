@@ -75,7 +75,7 @@ def ema(device: str, model: str) -> Group:
             t.data = t.data * DECAY + (1 - DECAY) * o.data
 
     averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    ours = EMA(online, DECAY)
+    ours = EMA(online, DECAY, buffers="none")
     targets: dict[str, nn.Module] = {
         "loop": copy.deepcopy(start),
         "_foreach_lerp_": copy.deepcopy(start),

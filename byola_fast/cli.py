@@ -117,8 +117,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         option = _with_underscores(word)
         if option in valued and words and not words[0].startswith("--"):
             option += "=" + words.popleft()
-        options.append(_renamed(command, option))
+        options.append(_renamed(command, _named_like_nothing(option)))
     return options, others
+
+
+def _named_like_nothing(option: str) -> str:
+    """Keep the name of a file that YAML takes for a comment or for null."""
+    flag, equals, value = option.partition("=")
+    return f"{flag}=./{value}" if equals and (value.startswith("#") or value == "~") else option
 
 
 def _with_underscores(argument: str) -> str:
@@ -334,14 +340,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 
     Raises:
-        ValueError: not YAML, or not a mapping.
+        ValueError: not YAML, not a mapping, or a name that is there twice.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not a YAML file: {error}") from error
+    names = [name.value for name, _value in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: expected each name once, got {', '.join(twice)} more than once")
     if content is None:
         return {}
     if not isinstance(content, dict):

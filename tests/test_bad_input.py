@@ -161,11 +161,7 @@ CALLS = {
     "sums of nothing": (lambda: ops.normalize(X, SUMS[:0]), ValueError, "sums: expected those of x, got none"),
     "a batch below 0": (lambda: ops.draw_params(RNG, -1, (8, 12)), ValueError, "batch: expected an integer in [0, "),
     "no mels to draw for": (lambda: ops.draw_params(RNG, 3, (0, 12)), ValueError, "input_size: expected (mels, fra"),
-    "a pool below 0": (
-        lambda: ops.draw_params(RNG, 3, (8, 12), pool=-3),
-        ValueError,
-        "pool: expected an integer in [0, 2^63), got -3",
-    ),
+    "a pool below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), pool=-3), ValueError, "pool: expected an int"),
     "bank_count beyond rows": (
         lambda: ops.draw_params(RNG, 3, (8, 12), bank_count=torch.tensor(2**50)),
         ValueError,

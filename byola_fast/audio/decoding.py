@@ -6,6 +6,7 @@ to the end gives; see ``AudioFile.frames``.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import stat
@@ -16,9 +17,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from byola_fast.audio.structure import flac_streams, mpeg_samples, odd_end, ogg_streams
+from byola_fast.audio.structure import FileBytes, flac_streams, mpeg_samples, odd_end, ogg_start, ogg_streams
 from byola_fast.runtime.workers import warn_once
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 AUDIO_FORMATS = "wav wave rf64 w64 flac ogg oga opus mp3 mp2 aif aiff aifc au snd caf voc sph"
 FFMPEG_FORMATS = "m4a m4b aac mp4 webm weba mka wma wv ape tta ac3 amr"  # suffixes that FFmpeg alone reads
-SIGNED = "mov matroska ogg asf wav w64 aiff caf au flac ape wv tta aac ac3 amr"  # FFmpeg finds these by a signature
+SIGNED = "mov matroska ogg asf wav w64 aiff caf au voc flac ape wv tta aac ac3 amr"  # FFmpeg finds these by a signature
 BLOCK_FRAMES = 1 << 22  # decoded at a time: a long file takes the memory of its mono mix alone
 OGG_PAGE_FRAMES = 1 << 18  # an Ogg page holds at most 255 packets; Vorbis encoders write 1024 frames in each
 MP3_SEEK_FRAMES = 1 << 18  # decoding this many takes milliseconds
@@ -67,7 +68,8 @@ class AudioError(ValueError):
 
 def has_ffmpeg() -> bool:
     """Tell whether FFmpeg's libraries are here, as the package ``av``."""
-    return find_spec("av") is not None
+    found = find_spec("av")
+    return found is not None and found.origin is not None  # a folder "av" beside a script has none
 
 
 def decoders(*, versions: bool = True) -> str:
@@ -171,7 +173,8 @@ class AudioFile:
                 blocks = map(self._mono, _libsndfile_blocks(file, start + count - place, BLOCK_FRAMES))
         parts = [np.empty(0, np.float32)]
         for block in blocks if count else ():
-            parts.append(block[max(0, start - place) : max(0, start + count - place)])
+            if place + len(block) > start:  # an empty part would keep its block in memory
+                parts.append(block[max(0, start - place) : start + count - place])
             place += len(block)
             if place >= start + count:
                 break
@@ -325,12 +328,16 @@ def _examine(path: str, *_state: int) -> Facts:
 
 def _doubt(path: str, proof: str, header: int) -> tuple[str, int, str]:
     """Return ``reason``, ``frames`` and ``note`` of a file that libsndfile opens."""
+    with open(path, "rb") as file:
+        return _doubt_of(path, file, proof, header)
+
+
+def _doubt_of(path: str, file: BinaryIO, proof: str, header: int) -> tuple[str, int, str]:
+    content = FileBytes(file)
     if proof not in ("mpeg", "ogg"):
-        with open(path, "rb") as file:
-            note = odd_end(file)
-            streams = flac_streams(file.read()) if proof == "decode" and not file.seek(0) else 1
+        streams = max(ogg_streams(content)[0], flac_streams(content)) if proof == "decode" else 1
+        note = odd_end(file)
         return (f"holds {streams} streams", UNKNOWN_FRAMES, note) if streams > 1 else ("", 0, note)
-    content = Path(path).read_bytes()
     if proof == "mpeg":
         frames, tables, whole = mpeg_samples(content)
         if whole and 0 <= frames - header <= MP3_EDGE and _reaches(path, header):
@@ -340,7 +347,24 @@ def _doubt(path: str, proof: str, header: int) -> tuple[str, int, str]:
     note = "breaks off inside its last page" if cut else ""
     if streams > 1:
         return f"holds {streams} streams", UNKNOWN_FRAMES, note
+    if not _counts_from_zero(content):
+        return "an Opus stream that does not begin at 0", 0, note
     return ("", 0, note) if whole and _reaches(path, header) else ("damaged Ogg pages", header, note)
+
+
+def _counts_from_zero(content: FileBytes) -> bool:
+    """Tell whether an Opus file counts samples from 0. In others, as in recorded streams, libsndfile seeks wrongly."""
+    import soundfile
+
+    end, position = ogg_start(content)
+    beginning = content[0:end]
+    if beginning[28:36] != b"OpusHead":
+        return True
+    with suppress(soundfile.SoundFileError), soundfile.SoundFile(io.BytesIO(beginning)) as file:
+        decoded = sum(map(len, _libsndfile_blocks(file, UNKNOWN_FRAMES, BLOCK_FRAMES)))
+        pre_skip = int.from_bytes(beginning[38:40], "little")
+        return position == decoded * 48000 // file.samplerate + pre_skip
+    return True
 
 
 def _reaches(path: str, frames: int) -> bool:
@@ -461,7 +485,7 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
     import numpy as np
 
     held: list[Mono] = []
-    rate = 0
+    rate = length = 0
     for frame in _ffmpeg_frames(path, known):
         if frame is None:
             yield np.empty((0, 1), np.float32)
@@ -473,11 +497,12 @@ def _ffmpeg_blocks(path: Path, known: bool, skip: int, maximum: int) -> Iterator
             raise AudioError(path, f"{frame.layout.nb_channels} channels; expected at most {MAX_PLANES} of FFmpeg")
         block = _samples(frame)
         block, skip = block[skip:], max(0, skip - len(block))
-        if held and (held[0].shape[1] != block.shape[1] or sum(map(len, held)) + len(block) > maximum):
+        if held and (held[0].shape[1] != block.shape[1] or length + len(block) > maximum):
             yield np.concatenate(held)
-            held.clear()
+            held, length = [], 0
         if len(block):
             held.append(block)
+            length += len(block)
     if held:
         yield np.concatenate(held)
 

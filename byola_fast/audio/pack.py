@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from byola_fast.audio.decoding import decoders
-from byola_fast.audio.reading import AudioError, list_audio_files, listing_checksum, read_audio
+from byola_fast.audio.reading import AudioError, list_audio_files, listing_checksum, read_blocks
 from byola_fast.audio.store_format import MAX_RATE, PartHeader, PartWriter, StoreError, old_data, part_name, read_header
 from byola_fast.runtime.files import fingerprint, some_of
 from byola_fast.runtime.progress import Progress
@@ -204,10 +204,13 @@ def _decode(file: Path, sample_rate: int) -> Decoded:
     """Return a whole file as int16 (or its error), the number of samples beyond full scale, and its fingerprint."""
     import numpy as np
 
-    source = fingerprint(file)
+    source, clipped = fingerprint(file), 0
+    parts: list[npt.NDArray[np.int16]] = []
     try:
-        wav = read_audio(file, sample_rate).numpy()
+        for block in read_blocks(file, sample_rate):  # float32 of a whole file may not fit in memory
+            wav = block.numpy()
+            clipped += int(np.count_nonzero(np.abs(wav) > 1))
+            parts.append(np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16))
     except AudioError as error:
         return error, 0, source
-    clipped = int(np.count_nonzero(np.abs(wav) > 1))
-    return np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16), clipped, source
+    return np.concatenate(parts), clipped, source

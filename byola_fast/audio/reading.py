@@ -37,8 +37,8 @@ def list_audio_files(root: str | Path) -> list[Path]:
         root: a folder (links are followed, each folder is listed once), or a file of any name.
 
     Returns:
-        Paths that begin with ``root``. Hidden files and folders, and files without one of ``SUFFIXES`` (in any case),
-        are left out. The order depends on the names alone.
+        Paths that begin with ``root``. Hidden files and folders are left out, and files of other suffixes (in any case)
+        than ``AUDIO_FORMATS`` and, with FFmpeg, ``FFMPEG_FORMATS``. The order depends on the names alone.
 
     Raises:
         FileNotFoundError: ``root`` does not exist.
@@ -115,8 +115,9 @@ def read_audio(
 
     Args:
         path: any file that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more), or that FFmpeg reads if the
-            package av is installed (m4a, aac, webm, wma, ALAC and more). Joined files, and files whose header is
-            wrong, are read to their end; if a decoder cannot, the logger ``byola_fast`` warns with the length read.
+            package av is installed (m4a, aac, webm, wma, ALAC and more); of several tracks the first. Joined files, and
+            files whose header is wrong, are read to their end; if a decoder cannot, the logger ``byola_fast`` warns
+            with the length read.
         sample_rate: rate of the result, in Hz.
         start_sec: start of the part, in seconds, at least 0; rounded to a sample of the result.
         duration_sec: length of the part, in seconds, above 0; None reads to the end.

@@ -11,6 +11,8 @@ from byola_fast.audio.decoding import AudioFile
 from byola_fast.audio.reading import listing_checksum, num_resampled, read_audio, read_part
 from byola_fast.ops.philox import segment_u24
 
+LONGEST_SAMPLES = 1 << 31  # of a segment: 37 hours at 16 kHz
+
 
 def fit_segment(wav: torch.Tensor, num_samples: int, u24: int) -> torch.Tensor:
     """Cut a segment from a waveform at a random place, or pad a shorter waveform with zeros on both sides.
@@ -78,9 +80,9 @@ class SegmentFolder:
             raise ValueError("files: expected at least one audio file, got none")
         if sample_rate < 1:
             raise ValueError(f"sample_rate: expected at least 1 Hz, got {sample_rate}")
+        if not 0.5 < unit_sec * sample_rate < LONGEST_SAMPLES:
+            raise ValueError(f"unit_sec: expected 1 to 2^31 samples (1 / {sample_rate} s each), got {unit_sec}")
         self.num_samples = round(unit_sec * sample_rate)
-        if self.num_samples < 1:
-            raise ValueError(f"unit_sec: expected at least one sample (1 / {sample_rate} s), got {unit_sec}")
         self.sample_rate = sample_rate
         self.seed = seed
 

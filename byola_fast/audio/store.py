@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byola_fast.audio.segments import LONGEST_SAMPLES
 from byola_fast.audio.store_format import PartHeader, StoreError, find_headers, read_header
 from byola_fast.ops.philox import segment_u24
 from byola_fast.runtime.files import file_sha256
@@ -81,9 +82,9 @@ class SegmentStore(_Clips):
         for header_path, header in zip(paths[1:], headers[1:], strict=True):
             _check_same_store(header_path, header, headers[0], paths[0].name)
         self.sample_rate, files, parts = headers[0].sample_rate, headers[0].files, len(headers)
+        if not 0.5 < unit_sec * self.sample_rate < LONGEST_SAMPLES:
+            raise ValueError(f"unit_sec: expected 1 to 2^31 samples (1 / {self.sample_rate} s each), got {unit_sec}")
         self.num_samples = round(unit_sec * self.sample_rate)
-        if self.num_samples < 1:
-            raise ValueError(f"unit_sec: expected at least one sample (1 / {self.sample_rate} s), got {unit_sec}")
         self.names = [""] * files
         self.lengths, self._begins = torch.zeros(2, files, dtype=torch.int64).unbind()
         self.broken: dict[Path, str] = {}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from byola_fast.audio.decoding import decoders
 from byola_fast.audio.reading import list_audio_files
 from byola_fast.embedding.embedder import Embedder, load_encoder
 from byola_fast.embedding.streaming import BATCH_SEC, embed_clips, require_batching
@@ -124,6 +125,7 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         "stats": list(embedder.stats),
         "frames": config.frames,
         "dtype": config.dtype,
+        "decoders": decoders(),
         "folder": os.path.abspath(root),
     }
     if fingerprint(weights) != loaded:

@@ -154,7 +154,8 @@ class Embedder(nn.Module):
     def timestamps(self, count: int) -> Tensor:
         """Return the centres of the first ``count`` frames, in ms, on the device of the module."""
         stride, hop_ms = self.frame_stride, 1000 * self.to_lms.hop_length / self.sample_rate
-        return (torch.arange(count, device=self.to_lms.window.device) * stride + (stride - 1) / 2) * hop_ms
+        frames = torch.arange(count, device=self.to_lms.window.device) * stride
+        return (frames.float() + (stride - 1) / 2) * hop_ms
 
     def forward(self, wav: Tensor, *, frames: bool = False) -> Tensor | FrameEmbeddings:
         """Return one embedding per waveform, or with ``frames`` the ``FrameEmbeddings``; see the class."""
@@ -216,7 +217,8 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
-    (network, config, saved_stats), load_weights = open_encoder(path, encoder)
+    with torch.device("cpu"):  # whatever torch's default is: meta takes no weights
+        (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:
         stats = saved_stats
     if stats is None:
@@ -237,7 +239,8 @@ def load_encoder(
             raise CheckpointError(f"{path}: config: n_mels * n_fft: expected at most {LARGEST}, got {product}")
         settings.setdefault("f_max", min(FrontEnd.f_max, settings["sample_rate"] / 2))
         try:
-            to_lms = LogMel(**settings)
+            with torch.device("cpu"):
+                to_lms = LogMel(**settings)
         except ValueError as error:
             raise CheckpointError(f"{path}: config: {error}") from error
         except Exception as error:  # values of any kind

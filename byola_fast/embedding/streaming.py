@@ -19,6 +19,7 @@ from byola_fast.runtime.workers import num_workers, read_in_processes
 
 BATCH_SEC = 60.0  # sound per batch: 0.2 GB; larger is no faster on a CPU
 NOT_FINITE = "the embedding is not finite: samples far beyond full scale, or weights out of range"
+LONGEST_PAD_SEC = 86400  # a day
 WAITING = 8  # batches of sound that wait for clips of equal length
 
 
@@ -101,8 +102,8 @@ def embed_clips(
 
 def require_batching(pad_sec: float, batch_sec: float, workers: int | None) -> int:
     """Refuse settings of ``embed_clips`` that are out of range; return the number of workers."""
-    if not 0 <= pad_sec < math.inf:
-        raise ValueError(f"pad_sec: expected at least 0 s, got {pad_sec}")
+    if not 0 <= pad_sec <= LONGEST_PAD_SEC:
+        raise ValueError(f"pad_sec: expected 0 to {LONGEST_PAD_SEC} s, got {pad_sec}")
     if not 0 < batch_sec < math.inf:
         raise ValueError(f"batch_sec: expected more than 0 s, got {batch_sec}")
     return num_workers(workers)
@@ -134,7 +135,8 @@ def embed_blocks(embedder: Embedder, blocks: Iterable[Tensor], *, block_sec: flo
     # A convolution reaches stride - 1 frames further than what it is pooled to, a spectrum half its window.
     margin = math.ceil((stride - 1 + math.ceil(to_lms.n_fft / 2 / to_lms.hop_length)) / stride)
     size = max(1, round(block_sec * embedder.sample_rate / hop))  # frame-level embeddings per block
-    held, left = torch.empty(0), 0  # the first `left` frames of `held` were yielded already
+    held = torch.empty(0, dtype=torch.float32, device="cpu")
+    left = 0  # the first `left` frames of `held` were yielded already
     device = to_lms.window.device
     for block in blocks:
         held = torch.cat([held, block])
@@ -197,7 +199,7 @@ def _embed_long(
             yield block
 
     pieces = embed_blocks(embedder, counted(), block_sec=block_sec)
-    nothing = torch.empty(0, embedder.feature_d)
+    nothing = torch.empty(0, embedder.feature_d, dtype=torch.float32, device="cpu")
     while True:
         try:
             with torch.no_grad():  # not around a yield: the caller would inherit it
@@ -222,7 +224,7 @@ def _embed_long(
 
 
 def _broken(embedder: Embedder, number: int, error: AudioError) -> Piece:
-    return Piece(number, torch.empty(0, embedder.feature_d), 0, True, error)
+    return Piece(number, torch.empty(0, embedder.feature_d, dtype=torch.float32, device="cpu"), 0, True, error)
 
 
 def _read_start(file: Path, sample_rate: int, samples: int) -> Tensor | AudioError:

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from byola_fast.audio.decoding import decoders
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.embedding.embed_files import open_encoder
 from byola_fast.embedding.embedder import Embedder
-from byola_fast.embedding.streaming import embed_clips
+from byola_fast.embedding.streaming import LONGEST_PAD_SEC, embed_clips
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.mel_baseline import MelStats
 from byola_fast.evaluation.probe import Scores, fit_probe
@@ -115,8 +114,8 @@ def _check(config: EvalConfig) -> None:
         raise ValueError("stats: expected weights that hold statistics, got none")
     if config.seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {config.seeds}")
-    if not 0 <= config.pad_sec < math.inf:
-        raise ValueError(f"pad_sec: expected at least 0 s, got {config.pad_sec}")
+    if not 0 <= config.pad_sec <= LONGEST_PAD_SEC:
+        raise ValueError(f"pad_sec: expected 0 to {LONGEST_PAD_SEC} s, got {config.pad_sec}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
     pick_device(config.device)  # refuses what is not here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from byola_fast.evaluation.tasks import Round, Task
+from byola_fast.evaluation.tasks import Round, Task, TaskError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,11 +58,14 @@ def fit_probe(features: npt.NDArray[np.float32], task: Task, plan: Round) -> Sco
         plan: the clips for training, choosing and testing.
 
     Raises:
-        ImportError: scikit-learn is missing; says how to install it. ValueError: a training part of one class.
+        ImportError: scikit-learn is missing; says how to install it. TaskError: a training part of one class.
     """
     import numpy as np
 
     truth = truth_table(task)
+    if not task.multi_label and len({task.labels[number] for number in plan.train}) < 2:
+        message = "clips of one class are left to learn from, without those that choose C; expected two classes"
+        raise TaskError(f"{task.name}: {message}; give more clips, or a split valid")
     best = (-1.0, 0.0)
     for strength in STRENGTHS:
         scores = _fit(features, truth, plan.train, plan.valid, strength, task.multi_label)
@@ -104,8 +107,6 @@ def _fit(
                 answer[:, k] = probe.decision_function(asked)
             return answer
         labels = truth[learn].argmax(1)
-        if len(np.unique(labels)) < 2:
-            raise ValueError("the training clips have one class only")
         probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, labels)
         logits = probe.decision_function(asked)
         answer[:, probe.classes_] = logits if logits.ndim == 2 else np.stack([-logits, logits], 1)

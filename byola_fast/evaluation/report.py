@@ -198,7 +198,9 @@ def _report(
     append_result(out / "results.csv", line)
     picture = None
     if not multi:
-        picture = out / f"{task.name}-{Path(config.weights).stem if config.weights else config.features}-confusion.png"
+        trained = config.features == "trained" and config.weights
+        source = f"{Path(trained).stem}-{weights_sha256[:8]}" if trained else config.features
+        picture = out / f"{task.name}-{source}-confusion.png"
         title = f"{task.name}, {config.features}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
         try:
             draw_confusion(picture, _confusion(task, found), task.classes, title)
@@ -240,10 +242,11 @@ def _tell(
     yield f"{'class':{size}}  {'clips':>6}  {'AP' if task.multi_label else 'accuracy':>8}"
     tables = [class_scores(one.truth, one.scores, task.multi_label) for runs in found for one in runs]
     for k, name in enumerate(names):
-        values = [table[k][0] for table in tables]
-        seen = [value for value in values if value is not None]
-        clips = sum(table[k][1] for table in tables) // len(found)
-        yield f"{name:{size}}  {clips:6}  {percent(fmean(seen)) if seen else '-':>8}"
+        seen = [(value, count) for value, count in (table[k] for table in tables) if value is not None]
+        clips = sum(count for _value, count in seen)
+        # by clips, as the confusion matrix; an AP of each probe
+        score = sum(value * (1 / len(seen) if task.multi_label else count / clips) for value, count in seen)
+        yield f"{name:{size}}  {clips // len(found):6}  {percent(score) if seen else '-':>8}"
     yield ""
     if picture is not None:
         yield f"confusion matrix: {picture}"

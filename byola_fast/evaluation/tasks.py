@@ -34,7 +34,7 @@ class Task:
         splits: "train", "valid" or "test" for each clip, or the name of its fold.
         classes: all labels, sorted.
         folds: names of the folds, sorted; empty if the task has splits.
-        multi_label: whether any label holds a comma.
+        multi_label: whether any clip has several labels.
     """
 
     name: str
@@ -123,8 +123,11 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
     folds = sorted(set(splits), key=lambda fold: (len(fold) if fold.isdigit() else 0, fold)) if kind == "fold" else []
     if kind == "fold" and len(folds) < 2:
         raise TaskError(f"{path}: expected at least two folds, got {_some(folds) or 'none'}")
-    multi_label = any("," in row["label"] for _number, row in lines)
+    numbers = Counter(int(fold) for fold in folds if fold.isdecimal())
+    if twice := [fold for fold in folds if fold.isdecimal() and numbers[int(fold)] > 1]:
+        raise TaskError(f"{path}: fold: expected each number in one spelling, got {_some(twice)}")
     labels = [_labels(row["label"]) for _number, row in lines]
+    multi_label = any(len(each) > 1 for each in labels)
     classes = sorted({label for labels in labels for label in labels})
     if len(classes) < 2:
         raise TaskError(f"{path}: expected at least two labels, got {_some(classes) or 'none'}")
@@ -160,8 +163,8 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 def rounds(task: Task, seed: int) -> Iterator[Round]:
     """Yield the clips for training, choosing and testing: once for splits, once per left-out fold.
 
-    With folds, the probe is chosen on another fold, drawn by the seed. With two folds, or splits without valid, it is
-    chosen on a fifth of each class of train, drawn by the seed.
+    With folds, the probe is chosen on another fold, drawn by the seed from those that leave several classes to learn.
+    With two folds, or splits without valid, it is chosen on a fifth of each class of train, drawn by the seed.
     """
     draw = random.Random(seed)
     for fold in task.folds or ["test"]:
@@ -172,8 +175,9 @@ def rounds(task: Task, seed: int) -> Iterator[Round]:
             valid = [number for number in rest if task.splits[number] == "valid"]
             yield Round(train, valid, test)
             continue
-        if len(task.folds) > 2:
-            chosen = draw.choice([other for other in task.folds if other != fold])
+        others = [other for other in task.folds if other != fold and len(_classes_beside(task, {fold, other})) > 1]
+        if others:
+            chosen = draw.choice(others)
             valid = [number for number in rest if task.splits[number] == chosen]
         else:
             valid = _fifth_of_each_class(task, rest, draw)
@@ -200,6 +204,10 @@ def absent_classes(task: Task) -> list[str]:
 
 def _labels(cell: str) -> tuple[str, ...]:
     return tuple(sorted({label.strip() for label in cell.split(",")} - {""}))
+
+
+def _classes_beside(task: Task, folds: set[str]) -> set[tuple[str, ...]]:
+    return {labels for labels, split in zip(task.labels, task.splits, strict=True) if split not in folds}
 
 
 def _fifth_of_each_class(task: Task, numbers: list[int], draw: random.Random) -> list[int]:

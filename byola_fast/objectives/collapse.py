@@ -8,6 +8,7 @@ from torch import Tensor
 from byola_fast.objectives.losses import _is_batch, directions
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import compute_dtype
+from byola_fast.runtime.device import without_autocast
 
 
 def spread(z: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def effective_rank(z: Tensor) -> Tensor:
     """
     check.require_float("z", z)
     _is_batch("z", z)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         wide = z.to(compute_dtype(z.dtype))
         if not bool(wide.isfinite().all()):
             return torch.full((), float("nan"), dtype=wide.dtype, device=z.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import compute_dtype
+from byola_fast.runtime.device import without_autocast
 from byola_fast.runtime.distributed import gather_rows
 
 
@@ -76,7 +77,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.1, *, gather: bo
     tensor(0.5514)
     """
     _is_pair("z1", z1, "z2", z2)
-    with torch.autocast(z1.device.type, enabled=False):
+    with without_autocast(z1.device):
         view1, view2 = directions(z1), directions(z2)
         all1, first = gather_rows(view1) if gather else (view1, 0)
         all2, _ = gather_rows(view2) if gather else (view2, 0)
@@ -122,7 +123,7 @@ def info_nce_loss(
     _is_pair("q", q, "k", k, minimum=1)
     check.require_float("negatives", negatives)
     check.require_shape("negatives", negatives, ("K", q.shape[1]))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         query, key = directions(q), directions(k)
         cosines = query @ negatives.to(query.dtype).T
         if count is not None:
@@ -164,7 +165,7 @@ def bilinear_loss(anchor: Tensor, positive: Tensor, weight: Tensor, *, gather: b
     _is_pair("anchor", anchor, "positive", positive)
     check.require_float("weight", weight)
     check.require_shape("weight", weight, (anchor.shape[1], anchor.shape[1]))
-    with torch.autocast(anchor.device.type, enabled=False):
+    with without_autocast(anchor.device):
         rows, others = anchor.to(compute_dtype(anchor.dtype)), positive.to(compute_dtype(positive.dtype))
         everyone, first = gather_rows(others) if gather else (others, 0)
         logits = rows @ (weight.to(rows.dtype) @ everyone.T)
@@ -177,7 +178,7 @@ def directions(z: Tensor) -> Tensor:
     >>> directions(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         unit: Tensor = F.normalize(z.to(compute_dtype(z.dtype)), dim=1)
     return unit
 

@@ -107,11 +107,11 @@ def _load(backend: Backend) -> None:
             _remove_stub(backend.key, op)
         try:
             backend.register(prepared)
-        except (ImportError, OSError) as error:  # of the loader: no such file, or a folder mounted noexec
-            _add_stubs(backend)
-            raise BackendError(f"the kernels cannot be loaded: {error}") from error
-    except BackendError as error:
-        backend.failure = str(error)
+        except BaseException:
+            _add_stubs(backend)  # else the reference would answer in silence
+            raise
+    except (ImportError, OSError, RuntimeError) as error:  # BackendError, or one of the loader or of a broken package
+        backend.failure = str(error) if isinstance(error, BackendError) else f"the kernels cannot be loaded: {error}"
         if not strict():
             logger.warning("byola_fast: %s backend not used: %s", backend.name, backend.failure)
         return
@@ -135,10 +135,14 @@ def _make_stub(key: str, op: str) -> Callable[..., Any]:
 
 
 def backend_in_use(key: str, op: str) -> tuple[str, str]:
-    """Load the backend of an op on one kind of device; return its name and the reason for a fallback."""
+    """Load the backend of an op on one kind of device; return its name and the reason for a fallback.
+
+    Raises:
+        BackendError: as ``resolve``, at every call.
+    """
     failures: list[str] = []
     for backend in candidates(key, op):
-        if not backend.loaded and backend.failure is None:
+        if not backend.loaded:
             resolve(key, op)
         if backend.loaded:
             return backend.name, "; ".join(failures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -31,3 +32,6 @@ def reader_may_leave(stream: TextIO) -> Iterator[None]:
             stream.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python fails at its end
+    except OSError:
+        if stream is not sys.stderr:  # a log on a full disk ends no run
+            raise

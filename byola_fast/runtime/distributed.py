@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data._utils import worker
 
 T = TypeVar("T")
 
@@ -152,6 +153,20 @@ def name_lost_rank(world: World, message: Callable[[], str]) -> Iterator[None]:
         # without gloo's source location
         why = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         raise RankError(f"rank {world.rank} lost another rank, which died or hangs: {why}; {message()}") from error
+
+
+def loader_worker() -> worker.WorkerInfo | None:
+    """Return what ``get_worker_info`` returns, which torch.compile refuses to trace."""
+    return worker._worker_info
+
+
+def own_rank() -> int:
+    """Return the rank in torch.distributed; 0 without. A worker of a data loader has the rank of its main process."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    if loader_worker() is None:
+        return 0
+    return int(os.environ.get("RANK", 0))  # started by spawn or forkserver, where nothing is initialised
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.device import without_autocast
 
 
 @dataclass(kw_only=True)
@@ -44,10 +47,11 @@ class FrontEnd:
         return settings | {"f_max": min(self.f_max, self.sample_rate / 2)}
 
 
+LARGEST = 1 << 31
 FRONT_END = (*(field.name for field in fields(FrontEnd)), "center")  # attributes of LogMel that define it
 
 
-class LogMel(torch.nn.Module):
+class LogMel(FixedDtype):
     """Turn waveforms into natural-log mel spectrograms: ``lms = log(mel(|STFT(wav)|^2) + eps)``.
 
     Hann window, frames centred on multiples of ``hop_length`` with reflect padding, ``eps = 2^-23`` (float32's).
@@ -79,7 +83,7 @@ class LogMel(torch.nn.Module):
     Numerics:
         int16 counts as ``wav / 32768`` and gives float32. float16 and bfloat16 waveforms are computed in float32 and
         returned in their own dtype; float64 is computed in float64, with the filter bank rounded to float32. Autocast
-        is off inside, and ``.half()`` on a model that holds this module does not touch the window and the filter bank.
+        is off inside. Window and filter bank are float32, even after ``.half()`` or under a default dtype of half.
         Silence gives ``log(eps)`` = -15.94. NaN and infinity stay in their own waveform.
 
     Autograd: once differentiable with respect to ``wav``, by plain PyTorch.
@@ -114,8 +118,8 @@ class LogMel(torch.nn.Module):
         super().__init__()
         sizes = {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if not 1 <= value < LARGEST:
+                raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
         if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length: expected 1 to n_fft = {n_fft}, got {win_length}")
         if not 0 <= f_min < f_max <= sample_rate / 2:
@@ -127,17 +131,48 @@ class LogMel(torch.nn.Module):
         if norm not in ("slaney", None):
             raise ValueError(f"norm: expected 'slaney' or None, got {norm!r}")
 
-        import torchaudio  # here, so that importing byola_fast needs torch alone
-
         self.sample_rate, self.n_fft, self.win_length, self.hop_length = sample_rate, n_fft, win_length, hop_length
         self.n_mels, self.f_min, self.f_max, self.mel_scale, self.norm = n_mels, f_min, f_max, mel_scale, norm
         self.center = center
-        bank = torchaudio.functional.melscale_fbanks(
-            n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=norm, mel_scale=mel_scale
-        )
-        self.register_buffer("filter_bank", bank.T.contiguous().float(), persistent=False)
-        self.register_buffer("bands", ops.mel_bands(self.filter_bank), persistent=False)
-        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float32), persistent=False)
+        for name in ("filter_bank", "bands", "window"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._compute()
+
+    def _compute(self) -> None:
+        """Compute the buffers, whatever torch's default dtype and device are, and move them to their device."""
+        import torchaudio  # here, so that importing byola_fast needs torch alone
+
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                bank = torchaudio.functional.melscale_fbanks(
+                    self.n_fft // 2 + 1,
+                    self.f_min,
+                    self.f_max,
+                    self.n_mels,
+                    self.sample_rate,
+                    norm=self.norm,
+                    mel_scale=self.mel_scale,
+                ).T.contiguous()
+                window = torch.hann_window(self.win_length)
+        finally:
+            torch.set_default_dtype(default)
+        device = self.window.device
+        self.filter_bank, self.bands, self.window = (x.to(device) for x in (bank, ops.mel_bands(bank), window))
+        self._computed = (self.filter_bank, self.bands, self.window)
+
+    def _restore(self) -> None:
+        """Compute the buffers again if others were put in their place.
+
+        No state dict has them, so ``to_empty`` and loaders of large models leave them without values.
+        """
+        here = (self.filter_bank, self.bands, self.window)
+        if type(self.window) is not torch.Tensor or self.window.is_meta or all(map(operator.is_, here, self._computed)):
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError("LogMel: its buffers were replaced; call it once before torch.compile traces it")
+        self._compute()
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames T of ``num_samples`` samples; for an even ``n_fft``, ``1 + num_samples // hop``.
@@ -158,10 +193,11 @@ class LogMel(torch.nn.Module):
         check.require_tensor("wav", wav)
         if wav.ndim not in (1, 2):
             raise ValueError(f"wav: expected shape (B, samples) or (samples,), got {tuple(wav.shape)}")
+        self._restore()
         window = self.window
         if wav.dtype == torch.float64:
             window = torch.hann_window(self.win_length, dtype=torch.float64, device=wav.device)
-        with torch.autocast(wav.device.type, enabled=False):
+        with without_autocast(wav.device):
             lms = ops.log_mel(
                 wav if wav.ndim == 2 else wav[None],
                 window,
@@ -175,13 +211,8 @@ class LogMel(torch.nn.Module):
         return lms[:, None] if wav.ndim == 2 else lms
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LogMel:
-        """Move to the device of ``fn`` but keep the buffers in float32 if a model is converted to another dtype."""
-
-        def keep_dtype(buffer: torch.Tensor) -> torch.Tensor:
-            moved = fn(buffer)
-            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(fn, recurse)
+        self._restore()
         return self
 
     def extra_repr(self) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops._route import op
 from byola_fast.ops.reference import compute_dtype
-from byola_fast.runtime.state import require_state
+from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.recomputation import refuse_recomputation
 
 logger = logging.getLogger("byola_fast")
 
@@ -46,11 +46,10 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
         return stats.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must wait
     if not check.is_pair(stats) or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
         raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
-    mean = torch.full((), float(stats[0]), device=device)
-    return torch.stack([mean, torch.full((), float(stats[1]), device=device)])
+    return torch.stack([torch.full((), float(x), dtype=torch.float32, device=device) for x in stats])
 
 
-class RunningStats(nn.Module):
+class RunningStats(FixedDtype):
     """Mean and std of all batches so far, merged on the device (first version of the paper).
 
     Args:
@@ -61,7 +60,7 @@ class RunningStats(nn.Module):
 
     Numerics:
         Chan's merge in float32 with an integer count: std is right to 1e-3 after 10^6 updates, if |mean| is below 1e4
-        std. Samples that are not finite are left out.
+        std. Samples that are not finite are left out. Buffers stay in float32, even after ``.half()``.
     """
 
     def __init__(self, max_updates: int | None = None) -> None:
@@ -71,8 +70,8 @@ class RunningStats(nn.Module):
         self.max_updates = max_updates
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("variance", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("variance", torch.zeros((), dtype=torch.float32))
 
     updates: Tensor
     count: Tensor
@@ -82,9 +81,12 @@ class RunningStats(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
         """Merge a batch and return the new ``stats()``; an empty batch does not count."""
+        refuse_recomputation("RunningStats.update")
         if x.numel() == 0:
             return self.stats()
         state = (self.mean, self.variance, self.count, self.updates)
+        if state[0].dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"RunningStats.mean: expected torch.float32, got {self.mean.dtype}, which stops to follow")
         limit = -1 if self.max_updates is None else self.max_updates
         stats = op("running_stats_")(*state, ops.sample_sums(x.detach()), limit)
         increment_version(state)
@@ -96,10 +98,6 @@ class RunningStats(nn.Module):
         seen = torch.stack([self.mean, unbiased.sqrt()])
         return torch.where(self.count > 0, seen, torch.stack([torch.zeros_like(self.mean), torch.ones_like(self.mean)]))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        require_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
     """Return mean and std over all batches, for ``stats=`` and to be stored with weights.
@@ -109,12 +107,15 @@ def compute_stats(batches: Iterable[Tensor]) -> tuple[float, float]:
     >>> [round(value, 4) for value in compute_stats([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])])]
     [2.5, 1.291]
     """
-    running, seen = RunningStats(), 0
+    running, seen = None, 0
     for batch in batches:
+        if running is None:
+            with batch.device:
+                running = RunningStats()
         running.update(batch)
         seen += batch.numel()
-    count = int(running.count)
-    if count == 0:
+    count = int(running.count) if running is not None else 0
+    if running is None or count == 0:
         raise ValueError("stats: expected at least one finite log-mel spectrogram, got none")
     if count < seen:
         logger.warning("stats: %.2g %% of the log-mels are not finite and left out", 100 * (1 - count / seen))

@@ -5,19 +5,21 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack  # which torch depends on
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops.functional import check_out, without_channel
-from byola_fast.runtime.distributed import concat_ranks
-from byola_fast.runtime.state import require_state
+from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
+from byola_fast.runtime.recomputation import is_recomputed, recall, remember
+from byola_fast.runtime.workers import warn_once
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
@@ -33,7 +35,7 @@ class _Keywords(SettingsByName, total=False):
     stats: tuple[float, float] | Tensor | None
     seed: int | Tensor | None
     step: int | Tensor
-    sample_offset: int
+    sample_offset: int | None
     generator: torch.Generator | None
     out: Tensor | None
     params: AugmentParams | None
@@ -43,7 +45,7 @@ class _Keywords(SettingsByName, total=False):
 class _CallKeywords(TypedDict, total=False):
     """Likewise, of a call of ``Augment``."""
 
-    sample_offset: int
+    sample_offset: int | None
     params: AugmentParams | None
     out: Tensor | None
 
@@ -59,7 +61,7 @@ def augment(
     stats: tuple[float, float] | Tensor | None = None,
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     generator: torch.Generator | None = None,
     out: Tensor | None = None,
     params: AugmentParams | None = None,
@@ -78,7 +80,8 @@ def augment(
         stats: (mean, std) for the pre-normalisation; by default the batch's, ``(0, 1)`` for none.
         seed: in [0, 2^63), or a 0-d int64 tensor; by default drawn from ``generator`` or torch's default generator.
         step: in [0, 2^32), or a 0-d int64 tensor, taken modulo 2^32; each step of a seed draws other parameters.
-        sample_offset: number of the first sample in the global batch, in [0, 2^63) and taken modulo 2^32.
+        sample_offset: number of the first sample in the global batch, in [0, 2^63) and taken modulo 2^32; by default
+            B times the rank in torch.distributed, which fits batches of equal size.
         generator: draws the seed; on the CPU or on the batch's device.
         out: a contiguous ``(2, B, ...)`` tensor that receives the views, with memory of its own.
         params: parameters to replay instead of drawing; their partners must be rows of this batch.
@@ -115,8 +118,10 @@ def augment(
     check.require_spectrogram("lms", x)
     pre_stats = batch_stats(x) if stats is None else given_stats(stats, x.device)
     if params is None:
+        if generator is not None and is_recomputed():
+            raise RuntimeError("generator: expected none under activation checkpointing, which does not restore it")
         rng = _fresh_rng(x.device, seed, step, generator)
-        params = _draw(rng, x, chosen, sample_offset=sample_offset)
+        params = _draw(rng, x, chosen, sample_offset=_offset(sample_offset, x))
     else:
         if seed is not None or generator is not None:
             raise ValueError("params: expected neither seed nor generator beside them, which would have no effect")
@@ -127,16 +132,32 @@ def augment(
                 f"params: expected partners from the batch, got rows of a bank of {int(held)}; see Augment"
             )
     flat_out = _flat_out(out, lms, chosen)
-    views = _make_views(x, params, chosen, stats=pre_stats, post_norm=post_norm, out=flat_out)
+    views, sums = _make_views(x, params, chosen, stats=pre_stats, out=flat_out)
+    if post_norm:
+        views = _normalized(views, sums)
     return _answer(views, lms, params if return_params else None)
 
 
-class Augment(nn.Module):
+@dataclass(eq=False)
+class _Call:
+    """What a call needs to make its views again, for activation checkpointing."""
+
+    params: AugmentParams
+    stats: Tensor | None
+    rows: Tensor
+    pool: Tensor | None
+    sums: Tensor | None = None  # of all ranks
+
+
+class Augment(FixedDtype):
     """Make two random views of each batch, mixing in past inputs from a memory bank.
 
     The bank, the statistics of the pre-normalisation and the random state (seed and step) are buffers, so that a new
     ``Augment`` with the same ``state_dict`` continues the stream of views. A call advances step and bank once and never
-    syncs a GPU.
+    syncs a GPU. In eval mode a call changes no state: calls with equal arguments give equal views, ranks exchange
+    nothing, and validation does not change training. Under activation checkpointing, the backward pass sees the views
+    of the forward pass. In a data loader's worker, the stream follows from ``seed`` and the worker's own seed, and the
+    state ends with the worker; see "In your own training code" in the documentation.
 
     Args:
         preset: "byola-v1" or "byola-v2".
@@ -147,15 +168,16 @@ class Augment(nn.Module):
         stats: (mean, std); a ``RunningStats``; None for running statistics (first version of the paper), updated in
             training mode only.
         post_norm: normalise both views jointly to mean 0 and std 1.
-        sync: with torch.distributed initialised, push the inputs of all ranks and use joint statistics, so that views
-            do not depend on the world size. Ranks must give batches of equal size and their own ``sample_offset``.
+        sync: with torch.distributed initialised, in training mode, push the inputs of all ranks and use joint
+            statistics, so that views do not depend on the world size. Ranks must give batches of equal size.
         **settings: any of ``byola_fast.views.params.Settings``.
 
     Shape:
         As ``augment``.
 
     Numerics:
-        As ``augment``; inputs that are not finite are kept out of the bank and counted in ``bank.refused``.
+        As ``augment``; inputs that are not finite are kept out of the bank and counted in ``bank.refused``. Buffers
+        keep their dtype, even after ``.half()``.
 
     Autograd:
         As ``augment``; partners from the bank get none. With ``sync`` over several ranks, an error.
@@ -205,6 +227,7 @@ class Augment(nn.Module):
         self.bank = MemoryBank(n_memory, shape, bank_dtype)
         device = self.bank.cursor.device  # torch's default
         self.register_buffer("rng", _fresh_rng(device, seed, 0, None))
+        self._worker_seed: int | None = None  # of the worker that this copy belongs to
         self.running_stats: RunningStats | None = None
         if stats is None or isinstance(stats, RunningStats):
             self.running_stats = RunningStats() if stats is None else stats
@@ -216,7 +239,7 @@ class Augment(nn.Module):
         self,
         lms: Tensor,
         *,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         params: AugmentParams | None = None,
         return_params: bool = False,
         out: Tensor | None = None,
@@ -227,14 +250,56 @@ class Augment(nn.Module):
         check.require_spectrogram("lms", x)
         check.require_same_device("lms", x, "Augment", self.rng)
         flat_out = _flat_out(out, lms, self.settings)
-        rows = self.bank.prepare(x)
-        held = self.bank.count
-        if flat_out is not None:
+        differentiable = torch.is_grad_enabled() and lms.requires_grad
+        call, around = recall(self)
+        again = call is not None
+        if not again:
+            call = self._next_call(x, sample_offset, params, flat_out)
+            backward = bool(around) or differentiable
+            if return_params or backward:  # copy what later calls change
+                held = call.params.bank_count
+                assert held is not None
+                call.params = replace(call.params, rng=call.params.rng.clone(), bank_count=held.clone())
+            if backward:
+                call.rows = call.rows.clone()
+        _refuse_gradient_across_ranks(x, call.pool)
+        views, sums = _make_views(
+            x,
+            call.params,
+            self.settings,
+            stats=call.stats,
+            out=flat_out,
+            bank=call.rows if len(call.rows) else None,
+            pool=call.pool,
+        )
+        if self.post_norm:
+            if call.pool is not None:
+                sums = call.sums = _gather_sums(sums) if call.sums is None else call.sums
+            views = _normalized(views, sums)
+        if not again:
+            remember(self, call, around)
+            if self.training:
+                self.bank.push(x if call.pool is None else call.pool, call.stats)
+                self.rng[1:].add_(1)
+        return _answer(views, lms, call.params if return_params else None)
+
+    def _next_call(
+        self,
+        x: Tensor,
+        sample_offset: int | None,
+        params: AugmentParams | None,
+        out: Tensor | None,
+    ) -> _Call:
+        """Draw or check the parameters of the next call."""
+        if self.training:
+            self._enter_worker()
+        rows = self.bank.prepare(x, allocate=self.training)
+        held = self.bank.count if self.training or len(rows) else torch.zeros_like(self.bank.count)
+        if out is not None:
             given = {} if params is None else {k: v for k, v in vars(params).items() if isinstance(v, Tensor)}
-            check.require_own_memory("out", flat_out, lms=x, **given, **dict(self.named_buffers()))
+            check.require_own_memory("out", out, lms=x, **given, **dict(self.named_buffers()))
         rank, pool = self._gather(x)
-        if pool is not None and torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
+        _refuse_gradient_across_ranks(x, pool)
         everyone = x if pool is None else pool
         if params is not None:
             held = held if params.bank_count is None else params.bank_count
@@ -253,38 +318,40 @@ class Augment(nn.Module):
         else:
             stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
         if params is None:
-            offsets = {"sample_offset": sample_offset, "pool_offset": rank * x.shape[0]}
+            offsets = {"sample_offset": _offset(sample_offset, x), "pool_offset": rank * x.shape[0]}
             params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
-        if return_params or (torch.is_grad_enabled() and lms.requires_grad):
-            params = replace(params, rng=params.rng.clone(), bank_count=held.clone())
-        if torch.is_grad_enabled() and lms.requires_grad:
-            rows = rows.clone()  # backward reads rows that the push below overwrites
-        views = _make_views(
-            x,
-            params,
-            self.settings,
-            stats=stats,
-            post_norm=self.post_norm,
-            out=flat_out,
-            bank=rows if len(rows) else None,
-            pool=pool,
-        )
-        self.bank.push(everyone, stats)
-        self.rng[1:].add_(1)
-        return _answer(views, lms, params if return_params else None)
+        return _Call(params, stats, rows, pool)
+
+    def _enter_worker(self) -> None:
+        """In a data loader's worker: take a copy of all buffers, and a stream that no other worker and epoch has.
+
+        By fork, workers of all epochs begin with the same state; by spawn, they share its memory.
+        """
+        worker = loader_worker()
+        if worker is None or worker.seed == self._worker_seed:
+            return
+        if torch.compiler.is_compiling():  # without fullgraph, Python then runs this call
+            raise RuntimeError("Augment: expected a first call in this worker before torch.compile traces it")
+        self._worker_seed = worker.seed
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
+        digest = hashlib.sha256(f"{int(self.rng[0])} {worker.seed}".encode()).digest()
+        self.rng[0] = int.from_bytes(digest[:8], "little") >> 1
+        if worker.id == 0 and (self.bank.n_memory or self.running_stats is not None):
+            warn_once(
+                "Augment: in a data loader's worker, memory and running statistics are the worker's own and end with "
+                "it; call it after the loader, or give n_memory=0 and stats=(mean, std)"
+            )
 
     def _gather(self, x: Tensor) -> tuple[int, Tensor | None]:
-        """Return this rank and the inputs of all ranks in order; ``(0, None)`` with one process."""
+        """Return this rank and the inputs of all ranks in order; ``(0, None)`` with one process, and in eval mode."""
         distributed = torch.distributed
-        if not (self.sync and distributed.is_available() and distributed.is_initialized()):
+        if not (self.sync and self.training and distributed.is_available() and distributed.is_initialized()):
             return 0, None
-        if distributed.get_world_size() == 1:
+        if distributed.get_world_size() == 1 or loader_worker() is not None:
             return 0, None
         return distributed.get_rank(), concat_ranks(x)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        require_state(self, state_dict, prefix)  # of all submodules, before anything changes
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.settings}, post_norm={self.post_norm}"
@@ -312,6 +379,10 @@ def _set_word(word: Tensor, name: str, value: int | Tensor, limit: int) -> None:
         word.copy_(value, non_blocking=True)
     else:
         word.fill_(check.whole(name, value, 0, limit))
+
+
+def _offset(sample_offset: int | None, x: Tensor) -> int:
+    return own_rank() * x.shape[0] if sample_offset is None else sample_offset
 
 
 def _canvas(x: Tensor, settings: Settings) -> tuple[int, int]:
@@ -351,14 +422,12 @@ def _make_views(
     settings: Settings,
     *,
     stats: Tensor | None,
-    post_norm: bool,
     out: Tensor | None,
     bank: Tensor | None = None,
     pool: Tensor | None = None,
-) -> Tensor:
-    """Make the views, ``(2, B, *size)``; with the ``pool`` of all ranks, statistics are joint too."""
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (stats is not None and stats.requires_grad))
-    views, sums = ops.augment_views(
+) -> tuple[Tensor, Tensor]:
+    """Make the views, ``(2, B, *size)``, not yet post-normalised, and their sums."""
+    return ops.augment_views(
         x,
         params.lam,
         params.bank_index,
@@ -376,11 +445,15 @@ def _make_views(
         mixup=settings.mixup,
         out=out,
     )
-    if not post_norm:
-        return views
-    if pool is not None:
-        sums = _gather_sums(sums)
-    return ops.normalize(views, sums, inplace=not differentiable)
+
+
+def _normalized(views: Tensor, sums: Tensor) -> Tensor:
+    return ops.normalize(views, sums, inplace=not (torch.is_grad_enabled() and views.requires_grad))
+
+
+def _refuse_gradient_across_ranks(x: Tensor, pool: Tensor | None) -> None:
+    if pool is not None and torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
 
 
 def _gather_sums(sums: Tensor) -> Tensor:

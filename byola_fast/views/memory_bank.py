@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.runtime.buffers import FixedDtype
+from byola_fast.runtime.recomputation import refuse_recomputation
 from byola_fast.runtime.state import require_state
 
+_unshaped_copies: WeakKeyDictionary[MemoryBank, WeakSet[MemoryBank]] = WeakKeyDictionary()
 
-class MemoryBank(nn.Module):
+
+class MemoryBank(FixedDtype):
     """Keep the last ``n_memory`` clean, pre-normalised inputs, first in, first out.
 
     Rows and cursor are persistent buffers on the device, so that no step syncs and a CUDA graph can hold it. Samples
@@ -21,8 +27,8 @@ class MemoryBank(nn.Module):
 
     Args:
         n_memory: rows, up to 2^24; 0 keeps and counts nothing.
-        shape: (mels, frames) of a row; by default that of the first batch.
-        dtype: of the rows: float32, or float16 for half the memory.
+        shape: (mels, frames) of a row; by default that of the first batch, also for deep copies that were made before.
+        dtype: of the rows: float32, or float16 for half the memory; ``.half()`` does not change it.
 
     Shape:
         ``rows (n_memory, F, T)`` (None until the shape is known), ``cursor (3,)`` int64: next row, rows filled,
@@ -55,7 +61,19 @@ class MemoryBank(nn.Module):
         """Fix the shape of a row and allocate the rows."""
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape: expected (mels, frames) of at least 1, got {shape}")
-        self.rows = torch.zeros(self.n_memory, *shape, dtype=self.dtype, device=device)
+        with torch.inference_mode(False):  # later calls write to them, perhaps outside of it
+            self.rows = torch.zeros(self.n_memory, *shape, dtype=self.dtype, device=device)
+        for twin in _unshaped_copies.pop(self, ()):
+            if twin.rows is None:
+                twin.allocate(shape, twin.cursor.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
+        """Copy, and remember a copy without rows: AveragedModel copies buffers to it as soon as this bank has rows."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        if self.rows is None:
+            _unshaped_copies.setdefault(self, WeakSet()).add(twin)
+        return twin
 
     @property
     def count(self) -> Tensor:
@@ -71,17 +89,25 @@ class MemoryBank(nn.Module):
         """Return the rows filled; reads the device."""
         return int(self.count)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return the rows for a batch ``x (B, F, T)``, allocating them for the first one.
+    def prepare(self, x: Tensor, *, allocate: bool = True) -> Tensor:
+        """Return the rows for a batch ``x (B, F, T)``; before the first one they are allocated, or there are none.
 
         Raises:
             ValueError: x has another shape than the rows, or is on another device. RuntimeError: the shape is unknown
-            while a graph is traced.
+            while a graph is traced, or a state dict without rows was loaded.
         """
         if self.rows is None:
+            if check.is_readable(self.cursor) and len(self):
+                raise RuntimeError(
+                    f"MemoryBank: expected the {len(self)} rows that its cursor counts, got none; give shape=(mels, "
+                    "frames), so that a checkpoint can fill them"
+                )
+            if not allocate:
+                return x[:0]
             if torch.compiler.is_compiling():
                 raise RuntimeError("MemoryBank: its shape is not known yet; give shape=(mels, frames) or call it once")
             self.allocate((x.shape[1], x.shape[2]), x.device)
+            self.cursor[:2].zero_()  # on a GPU it was not read
         rows = self.rows
         assert rows is not None
         if x.shape[1:] != rows.shape[1:]:
@@ -93,6 +119,7 @@ class MemoryBank(nn.Module):
 
     def push(self, x: Tensor, stats: Tensor | None = None) -> None:
         """Append a batch ``(B, F, T)``, pre-normalised with ``stats (2,)`` if given; see ``ops.bank_push_``."""
+        refuse_recomputation("MemoryBank.push")
         rows = self.prepare(x)
         if self.n_memory:
             ops.bank_push_(rows, self.cursor, x, stats)
@@ -100,11 +127,28 @@ class MemoryBank(nn.Module):
     def extra_repr(self) -> str:
         return f"n_memory={self.n_memory}, shape={None if self.rows is None else tuple(self.rows.shape[1:])}"
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         require_state(self, state_dict, prefix)
-        saved = state_dict.get(prefix + "rows")
-        if saved is not None and self.rows is None and saved.dim() == 3 and saved.shape[0] == self.n_memory:
-            self.allocate((saved.shape[1], saved.shape[2]), self.cursor.device)
-        elif saved is None and prefix + "cursor" in state_dict:
+        rows, cursor = state_dict.get(prefix + "rows"), state_dict.get(prefix + "cursor")
+        if isinstance(rows, Tensor) and self.rows is None and rows.dim() == 3:
+            if len(rows) != self.n_memory:
+                error_msgs.append(f"{prefix}rows: expected n_memory = {self.n_memory} rows, got {len(rows)}")
+                return
+            self.allocate((rows.shape[1], rows.shape[2]), self.cursor.device)
+        elif rows is None and isinstance(cursor, Tensor) and bool(cursor[1:2].any()):
+            if self.rows is None:
+                missing_keys.append(prefix + "rows")  # an error, or with strict=False the bank begins empty
+            state_dict = {**state_dict, prefix + "cursor": cursor * cursor.new_tensor([0, 0, 1])}
+        elif rows is None and isinstance(cursor, Tensor):
             self.rows = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -122,9 +122,11 @@ def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
     return Settings(**defaults | {name: value for name, value in changes.items() if value is not None})
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AugmentParams:
     """The random parameters of both views of a batch, for replay. Views come first.
+
+    ``torch.load(weights_only=True)`` loads them once byola_fast is imported; ``==`` compares all values.
 
     Attributes:
         lam: ``(2, B)`` float32, weight of the partner in each sample, in [0, 1].
@@ -150,7 +152,12 @@ class AugmentParams:
 
     def __post_init__(self) -> None:
         if self.rng is None:
-            object.__setattr__(self, "rng", torch.zeros(2, dtype=torch.int64, device=self.lam.device))
+            self.rng = torch.zeros(2, dtype=torch.int64, device=self.lam.device)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AugmentParams):
+            return NotImplemented
+        return all(_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
 
     def __len__(self) -> int:
         return self.lam.shape[1]
@@ -164,11 +171,12 @@ class AugmentParams:
         parts = {name: getattr(self, name)[:, samples] for name in ("lam", "bank_index", "crop", "fader")}
         return replace(self, **parts, sample_offset=self.sample_offset + start)
 
-    def to(self, device: torch.device | str) -> AugmentParams:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AugmentParams:
         """Return the same parameters on another device."""
-        tensors = ("lam", "bank_index", "crop", "fader", "rng", "bank_count")
         moved: dict[str, Any] = {
-            name: getattr(self, name).to(device) for name in tensors if getattr(self, name) is not None
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -209,3 +217,12 @@ class AugmentParams:
                     f"{int(self.bank_index[view, sample])}, mels {i}+{h}, frames {j}+{w}, fader {head:+.2f} {tail:+.2f}"
                 )
         return "\n".join(lines)
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+
+
+torch.serialization.add_safe_globals([AugmentParams])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byola_fast.audio.reading import AudioError, audio_duration, list_audio_files, read_audio
-from byola_fast.audio.segments import SegmentFolder, fit_segment
+from byola_fast.audio.segments import LONGEST_SAMPLES, SegmentFolder, fit_segment
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.views.explain import explain_views
 from byola_fast.views.pictures import draw_views
@@ -60,8 +59,9 @@ def show(
         raise ValueError(f"sample_rate: expected more than {2 * LOWEST_HZ:g} Hz, got {sample_rate}")
     to_lms = LogMel(sample_rate=sample_rate, f_min=LOWEST_HZ, f_max=min(7800.0, sample_rate / 2))
     shortest = to_lms.n_fft // 2 + 1
-    if not shortest <= unit_sec * sample_rate < math.inf:
-        raise ValueError(f"unit_sec: expected at least {shortest} samples (1 / {sample_rate} s each), got {unit_sec}")
+    if not shortest <= unit_sec * sample_rate < LONGEST_SAMPLES:
+        message = f"expected at least {shortest} samples (1 / {sample_rate} s each) and fewer than 2^31"
+        raise ValueError(f"unit_sec: {message}, got {unit_sec}")
     pick = _segments_of_folder if path.is_dir() else _segments_of_file
     names, wavs = pick(path, max(samples, BATCH), unit_sec, sample_rate, seed)
     lms = to_lms(torch.stack(wavs))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import soundfile
 import torch
 
 from byola_fast.audio import decoding, reading, structure
+from byola_fast.audio.decoding import AudioFile
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError, audio_duration, list_audio_files, read_audio, read_blocks
 from byola_fast.audio.segments import SegmentFolder
@@ -80,12 +83,12 @@ def mp3_without_table(path: Path, wav: np.ndarray) -> Path:
     """A variable bitrate and no Xing frame, as a stream that was recorded."""
     content = encode(path, wav, "MPEG_LAYER_III", bitrate_mode="VARIABLE", compression_level=0.3)
     assert b"Xing" in content[:200]
-    path.write_bytes(content[structure._mpeg_frame(content, 0)[0] :])
+    path.write_bytes(content[structure._mpeg_frame(content[:4])[0] :])
     return path
 
 
-def zero_length_wav(path: Path) -> Path:
-    content = bytearray(encode(path, chirp(), "PCM_16"))
+def zero_length_wav(path: Path, wav: np.ndarray | None = None) -> Path:
+    content = bytearray(encode(path, chirp() if wav is None else wav, "PCM_16"))
     at = content.index(b"data")
     content[at + 4 : at + 8] = bytes(4)
     return path.write_bytes(content) and path
@@ -235,13 +238,20 @@ def test_a_wav_of_another_length_than_its_header_says_is_reported(
     assert audio_duration(tmp_path / "a.wav") == 1.0
     assert f"a.wav: {2 * (SECONDS - 1) * RATE} bytes behind the end that its header gives are not read" in caplog.text
     caplog.clear()
-    for name, extra in (("chunk.wav", b"LIST\x06\0\0\0INFOab"), ("zeros.wav", bytes(4000))):
+    for name, extra in (
+        ("chunk.wav", b"LIST\x06\0\0\0INFOab"), ("zeros.wav", bytes(4000)), ("tag.wav", b"TAG" + b"x" * 125),
+        ("id3.wav", b"ID3\3\0\0" + b"x" * 99), ("unpadded.wav", b"note\3\0\0\0abcLIST\x06\0\0\0INFOab"),
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(encode(tmp_path / name, chirp(), "PCM_16") + extra)
         assert audio_duration(tmp_path / name) == SECONDS
     content[at + 4 : at + 8] = b"\xff\xff\xff\xff"  # written to a pipe
     (tmp_path / "pipe.wav").write_bytes(content)
     assert audio_duration(tmp_path / "pipe.wav") == SECONDS
     assert not caplog.records
+    content = encode(tmp_path / "two.wav", chirp(), "PCM_16")
+    (tmp_path / "two.wav").write_bytes(content + b"data\x04\0\0\0abcd")
+    assert audio_duration(tmp_path / "two.wav") == 2 / RATE
+    assert "two.wav: holds several chunks of sound, of which one is read" in caplog.text
 
 
 @pytest.mark.parametrize("workers_", [0, 2])
@@ -369,6 +379,22 @@ def test_mp3_frames_are_counted(tmp_path: Path, rate: int) -> None:
         assert not mpeg_samples(content[:third] + bytes(third) + content[2 * third :])[2]
 
 
+def test_tags_of_an_mp3_are_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = encode(tmp_path / "a.mp3", chirp(), "MPEG_LAYER_III")
+    picture = np.random.default_rng(0).bytes(3_000_000)  # holds two frames in a row by chance
+    ape = b"APETAGEX" + (2000).to_bytes(4, "little") + len(picture).to_bytes(4, "little") + bytes(16)
+    id3 = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
+    for number, tagged in enumerate(
+        (content + ape + picture + ape, content + ape + b"\xff" * 3_000_000, id3 + id3 + bytes(5000) + content)
+    ):
+        path = tmp_path / f"{number}.mp3"
+        path.write_bytes(tagged)
+        with AudioFile(path) as file:
+            assert not file._facts.reason
+        assert audio_duration(path) == audio_duration(tmp_path / "a.mp3")
+    assert not caplog.records
+
+
 def test_every_flipped_bit_of_an_ogg_file_is_found(tmp_path: Path) -> None:
     content = encode(tmp_path / "a.ogg", chirp(0.3), "VORBIS")
     assert ogg_streams(content) == (1, True, False)
@@ -382,10 +408,69 @@ def test_every_flipped_bit_of_an_ogg_file_is_found(tmp_path: Path) -> None:
     assert ogg_streams(b"".join(b"OggS" + page for page in [*pages[:2], *pages[3:]]))[1] is False
 
 
+@pytest.mark.parametrize("ffmpeg", [True, False])
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_recorded_from_the_middle_of_a_stream_is_not_sought_in(
+    tmp_path: Path, subtype: str, ffmpeg: bool, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    if not ffmpeg:
+        request.getfixturevalue("no_ffmpeg")
+    path = tmp_path / "a.ogg"
+    content, pages = encode(path, chirp(20), subtype), []
+    for page in (b"OggS" + part for part in content.split(b"OggS")[1:]):
+        position = int.from_bytes(page[6:14], "little", signed=True)
+        moved = (position + 300 * (position > 0)).to_bytes(8, "little", signed=True)
+        body = page[:6] + moved + page[14:22] + bytes(4) + page[26:]
+        checksum = zlib.crc32(body.translate(structure.REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        pages.append(body[:22] + int(f"{checksum:032b}"[::-1], 2).to_bytes(4, "little") + body[26:])
+    path.write_bytes(b"".join(pages))
+    assert ogg_streams(b"".join(pages)) == (1, True, False)
+    wav = read_audio(path, RATE)
+    for start in (1, 4, 8):
+        part = read_audio(path, RATE, start_sec=start, duration_sec=0.5)
+        torch.testing.assert_close(part, wav[start * RATE :][: len(part)], atol=1e-5, rtol=0)
+    assert not caplog.records
+
+
+def test_reading_takes_no_memory_for_the_whole_file(tmp_path: Path) -> None:
+    import tracemalloc
+
+    noise = np.random.default_rng(0).normal(scale=0.2, size=(20 * 44100, 2)).astype(np.float32)
+    for subtype, repeats in (("FLAC", 1), ("MPEG_LAYER_III", 4), ("FLOAT", 1), ("VORBIS", 1)):
+        path = tmp_path / f"a.{SUFFIXES[subtype]}"
+        content = encode(path, noise, subtype, 44100)
+        path.write_bytes(content * repeats)
+        tracemalloc.start()
+        AudioFile(path).close()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * structure.BLOCK_BYTES, subtype
+
+
+def test_a_part_at_the_end_takes_the_memory_of_some_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(decoding, "BLOCK_FRAMES", 1 << 16)
+    path = zero_length_wav(tmp_path / "a.wav", np.zeros(120 * RATE, np.float32))
+    assert audio_duration(path) == 120  # counted once, in longer blocks
+    tracemalloc.start()
+    assert len(read_audio(path, RATE, start_sec=119.5, duration_sec=0.1)) == round(0.1 * RATE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 20 * RATE
+
+
 def test_flac_streams_are_counted(tmp_path: Path) -> None:
     content = encode(tmp_path / "a.flac", chirp(0.3), "FLAC")
     assert flac_streams(content) == 1
     assert flac_streams(content + content) == 2
+    picture = bytes(100) + content
+    tagged = content[:42] + b"\x06" + len(picture).to_bytes(3, "big") + picture + content[42:]
+    assert flac_streams(tagged) == flac_streams(b"ID3\x04\0\0\0\0\x01\x00" + bytes(128) + tagged) == 1
+    assert flac_streams(tagged + tagged) > 1
+    marker = b"fLaC\0\0\0\x22"
+    for at in (structure.BLOCK_BYTES - 3, structure.BLOCK_BYTES, 2 * structure.BLOCK_BYTES - 7):
+        assert flac_streams(content[:86] + b"\x81\0\0\0" + bytes(at) + marker) <= 2
 
 
 def test_a_changed_file_is_measured_again(tmp_path: Path) -> None:
@@ -394,3 +479,33 @@ def test_a_changed_file_is_measured_again(tmp_path: Path) -> None:
     assert audio_duration(path) == 1.0
     encode(path, chirp(2), "FLAC")
     assert audio_duration(path) == 2.0
+
+
+def test_a_warning_names_a_file_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encode(tmp_path / "a.wav", chirp(), "FLOAT")
+    (tmp_path / "a.wav").write_bytes(content[:-1000])
+    monkeypatch.chdir(tmp_path)
+    audio_duration("a.wav")
+    assert len(read_audio("a.wav", RATE)) == SECONDS * RATE - 250
+    assert caplog.messages == ["a.wav: 1000 bytes that its header promises are missing"]
+
+
+def test_a_folder_named_av_is_no_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "av").mkdir()
+    monkeypatch.delitem(sys.modules, "av", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not decoding.has_ffmpeg()
+
+
+def test_voc_files_of_ffmpeg_are_read(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.voc"), "w", format="voc") as container:
+        stream = container.add_stream("pcm_u8", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray((chirp()[None] * 127 + 128).astype(np.uint8), format="u8", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        for part in (frame, None):
+            container.mux(stream.encode(part))
+    assert audio_duration(tmp_path / "a.voc") == pytest.approx(SECONDS, abs=0.1)  # its rates are coarse

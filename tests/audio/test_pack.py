@@ -404,3 +404,16 @@ def group_is_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_long_file_is_not_held_as_floats(tmp_path: Path) -> None:
+    import tracemalloc
+
+    frames = 600 * 48000
+    soundfile.write(tmp_path / "long.wav", np.zeros(frames, np.int16), 48000, "PCM_U8")
+    tracemalloc.start()
+    packed = pack(tmp_path / "long.wav", tmp_path / "out", workers=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert packed.seconds == 600
+    assert peak < 4 * frames

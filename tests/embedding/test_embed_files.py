@@ -172,6 +172,10 @@ def test_work_of_other_settings_is_refused_and_stays(weights, corpus, tmp_path):
     with pytest.raises(ValueError, match=r"e.npz.parts: holds the work of a stopped run with other frames"):
         run_embed(config(weights, corpus, tmp_path / "e.npz", frames=True))
     assert sorted(os.listdir(tmp_path / "e.npz.parts")) == before
+    with pytest.MonkeyPatch.context() as patch:  # others read other parts of damaged files
+        patch.setattr(module, "decoders", lambda: "libsndfile 0.9")
+        with pytest.raises(ValueError, match=r"e.npz.parts: holds the work of a stopped run with other decoders"):
+            run_embed(config(weights, corpus, tmp_path / "e.npz"))
 
 
 @pytest.mark.parametrize("ranks", [2, 7])

@@ -10,7 +10,8 @@ import torch
 from helpers.tolerances import assert_close
 from helpers.weight_files import Malicious, layout
 
-from byola_fast import AudioNTT2020, AudioNTT2022, Embedder, LogMel, load_encoder
+from byola_fast import EMA, AudioNTT2020, AudioNTT2022, Embedder, LogMel, export_encoder, load_encoder
+from byola_fast.embedding.streaming import embed_blocks
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 
@@ -99,6 +100,49 @@ def test_nan_stays_in_its_own_waveform_and_gradients_reach_the_wave():
     embedder(wav).sum().backward()
     assert wav.grad.abs().sum() > 0
     assert not embedder(torch.randn(1, 4000)).requires_grad
+
+
+def embeddings_of(embedder, wav):
+    frames, timestamps = embedder(wav, frames=True)
+    return [embedder(wav), frames, timestamps, *embed_blocks(embedder, wav[0].split(2000), block_sec=0.4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype):
+    embedder, wav = make_embedder(), 0.1 * torch.randn(2, 16000)
+    wanted = embeddings_of(embedder, wav)
+    torch.set_default_dtype(dtype)
+    try:
+        found = embeddings_of(embedder, wav)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [x.dtype for x in found] == [torch.float32] * len(wanted)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_another_default_device_changes_nothing(tmp_path):
+    embedder, wav = make_embedder(), 0.1 * torch.randn(2, 16000)
+    wanted = embeddings_of(embedder, wav)
+    save_encoder(tmp_path / "encoder.pth", embedder.encoder, config={"n_mels": 16}, stats=STATS)
+    with torch.device("meta"):
+        found = embeddings_of(load_encoder(tmp_path / "encoder.pth"), wav)
+        export_encoder(embedder, tmp_path / "encoder.pt2")
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("encoder", [AudioNTT2020, AudioNTT2022])
+def test_built_on_meta(encoder):
+    embedder, wav = make_embedder(encoder), 0.1 * torch.randn(2, 16000)
+    with torch.device("meta"):
+        built = make_embedder(encoder)
+        average = EMA(built)
+        frames = built(torch.empty(2, 16000), frames=True)
+    wanted = embeddings_of(embedder, wav)
+    assert [x.shape for x in frames] == [x.shape for x in wanted[1:3]]
+    built.to_empty(device="cpu").load_state_dict(embedder.state_dict())
+    average.to_empty(device="cpu").load_state_dict(EMA(embedder).state_dict())
+    for each in (built, average.target):
+        assert all(map(torch.equal, embeddings_of(each.eval(), wav), wanted))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

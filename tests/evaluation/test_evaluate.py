@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,9 +24,9 @@ from byola_fast.evaluation import evaluate as module
 from byola_fast.evaluation import report
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
-from byola_fast.evaluation.probe import class_scores, fit_probe, headline, macro
+from byola_fast.evaluation.probe import Scores, class_scores, fit_probe, headline, macro, truth_table
 from byola_fast.evaluation.report import OLD_COLUMNS, append_result, check_results, draw_confusion
-from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, read_task, rounds
+from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, rounds
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.spectrograms.log_mel import FRONT_END
 
@@ -70,7 +71,8 @@ def test_split_with_weights(split_task, tmp_path, weights):
     result = evaluate(split_task, tmp_path, weights=weights)
     assert result.score > 0.8
     assert result.by_seed == [result.score]  # nothing is drawn
-    assert result.picture == tmp_path / "out" / "tones-encoder-confusion.png"
+    sha256 = result.line["weights_sha256"]
+    assert result.picture == tmp_path / "out" / f"tones-encoder-{sha256[:8]}-confusion.png"
     assert result.picture.stat().st_size > 5000
     for words in ("30 clips, 3 classes; train 18, valid 6, test 6", "C chosen on valid", "one run", "macro", "clips/s"):
         assert words in result.report
@@ -192,65 +194,6 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
     assert 0 <= evaluate(task, tmp_path, features="random", feature_d=8, seeds=1, pad_sec=0.0).score <= 1
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("file_name,label\na,b\n", "expected columns file_name, label, and split or fold, got file_name, label"),
-        ("file_name,label,split,fold\na,b,train,1\n", "split or fold"),
-        ("", "expected columns"),
-        ("file_name,label,split\na,x,train\na,y,test\n", "1 files listed more than once: a"),
-        ("file_name,label,split\na,x,train\nb,y,exam\n", "expected train, valid or test, got exam"),
-        ("file_name,label,split\na,x,train\nb,y,valid\n", "no clip of split test"),
-        ("file_name,label,fold\na,x,1\nb,y,1\n", "at least two folds, got 1"),
-        ("file_name,label,split\na,x,train\nb,x,test\n", "at least two labels, got x"),
-        ("file_name,label,split\na,x,train\nb,,test\n,y,test\n", "1 lines without file_name: 4"),
-        ("file_name,label,split\na,x,train\nb\n", "1 lines without label: 3"),
-        ("file_name,label,split\na,x,train\n./a,y,test\n", "1 files listed more than once: a"),
-        ("file_name,label,split\nb/../a,x,train\na,y,test\n", "1 files listed more than once: a"),
-        ("file_name,label,split,label\na,x,train,y\n", "expected each column once, got label more than once"),
-        ("file_name,label,split\na,x,y,train\n", "line 2: expected 3 cells, as in the first line, got 4; put a label"),
-        ('file_name,label,split\na,"x,train\nb,y,test\n', "line 3: not a CSV file: .*; is a quote missing"),
-        ('file_name,label,split\na,"x,train\nb,y",test\n', "line 3: a line break inside a cell; is a quote missing"),
-        ("file_name,label,split\na,\0x,train\n", "holds NUL bytes"),
-        ("file_name|label|split\na|x|train\n", "expected columns .*, got file_name|label|split"),
-    ],
-)
-def test_refused_tasks(tmp_path, text, words):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(TaskError, match=words):
-        read_task(tmp_path / "t.csv")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "file_name;label;split\na.wav;x;train\nb.wav;y;test\n",
-        "file_name\tlabel\tsplit\na.wav\tx\ttrain\nb.wav\ty\ttest\n",
-        "file_name, label, split\na.wav, x, train\nb.wav, y, test\n",
-        'file_name, label, split\na.wav, "x", train\n"b.wav", y , test\n',
-        "\ufefffile_name,label,split\r\na.wav,x,train\r\nb.wav,y,test\r\n,,\r\n\r\n , ,\r\n",
-        "file_name,label,split,,\na.wav,x,train,,\nb.wav,y,test,,,\n",
-    ],
-)
-def test_kinds_of_csv(tmp_path, text):
-    (tmp_path / "t.csv").write_bytes(text.encode())
-    task, left_out = read_task(tmp_path / "t.csv")
-    assert (task.file_names, task.labels, task.splits) == (["a.wav", "b.wav"], [("x",), ("y",)], ["train", "test"])
-    assert (left_out, task.multi_label) == ([], False)
-
-
-def test_labels_with_commas_between_semicolons(tmp_path):
-    (tmp_path / "t.csv").write_text("file_name;label;split\na;x,y;train\nb;y;test\n")
-    assert read_task(tmp_path / "t.csv")[0].labels == [("x", "y"), ("y",)]
-
-
-def test_names_that_are_not_utf8(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"file_name,label,split\n\xe9.wav,x,train\nb.wav,\xe9,test\n")
-    task, _ = read_task(tmp_path / "t.csv")
-    assert os.fsencode(task.file_names[0]) == b"\xe9.wav"
-    assert task.classes == ["x", "\udce9"]
-
-
 def test_refused_settings(split_task, fold_task, tmp_path):
     for words, settings in {
         "weights: expected a file": {},
@@ -258,7 +201,7 @@ def test_refused_settings(split_task, fold_task, tmp_path):
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
         "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
         "feature_d: expected at least 1": {"features": "random", "feature_d": 0},
-        "pad_sec: expected at least 0 s, got nan": {"features": "random", "pad_sec": float("nan")},
+        "pad_sec: expected 0 to 86400 s, got nan": {"features": "random", "pad_sec": float("nan")},
         "stats: expected weights that hold": {"features": "random", "stats": "weights"},
         "no such folder": {"features": "random", "audio": str(tmp_path / "none")},
         "dtype: expected": {"features": "random", "dtype": "int8"},
@@ -348,8 +291,53 @@ def test_two_classes_and_one_alone():
     result = fit_probe(features, task, plan)
     assert headline(result.truth, result.scores, False) == 1
     only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(TaskError, match="t: clips of one class are left to learn from"):
         fit_probe(features, task, only)
+
+
+def test_the_fold_that_chooses_leaves_two_classes():
+    folds = ["x", "y", "z"] * 10
+    labels = [("a",) if fold == "x" else (("a", "b")[n // 3 % 2],) for n, fold in enumerate(folds)]
+    task = tasks(folds, labels)
+    for seed in range(8):
+        for plan in rounds(task, seed):
+            assert len({labels[n] for n in plan.train}) == 2
+
+
+def test_the_table_of_classes_counts_clips_as_the_confusion_matrix(split_task, tmp_path, monkeypatch):
+    """One of class "high" in a fold where it is right, many in another where they are wrong."""
+
+    def fit(_features, task, plan):
+        truth = truth_table(task)[plan.test]
+        scores = np.where(truth, 1.0, 0.0)
+        scores[:, 0] -= 2 * (len(plan.test) > 20)  # classes are sorted: "high" is the first
+        return Scores(plan.test, truth, scores, 1.0, 1.0)
+
+    monkeypatch.setattr(module, "fit_probe", fit)
+    lines = [
+        f"{n}.wav,{('low', 'mid', 'high')[n % 3]},{'a' if n == 2 or (n % 3 < 2 and n < 9) else 'b'}" for n in range(30)
+    ]
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "tones.csv").write_text("\n".join(["file_name,label,fold", *lines]))
+    result = evaluate(
+        folder / "tones.csv", tmp_path, features="melstats", seeds=2, audio=str(split_task.parent / "audio")
+    )
+    assert re.search(r"^high +10 +10\.0$", result.report, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_each_encoder_has_its_own_picture(split_task, tmp_path):
+    pictures = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        encoder = AudioNTT2020(16, 32)
+        config = describe_encoder(encoder, LogMel(n_mels=16))
+        save_encoder(tmp_path / name / "encoder.pth", encoder, config=config, stats=(-7.1, 4.2))
+        for features in ("trained", "random", "melstats"):
+            settings = {"weights": str(tmp_path / name / "encoder.pth"), "features": features, "seeds": 1}
+            pictures.add(evaluate(split_task, tmp_path, **settings).picture.name)
+    assert len(pictures) == 4  # two encoders and two baselines
 
 
 @pytest.mark.slow

@@ -97,6 +97,40 @@ def test_kernels_that_cannot_be_loaded_warn_and_the_next_best_answers(registry, 
             call()
 
 
+@pytest.mark.parametrize("error", [ImportError("no libtriton"), RuntimeError("broken"), OSError(5, "I/O")])
+def test_a_broken_installation_is_a_fallback_with_a_warning(registry, caplog, error):
+    """As where Triton is there, but cannot be imported."""
+
+    def prepare():
+        raise error
+
+    broken = backend("broken", 0.0)
+    broken.prepare = prepare
+    _dispatch.add_backend(broken)
+    assert torch.equal(call(), X + 1)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"byola_fast: broken backend not used: the kernels cannot be loaded: {error}"
+    ]
+
+
+def test_loading_that_is_interrupted_is_done_again(registry):
+    """The reference answered all later calls in silence."""
+
+    def interrupted(_prepared):
+        raise KeyboardInterrupt
+
+    made = backend("seven", 7.0)
+    register, made.register = made.register, interrupted
+    _dispatch.add_backend(made)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    made.register = register
+    try:
+        assert (call() == 7).all()
+    finally:
+        made.undo()
+
+
 def test_a_failure_warns_once_and_the_next_best_answers(registry, caplog):
     good = backend("seven", 7.0)
     _dispatch.add_backend(backend("broken", 0.0, fails="no compiler: install g++"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from byola_fast.ops import BackendError
-from byola_fast.ops._native import build, cpu
+from byola_fast.ops import BackendError, _triton
+from byola_fast.ops._native import build, cpu, cuda
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,16 @@ import torch, byola_fast
 view1, _ = byola_fast.augment(torch.randn(2, 8, 12), seed=0)
 assert view1.isfinite().all()
 print(byola_fast.doctor().backends["CPU", "resize_crop"])
+"""
+
+TWO_CALLS = """
+import byola_fast
+for call in (lambda: byola_fast.augment(torch.randn(2, 8, 12), seed=0),) * 2 + (byola_fast.doctor,):
+    try:
+        answer = call()
+        print("done" if isinstance(answer, tuple) else answer.backends["CPU", "resize_crop"])
+    except byola_fast.ops.BackendError as error:
+        print(error)
 """
 
 
@@ -112,6 +123,82 @@ def test_a_build_killed_half_way_is_done_again(tiny):
     cpu.register(cpu.prepare())
 
 
+def test_ninja_that_outlives_a_killed_process_keeps_the_lock(tiny):
+    """Two of them wrote to the same folder."""
+    (tiny / "slow.cpp").write_text("int slow;\n")
+    folder = build.cache_folder() / cpu.build_name()
+    slow = tiny.parent / "slow"
+    slow.write_text('#!/bin/sh\ncase "$*" in *slow.cpp*) sleep 6;; esac\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    command = [sys.executable, "-c", PREPARE, str(tiny)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"CXX": str(slow)})
+    deadline = time.monotonic() + 60
+    while not (folder / ".ninja_log").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):  # Python and the one that runs torch's build
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    with open(folder / "byola_fast.lock") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    started = time.monotonic()
+    library = cpu.prepare()
+    assert time.monotonic() - started > 2
+    cpu.register(library)
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_complete_build_that_cannot_be_loaded_is_named(tmp_path, strict):
+    """It raised ImportError out of the first op; then the reference answered in silence, also under STRICT."""
+    library = tmp_path / cpu.build_name() / f"{cpu.NAME}.so"
+    library.parent.mkdir()
+    library.write_bytes(b"of another machine")
+    library.with_name(build.MARKER).write_bytes(build._checksum(library))
+    code = "import sys; import torch\n" + TWO_CALLS
+    done, lines = run(code, BYOLA_FAST_CACHE=str(tmp_path), BYOLA_FAST_STRICT=strict)
+    reason = f"the kernels cannot be loaded: {library}: "
+    assert done.returncode == 0, done.stderr
+    if strict == "0":
+        assert done.stdout.splitlines() == ["done", "done", "reference"]
+        (line,) = lines
+        assert line.startswith(f"byola_fast: cpp backend not used: {reason}")
+        assert line.endswith("; set BYOLA_FAST_CACHE to another folder")
+    else:
+        assert [reason in line for line in done.stdout.splitlines()] == [True] * 3
+
+
+def test_cuda_kernels_that_cannot_be_loaded_are_named(tmp_path):
+    (tmp_path / "cuda.so").write_bytes(b"of another machine")
+    with pytest.raises(BackendError, match=r"the kernels cannot be loaded: .*cuda\.so: .*; set BYOLA_FAST_CACHE"):
+        cuda.register(tmp_path / "cuda.so")
+
+
+@pytest.mark.parametrize("chosen", ["a cache", "~/a cache"])
+def test_a_relative_cache_and_one_in_the_home(tiny, tmp_path, monkeypatch, chosen):
+    """Each start built once more, in a folder within the build's own."""
+    monkeypatch.setenv("BYOLA_FAST_CACHE", chosen)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    library = cpu.prepare()
+    assert library == tmp_path / "a cache" / cpu.build_name() / f"{cpu.NAME}.so"
+    assert library.exists()
+    assert not list(library.parent.glob("*/*"))
+
+
+@pytest.mark.parametrize("compiler", ["{wrapper} c++", "c++ -DFLAG", "/no/such/ccache c++"])
+def test_a_compiler_behind_a_wrapper_or_with_flags(tiny, tmp_path, monkeypatch, compiler):
+    """It was said not to be found."""
+    wrapper = tmp_path / "ccache"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", compiler.format(wrapper=wrapper))
+    if "no/such" in compiler:
+        with pytest.raises(BackendError, match="the C\\+\\+ compiler '/no/such/ccache c\\+\\+' was not found"):
+            cpu.prepare()
+    else:
+        cpu.register(cpu.prepare())
+
+
 def test_a_cache_that_cannot_be_written_is_replaced(tiny, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path / "file" / "cache"))
@@ -139,7 +226,7 @@ def test_a_cache_without_locks_is_replaced(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_build_in_a_read_only_cache_is_used(tiny, monkeypatch):
     library = cpu.prepare()
-    monkeypatch.setattr(build, "_writable", lambda *_: pytest.fail("wrote to a finished build"))
+    monkeypatch.setattr(build, "writable", lambda *_: pytest.fail("wrote to a finished build"))
     assert cpu.prepare() == library
 
 
@@ -208,6 +295,21 @@ def test_a_user_without_a_home_has_a_cache(quick, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     assert build.cache_folder() == Path("/nonexistent/.cache/byola_fast")
+    monkeypatch.setenv("BYOLA_FAST_CACHE", "~/kernels")
+    assert build.cache_folder() == Path("/nonexistent/kernels")
+    monkeypatch.setenv("BYOLA_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    _triton.prepare()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    monkeypatch.delenv("TRITON_CACHE_DIR")  # prepare() set it for the whole process
+
+
+def test_another_c_library_has_its_own_build(tiny, monkeypatch):
+    """As in a home that machines with different systems share."""
+    here = cpu.build_name()
+    monkeypatch.setattr(build.platform, "libc_ver", lambda: ("glibc", "2.17"))
+    assert cpu.build_name() != here
 
 
 def test_the_users_own_cache_may_belong_to_a_group(quick):

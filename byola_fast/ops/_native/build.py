@@ -1,9 +1,9 @@
 """Build the kernels of csrc once, in a cache folder; safe against parallel starts, kills and unwritable folders.
 
 The name of a build's folder contains everything that it depends on: the versions of torch and Python, the CPU's
-instruction set, and a hash of the sources and flags. A file lock guards the build: two processes that start together
-build once, and the system releases the lock of a killed process. A marker, written last, makes a build valid: the
-checksum of the library.
+instruction set, and a hash of the C library's version, the sources and flags. A file lock guards the build: two
+processes that start together build once, and the system releases the lock once a killed process and its compiler have
+ended. A marker, written last, makes a build valid: the checksum of the library.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -46,18 +47,16 @@ def source_folder() -> Path:
 
 def cache_folder() -> Path:
     """Return the folder of all builds: ``BYOLA_FAST_CACHE``, or ``byola_fast`` in the user's cache folder."""
-    chosen = os.environ.get("BYOLA_FAST_CACHE")
-    if chosen:
-        return Path(chosen)
-    home = os.path.expanduser("~")  # "~" itself for a user without a home
-    if not os.path.isabs(home):
-        home = "/nonexistent"
-    return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "byola_fast"
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.expanduser(os.environ.get("BYOLA_FAST_CACHE") or f"{user}/byola_fast")
+    if folder.startswith("~"):  # of a user without a home
+        folder = f"/nonexistent{folder[1:]}"
+    return Path(folder).absolute()  # the compiler runs elsewhere
 
 
 def versioned_name(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
     """Return the name of a build: everything that it depends on, with headers and sources as a hash."""
-    digest = hashlib.sha256(" ".join([MARKER, *build_flags]).encode())
+    digest = hashlib.sha256(" ".join([MARKER, *platform.libc_ver(), *build_flags]).encode())
     headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
     for path in sorted([*headers, *compiled]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -79,17 +78,31 @@ def build_once(build: str, language: str, arguments: dict[str, Any], environment
     name = f"{arguments['name']}.so"
     if _finished(folder, name):
         return folder / name
-    folder = _writable(folder, name)
+    folder = writable(folder, name)
     try:
-        with _locked(folder / "byola_fast.lock"):
+        with _locked(folder / "byola_fast.lock") as lock:
             if not _finished(folder, name):
                 for old in (MARKER, name):
                     (folder / old).unlink(missing_ok=True)
-                _build(folder, language, arguments, environment())
+                _build(folder, language, arguments, environment(), lock)
                 (folder / MARKER).write_bytes(_checksum(folder / name))
     except OSError as error:
         raise BackendError(f"cannot build in {folder}: {error.strerror or error}; {REMEDY}") from error
     return folder / name
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Add the remedy to an error of the loader: no such file, or a folder mounted noexec.
+
+    Raises:
+        BackendError: the library cannot be loaded.
+    """
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        reason = error.__cause__ or error  # torch puts an error without a reason before the loader's
+        raise BackendError(f"the kernels cannot be loaded: {reason}; set BYOLA_FAST_CACHE to another folder") from error
 
 
 def _finished(folder: Path, name: str) -> bool:
@@ -104,7 +117,7 @@ def _checksum(library: Path) -> bytes:
     return hashlib.sha256(library.read_bytes()).hexdigest().encode()
 
 
-def _writable(folder: Path, name: str) -> Path:
+def writable(folder: Path, name: str) -> Path:
     """Create and return ``folder``, or one in the temporary folder if it cannot be written to or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,17 +162,22 @@ def _require(path: Path, kind: Callable[[int], bool], owners: set[int], forbidde
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the system releases it if this process dies."""
-    with open(path, "w") as lock:
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """Hold a lock between processes; the system releases it once this one and those that inherit it have ended."""
+    with open(path, "w+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock
 
 
-def _build(folder: Path, language: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
+def _build(folder: Path, language: str, arguments: dict[str, Any], environment: dict[str, str], lock: IO[str]) -> None:
     """Build in a subprocess, because ``load`` also loads the library, and here the stubs must be removed first."""
     (folder / "lock").unlink(missing_ok=True)  # torch's; some versions wait for it even if its owner is dead
     arguments = arguments | {"build_directory": str(folder)}
+    if len(words := shlex.split(environment.get("CXX", ""))) > 1:  # torch takes it for one word
+        compiler = folder / "c++"
+        compiler.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        compiler.chmod(0o755)
+        environment = environment | {"CXX": str(compiler)}
     code = (  # torch quotes all paths but this one, and the environment's folder may contain a space
         "import json, shlex, sys; from torch.utils import cpp_extension as torchs; "
         "torchs.TORCH_LIB_PATH = shlex.quote(torchs.TORCH_LIB_PATH); torchs.load(**json.loads(sys.argv[1]))"
@@ -170,7 +188,8 @@ def _build(folder: Path, language: str, arguments: dict[str, Any], environment: 
     )
     print(message, file=sys.stderr, flush=True)
     command = [sys.executable, "-c", code, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    # ninja inherits stdin too, and with it the lock: it goes on if this process or Python's child is killed
+    done = subprocess.run(command, env=environment, cwd=folder, stdin=lock, capture_output=True, text=True)
     (folder / "build.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()
@@ -195,6 +214,7 @@ def build_environment() -> dict[str, str]:
     if shutil.which("ninja", path=path) is None:
         raise BackendError("ninja was not found: pip install ninja")
     compiler = os.environ.get("CXX", "c++")  # the same choice as torch's
-    if shutil.which(compiler, path=path) is None:
+    words = shlex.split(compiler)  # "ccache g++", or a compiler with flags
+    if not words or shutil.which(words[0], path=path) is None:
         raise BackendError(f"the C++ compiler {compiler!r} was not found: install g++, or name one in CXX")
     return os.environ | {"PATH": path}

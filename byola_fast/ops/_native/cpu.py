@@ -54,13 +54,19 @@ def prepare() -> Path:
 
 
 def register(library: Path) -> None:
-    """Load the shared library; its static initialisers register the kernels with the dispatcher."""
+    """Load the shared library; its static initialisers register the kernels with the dispatcher.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
     global _module
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec is not None
     assert spec.loader is not None
-    _module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(_module)
+    with build.loading():
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    _module = module
 
 
 def module() -> ModuleType | None:

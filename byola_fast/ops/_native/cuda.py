@@ -86,8 +86,13 @@ def prepare() -> Path:
 
 
 def register(library: Path) -> None:
-    """Load the shared library; its static initialisers register the kernels with the dispatcher."""
-    torch.ops.load_library(str(library))
+    """Load the shared library; its static initialisers register the kernels with the dispatcher.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    with build.loading():
+        torch.ops.load_library(str(library))
 
 
 def install() -> None:

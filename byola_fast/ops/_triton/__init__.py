@@ -17,6 +17,7 @@ import torch
 
 from byola_fast.ops import _dispatch, _schemas
 from byola_fast.ops._dispatch import Backend, BackendError
+from byola_fast.ops._native import build
 
 OLDEST_CAPABILITY = (7, 5)
 
@@ -39,6 +40,8 @@ def prepare() -> dict[str, Callable[..., Any]]:
     if not interpreted() and (found := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
         wanted = ".".join(map(str, OLDEST_CAPABILITY))
         raise BackendError(f"Triton needs a GPU of compute capability {wanted} or later, found {found[0]}.{found[1]}")
+    if not os.path.isabs(os.path.expanduser("~")):  # Triton would write to a folder "~" in the current one
+        os.environ.setdefault("TRITON_CACHE_DIR", str(build.writable(build.cache_folder() / "triton", build.MARKER)))
     files = {
         name: importlib.import_module(f"byola_fast.ops._triton.{name}") for name in set(_schemas.LAUNCHERS.values())
     }
