@@ -113,10 +113,8 @@ class EMA(nn.Module):
         differ from the target's (a network that grew or shrank needs a new ``EMA``). TypeError: a network that cannot
         be copied, is quantised or sharded (DTensor), or has lazy parameters; dtypes that ``ops.ema_update_`` refuses.
         RuntimeError: ``update()`` or another ``swapped()`` inside ``swapped()``. An error leaves the target unchanged.
-
-    Warns:
-        UserWarning: once, where the target of ``buffers="none"`` runs in eval mode with buffers of the first day,
-        while training changed the online network's.
+        It warns once if the target of ``buffers="none"`` runs in eval mode with buffers of the first day, while
+        training changed the online network's.
 
     Numerics:
         As ``ops.ema_update_``: one call for all parameters, including frozen ones (``requires_grad=False``). Tied
