@@ -197,7 +197,7 @@ class Batches:
             wav = self.source.cut(clips[local], starts[local])
         else:
             clips, draws = self._clips(epoch, self._order(epoch)[first : first + self.local_size])
-            out = torch.empty(len(clips), self.source.num_samples, dtype=torch.int16, pin_memory=pin)
+            out = torch.empty(len(clips), self.source.num_samples, dtype=torch.int16, device="cpu", pin_memory=pin)
             wav = self.source.gather(clips, epoch, draws, out=out)
         if self.segments > 1:
             wav = wav.view(self.local_size, self.segments, -1)
@@ -207,8 +207,9 @@ class Batches:
         """Return the order of the numbers of an epoch; number k is clip ``k % len(source)``."""
         if self._cached_order is None or self._cached_order[0] != epoch:
             low, high, *_ = philox4x32(epoch & MASK32, 0, 0, SLOT_ORDER, self.seed & MASK32, self.seed >> 32 & MASK32)
-            generator = torch.Generator().manual_seed(high << 31 | low >> 1)
-            self._cached_order = epoch, torch.randperm(len(self.source) * self.repeats, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(high << 31 | low >> 1)
+            numbers = len(self.source) * self.repeats
+            self._cached_order = epoch, torch.randperm(numbers, generator=generator, device="cpu")
         return self._cached_order[1]
 
     def _candidates(self, epoch: int, number: int) -> Iterator[int]:
@@ -247,7 +248,7 @@ class Batches:
             number = int(numbers[place])
             clips[place] = next(clip for clip in self._candidates(epoch, number) if self.source.readable[clip])
             draws[place] = self._draw(number, True)
-        draws = draws[:, None] + torch.arange(self.segments)
+        draws = draws[:, None] + torch.arange(self.segments, device="cpu")
         return clips.repeat_interleave(self.segments), draws.flatten()
 
     def _starts(self, epoch: int) -> tuple[Tensor, Tensor]:

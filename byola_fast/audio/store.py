@@ -86,11 +86,11 @@ class SegmentStore(_Clips):
             raise ValueError(f"unit_sec: expected 1 to 2^31 samples (1 / {self.sample_rate} s each), got {unit_sec}")
         self.num_samples = round(unit_sec * self.sample_rate)
         self.names = [""] * files
-        self.lengths, self._begins = torch.zeros(2, files, dtype=torch.int64).unbind()
+        self.lengths, self._begins = torch.zeros(2, files, dtype=torch.int64, device="cpu").unbind()
         self.broken: dict[Path, str] = {}
         for number, header in enumerate(headers):
             self.names[number::parts] = header.names
-            offsets = torch.tensor(header.offsets, dtype=torch.int64)
+            offsets = torch.tensor(header.offsets, dtype=torch.int64, device="cpu")
             self.lengths[number::parts], self._begins[number::parts] = offsets.diff(), offsets[:-1]
             self.broken |= {Path(name): reason for name, reason in header.broken.items()}
         self.readable = self.lengths > 0
@@ -131,7 +131,7 @@ class SegmentStore(_Clips):
                 be read.
             ValueError: ``out`` has another shape or type.
         """
-        clips = torch.as_tensor(indices, dtype=torch.int64)
+        clips = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if len(clips) and not 0 <= int(clips.min()) <= int(clips.max()) < len(self):
             raise IndexError(f"indices: expected 0 to {len(self) - 1}, got {int(clips.min())} to {int(clips.max())}")
         if len(bad := clips[~self.readable[clips]]):
@@ -143,7 +143,7 @@ class SegmentStore(_Clips):
         """Return the segments at the starts that ``starts`` drew; otherwise as ``gather``."""
         shape = (len(clips), self.num_samples)
         if out is None:
-            out = torch.empty(shape, dtype=torch.int16)
+            out = torch.empty(shape, dtype=torch.int16, device="cpu")
         if out.shape != shape or out.dtype != torch.int16 or out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError(
                 f"out: expected {shape}, int16, contiguous, on the CPU, got {tuple(out.shape)} {out.dtype}"
@@ -229,13 +229,14 @@ class DeviceStore(_Clips):
         self.names, self.readable, self.broken, self.clipped = store.names, store.readable, store.broken, store.clipped
         self._padded = bool((store.lengths[store.readable] < store.num_samples).any())
         sizes = store._sizes
-        parts = torch.arange(len(store)) % len(sizes)
-        bases = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        parts = torch.arange(len(store), device="cpu") % len(sizes)
+        bases = torch.tensor([0, *sizes], device="cpu").cumsum(0)[:-1]
         try:
             self.lengths = store.lengths.to(device)
             self._begins = (store._begins + bases[parts]).to(device)
             self.samples = torch.empty(sum(sizes), dtype=torch.int16, device=device)
-            buffer = torch.empty(min(sum(sizes), UPLOAD_SAMPLES), dtype=torch.int16, pin_memory=device.type == "cuda")
+            pin = device.type == "cuda"
+            buffer = torch.empty(min(sum(sizes), UPLOAD_SAMPLES), dtype=torch.int16, device="cpu", pin_memory=pin)
         except RuntimeError as error:  # torch.OutOfMemoryError and the error of the CPU
             message = f"{2 * sum(sizes) / 2**30:.1f} GiB of samples do not fit in the memory of {device}"
             raise StoreError(store.path, f"{message}: {error}") from error
@@ -254,7 +255,8 @@ class DeviceStore(_Clips):
 
         The clips must be readable: a check would wait for the device.
         """
-        clips = torch.as_tensor(indices, dtype=torch.int64)
+        on = indices.device if isinstance(indices, Tensor) else "cpu"
+        clips = torch.as_tensor(indices, dtype=torch.int64, device=on)
         clips = clips.to(self.device, non_blocking=self.device.type == "cuda")
         return self.cut(clips, self.starts(clips, epoch, draw))
 

@@ -296,7 +296,7 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
         with suppress(OSError, TypeError):  # no file holds it
             digest.update(b"" if kind.__module__.startswith("torch.") else Path(inspect.getfile(kind)).read_bytes())
     samples = max(round(config.pad_sec * embedder.sample_rate), embedder.min_samples)
-    sound = torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    sound = torch.randn(1, samples, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     with suppress(RuntimeError, ValueError), torch.no_grad():  # an encoder may take longer clips alone
         digest.update(embedder(sound.to(embedder.to_lms.window.device)).float().cpu().numpy().tobytes())
     front_end = [getattr(embedder.to_lms, name) for name in FRONT_END]

@@ -313,7 +313,7 @@ def require_embeddings(encoder: nn.Module, shape: tuple[int, int]) -> None:
     Raises:
         ValueError: the encoder fails, or gives another shape or dtype.
     """
-    weight = next(encoder.parameters(), torch.empty(0))
+    weight = next(encoder.parameters(), torch.empty(0, device="cpu"))
     training = encoder.training
     try:
         with torch.no_grad():
@@ -343,7 +343,7 @@ class RunningMaxMean:
 
     def __init__(self) -> None:
         self.count = 0
-        self.largest = self.total = torch.zeros(())
+        self.largest = self.total = torch.zeros((), device="cpu")
 
     def add(self, frames: Tensor) -> None:
         """Add ``(n, d)``."""

@@ -137,7 +137,7 @@ class MoCo(Learner):
             raise ValueError(f"queue_size: expected at least 1, got {queue_size}")
         self.temperature, self.gather = _positive("temperature", temperature), gather
         self.target = EMA(self.online, ema_decay, ema_buffers)
-        self.register_buffer("queue", torch.zeros(queue_size, proj_size))
+        self.register_buffer("queue", torch.zeros(queue_size, proj_size, dtype=torch.float32))
         self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64))
         self._ddp_params_and_buffers_to_ignore = ["queue", "cursor"]  # equal on all ranks, and 64 MB
 

@@ -52,7 +52,7 @@ class World:
         """Return the maximum of each value over all processes; on the CPU, as gloo notices a dead process at once."""
         if self.size == 1:
             return list(values)
-        message = torch.tensor(values, dtype=torch.int64)
+        message = torch.tensor(values, dtype=torch.int64, device="cpu")
         distributed.all_reduce(message, distributed.ReduceOp.MAX)
         return message.tolist()
 
@@ -60,7 +60,7 @@ class World:
         """Return the mean of each value over all processes."""
         if self.size == 1:
             return list(values)
-        message = torch.tensor(values, dtype=torch.float64)
+        message = torch.tensor(values, dtype=torch.float64, device="cpu")
         distributed.all_reduce(message)
         return (message / self.size).tolist()
 

@@ -105,7 +105,8 @@ def _segments_of_folder(
 
 
 def _shuffled(count: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
 
 

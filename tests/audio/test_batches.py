@@ -116,6 +116,14 @@ def test_every_reader_gives_the_same(
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_default_device_changes_nothing(source: Callable[..., Source], kind: str) -> None:
+    wanted = list(Batches(source(kind, True), 4, seed=5, segments=2, workers=0).run(7))
+    with torch.device("meta"):
+        found = list(Batches(source(kind, True), 4, seed=5, segments=2, workers=0).run(7))
+    assert all(map(equal, found, wanted))
+
+
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     local_size=st.integers(1, 9), world=st.integers(1, 4), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 10**6),
