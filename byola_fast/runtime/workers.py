@@ -14,9 +14,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from multiprocessing.process import BaseProcess
 from traceback import format_exc
@@ -112,7 +112,7 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
 
     try:
         for first in range(min(workers, len(keys))):
-            team.append(_start(read, keys[first::workers]))
+            _start(read, keys[first::workers], team)
         atexit.register(end)  # multiprocessing would send SIGTERM and wait
         for _key, (process, items) in zip(keys, cycle(team), strict=False):
             try:
@@ -131,17 +131,39 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
         end()
 
 
-def _start(read: Callable[[K], T], keys: Sequence[K]) -> tuple[BaseProcess, BinaryIO]:
-    """Start a worker; return it and the file that its items are read from."""
+def _start(read: Callable[[K], T], keys: Sequence[K], team: list[tuple[BaseProcess, BinaryIO]]) -> None:
+    """Start a worker; add it and the file that its items are read from to the team."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = multiprocessing.Process(target=_work, args=(read, keys, theirs, os.getpid()), daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker ignores them
-        try:
+        with _signals_wait():  # a worker outside the team would never be ended
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return process, ours.makefile("rb")
+            team.append((process, ours.makefile("rb")))
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back while a process starts.
+
+    The mask holds them back from the worker, until it ignores them. A signal may still reach another thread of this
+    process; Python then runs its handler here, in a callback of ``os.fork`` perhaps, which drops a KeyboardInterrupt.
+    """
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers, or runs them
+    for number, handler in handlers.items() if main else ():
+        if handler is not None:  # else it is not Python's
+            signal.signal(number, lambda number, _frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items() if main else ():
+            if handler is not None:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for caught in dict.fromkeys(held):
+            signal.raise_signal(caught)
 
 
 def _work(read: Callable[[K], T], keys: Sequence[K], theirs: socket.socket, main: int) -> None:
