@@ -47,7 +47,11 @@ def test_ctrl_c_while_processes_read(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    lines = [line for line in message.splitlines() if line.startswith("byola-fast: ") and "skipping" not in line and "left out" not in line]
+    lines = [
+        line
+        for line in message.splitlines()
+        if line.startswith("byola-fast: ") and "skipping" not in line and "left out" not in line
+    ]
     assert lines == ["byola-fast: interrupted"]
     assert "Traceback" not in message
     assert not out.exists()
