@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check, readme_table
+from benchmarks.gpu import stages
 from benchmarks.gpu.missing import unloadable_tests
 
 pytestmark = pytest.mark.slow
@@ -122,9 +123,15 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
 def test_readme_has_only_measured_gpu_figures(tmp_path):
     text = "<!-- benchmarks:gpu/goals begin -->\n<!-- benchmarks:gpu/goals end -->"
     assert readme_table.NOT_MEASURED in readme_table.regenerate(text, tmp_path)
-    row = {"work": "two views", "measured": "12.0 us", "goal": "< 11 us"}
-    (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": {"views": {"rows": [row]}}}))
-    assert "| two views | 12.0 us | < 11 us |" in readme_table.regenerate(text, tmp_path)
+    rows = [stages.row("two views", "12.0 us", {"< 11 us": False, "< 13 us": True}), stages.row("EMA", "3 us", {})]
+    machine = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "date": "2026-11-26"}
+    found = {"environment": machine, "views": {"rows": rows}, "ranks": {"error": "stopped after 180 s"}}
+    (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": found}))
+    made = readme_table.regenerate(text, tmp_path)
+    assert "| two views | 12.0 us | < 11 us, < 13 us |" in made
+    assert "Goals missed: two views: < 11 us." in made
+    assert "Stages that failed: ranks." in made
+    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-26" in made
 
 
 def test_files_without_their_packages_are_left_out_with_their_importers():
@@ -132,10 +139,11 @@ def test_files_without_their_packages_are_left_out_with_their_importers():
     assert {"runs.py", "test_cli.py"} <= names  # the second imports the first
     assert "test_quality.py" in names  # imports benchmarks.quality.__main__
     assert "test_resize_crop.py" not in names
+    assert unloadable_tests(["soxr"]) == unloadable_tests(["soundfile"])  # imported later, as files are read
     assert unloadable_tests([]) == []
 
 
-def test_the_stage_of_tests_selects_the_tests_on_cuda_without_audio_packages(tmp_path, monkeypatch):
+def test_the_stage_of_tests_selects_its_tests_without_audio_packages(tmp_path, monkeypatch, capsys):
     """A GPU machine may lack soundfile, soxr and jsonargparse; files that need them must not stop the others."""
     lacking = ["jsonargparse", "soundfile", "soxr"]
     plugin = f"import sys; sys.modules.update(dict.fromkeys({lacking}))"
@@ -145,8 +153,9 @@ def test_the_stage_of_tests_selects_the_tests_on_cuda_without_audio_packages(tmp
     for name in lacking:
         monkeypatch.setitem(sys.modules, name, None)
     found = gpu_check.run(["tests"], tmp_path, "cpu")["stages"]["tests"]
-    assert found["missing_packages"] == ["soundfile"]  # the others are imported inside functions alone
+    assert found["missing_packages"] == ["soundfile", "soxr"]  # jsonargparse is imported inside functions alone
     assert "tests/training/test_pretrain.py" in found["files_left_out"]
+    assert "skipped without a GPU: tests/training/test_pretrain.py: needs soundfile or soxr" in capsys.readouterr().out
     assert found["returncode"] == 0, (tmp_path / "tests.log").read_text()
     collected = (tmp_path / "tests.log").read_text()
     for path, name in waiting_for_a_gpu():
