@@ -218,6 +218,7 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "sanitizers": sanitizers,
 }
 BY_HAND = ("sanitizers",)
+HEADLINES = ("views", "front_end", "training", "ema")
 
 
 def run(
@@ -305,17 +306,30 @@ def table(results: dict[str, Any]) -> str:
     rows = [row for stage in results["stages"].values() for row in stage.get("rows", [])]
     lines = ["| work | measured | goal |", "|---|---|---|"]
     lines += [f"| {row['work']} | {row['measured']} | {row['goal']} |" for row in rows]
-    missed = [f"{row['work']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")]
-    lines += ["", f"Goals missed: {'; '.join(missed)}." if missed else "All goals were met."]
-    lines += [f"Stages that failed: {', '.join(failed)}."] if (failed := failures(results)) else []
-    return "\n".join([*lines, "", where(results)])
+    missed = [f"- {row['work']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")]
+    lines += ["", where(results), "", "Goals missed:" if missed else "All goals were met.", "", *missed]
+    left = [name for name in STAGES if name not in results["stages"] and name not in BY_HAND]
+    for what, names in (("that failed", failures(results)), ("not run", left)):
+        lines += ["", f"Stages {what}: {', '.join(names)}."] if names else []
+    return "\n".join(lines).rstrip()
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the first measurement of each of ``HEADLINES`` as a Markdown table.
+
+    Raises:
+        ValueError: the results come from a dry run.
+    """
+    headlines = {name: {"rows": results["stages"].get(name, {}).get("rows", [])[:1]} for name in HEADLINES}
+    lines = table({"dry_run": results["dry_run"], "stages": headlines}).partition("\n\n")[0]
+    return f"{lines}\n\n{where(results)}"
 
 
 def where(results: dict[str, Any]) -> str:
     """Return the GPU, the versions and the date of the results."""
     found = results["stages"].get("environment", {})
     used = [f"{name} {version}" for name, version in found.get("versions", {}).items() if name != "byola_fast"]
-    return ", ".join([found.get("gpu", "unknown GPU"), *used, found.get("date", "unknown date")])
+    return ", ".join([found.get("gpu", "unknown GPU"), *used, found.get("date", "unknown date")]) + "."
 
 
 def failures(results: dict[str, Any]) -> list[str]:

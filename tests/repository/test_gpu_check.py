@@ -121,17 +121,23 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_only_measured_gpu_figures(tmp_path):
-    text = "<!-- benchmarks:gpu/goals begin -->\n<!-- benchmarks:gpu/goals end -->"
-    assert readme_table.NOT_MEASURED in readme_table.regenerate(text, tmp_path)
+    text, short = (
+        f"<!-- benchmarks:gpu/{op} begin -->\n<!-- benchmarks:gpu/{op} end -->" for op in ("goals", "summary")
+    )
+    assert readme_table.regenerate(text + short, tmp_path).count(readme_table.NOT_MEASURED) == 2
     rows = [stages.row("two views", "12.0 us", {"< 11 us": False, "< 13 us": True}), stages.row("EMA", "3 us", {})]
     machine = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "date": "2026-11-26"}
     found = {"environment": machine, "views": {"rows": rows}, "ranks": {"error": "stopped after 180 s"}}
     (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": found}))
     made = readme_table.regenerate(text, tmp_path)
     assert "| two views | 12.0 us | < 11 us, < 13 us |" in made
-    assert "Goals missed: two views: < 11 us." in made
+    assert "Goals missed:\n\n- two views: < 11 us\n" in made
     assert "Stages that failed: ranks." in made
-    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-26" in made
+    assert "Stages not run: compilation, properties," in made
+    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-26." in made
+    made = readme_table.regenerate(short, tmp_path)
+    assert "| two views | 12.0 us |" in made
+    assert "EMA" not in made  # the first row of a stage alone
 
 
 def test_files_without_their_packages_are_left_out_with_their_importers():
