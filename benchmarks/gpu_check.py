@@ -53,7 +53,6 @@ GROUPS = {
 WORKERS = max(
     2, min(14, cores() - 2)
 )  # test processes, if pytest-xdist is installed; most of their time is compilation
-COMPILE_LONG = "tests/ops/test_triton_kernels.py"  # begins first
 
 # First calls that compile longest; each runs in its own process, all at once.
 FIRST_CALLS = {
@@ -116,12 +115,13 @@ def environment(context: Context) -> dict[str, Any]:
 
 def tests(context: Context) -> dict[str, Any]:
     """Run all tests on CUDA: those with a ``device`` fixture, opcheck included, and those of the Triton kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", *ALL_TESTS, COMPILE_LONG, "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", *ALL_TESTS, "tests"]
     if context.skip("running the tests on CUDA: they are only collected"):
         command += ["--collect-only"]
     else:
         command += ["-k", ON_CUDA, "--durations=20"]
-        command += ["-n", str(WORKERS), "--maxschedchunk=1"] if importlib.util.find_spec("xdist") else []
+        one_by_one = ["-n", str(WORKERS), "--maxschedchunk=1"]  # neighbours tend to be slow alike
+        command += one_by_one if importlib.util.find_spec("xdist") else []
     missing = missing_packages()
     left_out = [str(path.relative_to(ROOT)) for path in unloadable_tests(missing)]
     command += [f"--ignore={path}" for path in left_out]
