@@ -98,6 +98,23 @@ def test_a_stage_in_its_own_process_is_stopped_at_its_limit_or_dies_alone(tmp_pa
     assert whole["views"]["output"] == "so far\n"
     assert whole["ema"]["error"] == "its process ended with exit code 7"
     assert "illegal memory access" in whole["ema"]["output"]
+    whole = gpu_check.run(["views"], tmp_path, "cpu", apart=True, limit_s=1.0)["stages"]
+    assert whole["views"]["error"] == "stopped after 1 s"  # the limit of the command
+
+
+def test_the_groups_are_all_stages_but_those_run_by_hand(tmp_path, monkeypatch):
+    grouped = [stage for group in gpu_check.GROUPS.values() for stage in group]
+    assert sorted(grouped) == sorted(set(gpu_check.STAGES) - set(gpu_check.BY_HAND))
+    asked = []
+
+    def run(stages, *_, limit_s, **_more):
+        asked.append((stages, limit_s))
+        return {"dry_run": True, "stages": {}}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "steps"])
+    assert asked == [(list(gpu_check.GROUPS["steps"]), gpu_check.GROUP_S)]
+    assert gpu_check.GROUP_S < 540
 
 
 def test_a_command_over_its_limit_leaves_its_log_and_no_process(tmp_path):
