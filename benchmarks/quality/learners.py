@@ -84,6 +84,7 @@ class Distil(Learner):
             encoder.load_state_dict(first)
         widths = [feature_width(teacher) for teacher in self.teachers]
         self.head = nn.Linear(feature_width(encoder), sum(widths))
+        self.train()  # the trainer does not call it
 
     def train(self, mode: bool = True) -> Distil:
         """Set the mode of the student; the teachers stay in evaluation mode."""
