@@ -112,7 +112,8 @@ def _variants() -> dict[str, Variant]:
 
     def log_mel(n_fft: int, element: str) -> Variant:
         r1, r2 = mel_module.RADICES[n_fft]
-        sizes = {"R1": r1, "R2": r2, "FRAMES": 2 * mel_module.LANES // r1, "MELS": 64}
+        sizes = {"R1": r1, "R2": r2, "FRAMES": 2 * mel_module.LANES // r1, "MELS": mel_module.MELS}
+        sizes |= {"LANES_OF_BAND": mel_module.LANES_OF_BAND, "UNROLLED": mel_module.UNROLLED}
         return Variant(
             "log_mel.log_mel_kernel",
             _names("window table filter_bank stats lms powers", "fp32")
