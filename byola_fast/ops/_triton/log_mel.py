@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import EPS, INTERPRETED, on_device, resident_programs
+from byola_fast.ops._triton.shared import EPS, INTERPRETED, logarithm, on_device, resident_programs
 from byola_fast.ops.reference import _around, log_mel_reference, num_frames_reference
 
 RADICES = {64: (8, 8), 128: (16, 8), 256: (16, 16), 512: (32, 16), 1024: (32, 32), 2048: (64, 32)}  # n_fft: R1, R2
@@ -189,6 +189,16 @@ def square(re, im):
     return tl.fma(re, re, im * im)
 
 
+@triton.jit
+def log(x):
+    """Return log(x) for x >= eps: the GPU's lg2 instruction for the mantissa alone, with an error of 2^-22 at most."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F400000) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)  # 0.75 to 1.5
+    y = tl.fma(exponent.to(tl.float32), 0.6931471805599453, logarithm(mantissa, not BY_LOADS))
+    return tl.where(x < float("inf"), y, x)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def log_mel_kernel(
     wav,  # (B, samples), the samples of a waveform contiguous
@@ -314,16 +324,19 @@ def log_mel_kernel(
             last = tl.minimum(tl.maximum(tl.load(bands + 2 * mel + 1, mel < mels, other=0), 0), bins).to(tl.int32)
             width = (last - first)[:, None] - band[None, :]
             weights = filter_bank + (mel * bins + first)[:, None] + band[None, :]
-            total = tl.zeros((MELS, LANES_OF_BAND, FRAMES), tl.float32)
+            total = tl.zeros((MELS, LANES_OF_BAND * FRAMES), tl.float32)
             for at in range(0, tl.max(last - first), CHUNK):
                 row = tl.minimum(first + at, bins) * FRAMES  # the zeros behind the powers have no weight
-                values = power + row[:, None, None] + (band * FRAMES)[None, :, None] + f[None, None, :]
+                values = power + row[:, None] + tl.arange(0, LANES_OF_BAND * FRAMES)[None, :]
                 for i in tl.static_range(UNROLLED):
                     inside = at + i * LANES_OF_BAND < width
                     weight = tl.load(weights + i * LANES_OF_BAND, inside, other=0).to(tl.float32)
-                    total += weight[:, :, None] * tl.load(values + i * LANES_OF_BAND * FRAMES)
+                    weight = tl.broadcast_to(weight[:, :, None], (MELS, LANES_OF_BAND, FRAMES))
+                    weight = tl.reshape(weight, (MELS, LANES_OF_BAND * FRAMES))
+                    total += weight * tl.load(values + i * LANES_OF_BAND * FRAMES)
                 weights += CHUNK
-            y = (tl.log(tl.sum(total, 1) + EPS) - mean) * scale
+            total = tl.reshape(total, (MELS, LANES_OF_BAND, FRAMES))
+            y = (log(tl.sum(total, 1) + EPS) - mean) * scale
             written = (mel < mels)[:, None] & (f <= last_frame)[None, :]
             tl.store(target + mel.to(tl.int64)[:, None] * frames + f[None, :], y, written)
 
