@@ -35,7 +35,7 @@ BUDGETS = {
     "resize_crop, bicubic": (96, 0, 5),
     "resize_crop, backward": (40, 0, 12),
 }
-SLOW = {"log_mel": (90,)}  # takes 20 s to compile; `python -m benchmarks.gpu.kernels` measures all architectures
+MEASURED = {"log_mel": (80, 90)}  # on sm_100 8 bytes are spilled; `python -m benchmarks.gpu.kernels` prints all
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,7 +44,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [(name, a) for name in BUDGETS for a in SLOW.get(name, kernels.ARCHITECTURES)]
+    ("name", "architecture"), [(name, a) for name in BUDGETS for a in MEASURED.get(name, kernels.ARCHITECTURES)]
 )
 def test_resources(name, architecture):
     found = kernels.measure(name, architecture)

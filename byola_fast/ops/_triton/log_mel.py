@@ -8,13 +8,15 @@ lane n2, and lane k1 computes frequency k = k1 + R1 k2. So both transforms, R1 r
 over n2, stay in the registers of one thread, and all butterflies have constant factors: 1024 = 32 x 32, 8 frames, 4
 warps. Between them is one exchange through shared memory, which Triton makes from join, permute and split. Rows k1 and
 R1 - k1 are conjugates, so rows k1 < R1 / 2 suffice. The real rows 0 and R1 / 2 share one lane: together they hold the
-even and odd frequencies of a real transform of 2 R2 points, computed as a complex transform of R2 points and separated
-at the end (`two_powers`). Powers go to the scratch tile [frequency][frame], which stays in the cache. From there a
-thread sums a band of four frames at a time, with one load for the frames and one for the weight. Frames that cross an
-end of their waveform are first copied to scratch with reflection, so that all others load with constant offsets. All
+even and odd frequencies of a real transform of 2 R2 points, computed as a complex transform of R2 points; all lanes
+separate them afterwards, through scratch. Powers go to the scratch tile [frequency][frame], which stays in the cache.
+From there a thread sums four frames of every fourth frequency of a band, with one load for the frames and one for the
+weight. Frames that cross an end of their waveform are first copied to scratch with reflection, so that all others load
+with constant offsets. No barrier ends a tile: the first one of the next tile comes before any place is written that
+another lane may still read. All
 arithmetic is float32: benchmarks/gpu/NOTES.md compares products with DFT matrices on tensor cores.
 """
-# ruff: noqa: RUF005, because Triton adds tuples but does not support (*x, y)
+# ruff: noqa: RUF005, SIM108, because Triton adds tuples but does not support (*x, y), and branches on constants
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ LANES_OF_BAND = 4  # they read neighbouring frequencies
 UNROLLED = 2  # frequencies of a band per lane and step
 BY_LOADS = tl.constexpr(INTERPRETED)
 CIRCLE = tl.constexpr(128)
-# one variant for all values: specialising gains nothing, a compilation takes up to a minute, and lengths vary
+# one variant for all values: lengths vary, and a hop known to be a multiple of 16 would make loads choose wide layouts
 RUNTIME = ["units", "tiles", "samples", "mels", "frames", "hop", "pad"]
 COSINES = tl.constexpr(tuple(math.cos(2 * math.pi * j / 128) for j in range(128)))
 
