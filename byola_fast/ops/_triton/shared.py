@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime.driver import driver
 
@@ -219,15 +220,15 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     specialises kernels by. That decision is kept here under a key that is at least as fine: device, debugging modes,
     constants, dtypes, alignments of 16 bytes, and of integers the width and, unless the kernel does not specialise
     them, whether they are 1 or multiples of 16. The first launch of a key is Triton's own, as are all launches of a
-    kernel with hooks of its own or while compilation is inspected.
+    kernel with hooks of its own, or while its compilation is inspected.
     """
     kept = None
-    runtime = knobs.runtime
-    if not KEEP or kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
-        kernel[(programs,)](*args, **constants)
+    if not KEEP or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+        with _HERE if recording.launches is None else _disable_current_modes():  # the interpreter's own ops
+            kernel[(programs,)](*args, **constants)
     else:
         device = driver.active.get_current_device()
-        key = [id(kernel), device, runtime.debug, knobs.compilation.instrumentation_mode]
+        key = [id(kernel), device, *debugging()]
         for value, parameter in zip(args, kernel.params):  # noqa: B905  constants follow
             if isinstance(value, Tensor):
                 key += value.dtype, value.data_ptr() % 16 == 0
@@ -249,6 +250,27 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
             run_kept(kept, programs, driver.active.get_current_stream(device), args)
     if recording.launches is not None:
         recording.launches.append(Launched(kernel, programs, args, constants, kept))
+
+
+def debugging() -> tuple[Any, ...]:
+    """Return Triton's modes that change how a kernel is compiled."""
+    runtime = knobs.runtime
+    return runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+
+
+def current_stream(device: torch.device) -> int | None:
+    """Return the current stream of a device; None if another device is current, or without a GPU."""
+    if device.type != "cuda" or driver.active.get_current_device() != device.index:
+        return None
+    return driver.active.get_current_stream(device.index)
+
+
+def relaunch(launched: Launched, stream: int | None, args: list[Any]) -> None:
+    """Launch a recorded kernel with other arguments that ask for the same compiled one."""
+    if launched.kept is None:
+        launched.kernel[(launched.programs,)](*args, **launched.constants)
+    else:
+        run_kept(launched.kept, launched.programs, stream, args)
 
 
 def run_kept(kept: Kept, programs: int, stream: int, args: Any) -> None:
