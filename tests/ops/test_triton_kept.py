@@ -36,7 +36,8 @@ class FakeDriver:
 class Compiled:
     """A compiled kernel that notes its launches."""
 
-    def __init__(self):
+    def __init__(self, name):
+        self.name = name
         self.launches = []
         self.function, self.packed_metadata = object(), object()
 
@@ -59,7 +60,7 @@ def stub(monkeypatch):
 
     def compile_stub(self, key, signature, device, constexprs, options, attrs, warmup):
         cache = self.device_caches[device][0]
-        made[self.__name__, device, key] = cache[key] = Compiled()
+        made[self.__name__, device, key] = cache[key] = Compiled(self.__name__)
         return cache[key]
 
     monkeypatch.setattr(driver, "_active", FakeDriver())
@@ -186,6 +187,61 @@ def test_constants_options_devices_and_debugging_make_other_kernels(stub, kernel
                     stub.launch(kernel, 1, *args, **constants, **options)
                     seen.add(last_launch(stub)[0])
     assert len(seen) == len(stub.made) == 2 * 4 * 2 * 2
+
+
+@pytest.fixture
+def replayed_on_the_cpu(stub, monkeypatch):
+    """Let calls on the CPU be recorded and replayed with stubs for kernels; all their launches, in order."""
+    from byola_fast.ops import _replay
+    from byola_fast.ops._triton import shared
+
+    launches = []
+    monkeypatch.setattr(Compiled, "run", lambda self, *args: launches.append((self.name, *args)))
+    monkeypatch.setattr(_replay, "ON_CPU", True)
+    monkeypatch.setattr(_replay, "_plans", {})
+    monkeypatch.setattr(_replay, "_served", {False})
+    monkeypatch.setattr(_replay._dispatch, "backend_in_use", lambda *args: ("triton", ""))
+    monkeypatch.setattr(shared, "current_stream", lambda device: 1000)
+    return launches
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_a_replayed_call_launches_what_was_recorded(with_memory, replayed_on_the_cpu, monkeypatch):
+    """The same kernels, grids and numbers; for each address, the one that the call's own memory has."""
+    from byola_fast import Augment, augment
+
+    aug = Augment(n_memory=4, seed=1, stats=(0.5, 2.0))
+    batches = [torch.randn(3, 1, 6, 9) for _ in range(4)]
+    seen, allocations, empty = [], [0], torch.empty
+
+    def counted(*args, **kwargs):
+        allocations[0] += 1
+        return empty(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", counted)
+        for number, x in enumerate(batches):
+            replayed_on_the_cpu.clear()
+            allocations[0] = 0
+            aug(x) if with_memory else augment(x, seed=2**40 + number, step=number, stats=(0.5, 2.0))
+            seen.append(list(replayed_on_the_cpu))
+    assert allocations[0] == 2  # the views, and all else
+    number = 2 if with_memory else 1  # of the recorded call; with a memory, the first one allocates it
+    recorded, replayed = seen[number], seen[3]
+    assert len(recorded) == len(replayed) >= 3
+    buffers = {x.data_ptr(): x.data_ptr() for x in aug.buffers()}
+    moved = buffers | {batches[number].data_ptr(): batches[3].data_ptr()}
+    for before, after in zip(recorded, replayed, strict=True):
+        assert len(before) == len(after)
+        for old, new in zip(before[:7] + before[10:], after[:7] + after[10:], strict=True):  # without the hooks
+            if isinstance(old, torch.Tensor):
+                assert isinstance(new, int)
+                assert new % 16 == old.data_ptr() % 16
+                assert moved.setdefault(old.data_ptr(), new) == new
+            elif "write_inputs" not in before[0]:
+                assert old == new or old is new
+    if not with_memory:
+        assert replayed[0][12:] == (3, 2**8, 3, 0.5, 2.0, True)  # seed, step and statistics of this call
 
 
 def test_every_launch_is_by_launch():
