@@ -11,24 +11,34 @@
 
 namespace {
 
-// The tensors of a Python list, valid as long as the list is not changed.
+// The tensors of a Python list: borrowed from a tuple, which no other thread can change. Made and ended under the lock.
 class Borrowed {
  public:
   ~Borrowed() {
     for (at::Tensor& x : tensors) c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(x);
+    Py_XDECREF(held_);
   }
   // False for anything but a list of tensors and parameters, whose subclasses may have calls of their own.
   bool fill(PyObject* list) {
-    if (!PyList_CheckExact(list)) return false;
-    tensors.reserve(PyList_GET_SIZE(list));
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(list); ++k) {
-      PyObject* item = PyList_GET_ITEM(list, k);
+    if (!PyList_CheckExact(list) || !(held_ = PyList_AsTuple(list))) return false;
+    tensors.reserve(PyTuple_GET_SIZE(held_));
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(held_); ++k) {
+      PyObject* item = PyTuple_GET_ITEM(held_, k);
       if (!THPVariable_CheckExact(item)) return false;
       tensors.push_back(c10::MaybeOwnedTraits<at::Tensor>::createBorrow(THPVariable_Unpack(item)));
     }
     return true;
   }
   std::vector<at::Tensor> tensors;
+
+ private:
+  PyObject* held_ = nullptr;
+};
+
+// Lets other threads of Python run: a full queue of launches makes a launch wait.
+struct Unlocked {
+  ~Unlocked() { PyEval_RestoreThread(state); }
+  PyThreadState* state = PyEval_SaveThread();
 };
 
 }  // namespace
@@ -41,8 +51,12 @@ extern "C" PyObject* byola_ema_update(PyObject* target, PyObject* online, PyObje
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("byola_fast::ema_update_", "")
                              .typed<void(at::TensorList, at::TensorList, const at::Tensor&)>();
-  const at::AutoDispatchBelowADInplaceOrView below;
-  op.call(targets.tensors, onlines.tensors, THPVariable_Unpack(decay));
+  const at::Tensor& number = THPVariable_Unpack(decay);
+  {
+    const Unlocked unlocked;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.call(targets.tensors, onlines.tensors, number);
+  }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
