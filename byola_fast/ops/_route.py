@@ -36,6 +36,8 @@ def op(name: str) -> Callable[..., Any]:
 
 def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
     """Call ``ema_update_`` under ``torch.no_grad``: by the CUDA library's own binding for lists where it is loaded."""
+    if len(target) + len(online) == 0:  # len() refuses a generator, which the op would use up before it is checked
+        return
     is_seen = torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
     call = None if is_seen else cuda.ema_call
     if call is None or call(target, online, decay) is NotImplemented:
