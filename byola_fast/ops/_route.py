@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from byola_fast.ops import reference
+from byola_fast.ops._native import cuda
 
 
 def needs_reference() -> bool:
@@ -30,3 +32,13 @@ def op(name: str) -> Callable[..., Any]:
     if needs_reference():
         return getattr(reference, f"{name}_reference")
     return getattr(torch.ops.byola_fast, name)
+
+
+def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
+    """Call ``ema_update_`` under ``torch.no_grad``: by the CUDA library's own binding for lists where it is loaded."""
+    if len(target) + len(online) == 0:  # len() refuses a generator, which the op would use up before it is checked
+        return
+    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
+    call = None if is_seen else cuda.ema_call
+    if call is None or call(target, online, decay) is NotImplemented:
+        torch.ops.byola_fast.ema_update_(target, online, decay)

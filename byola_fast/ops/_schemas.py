@@ -109,14 +109,14 @@ def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tenso
     reference.ema_update__reference(target, online, decay)
 
 
-_composites: dict[str, Callable[..., Any]] = {  # in place of the plain reference
+COMPOSITES: dict[str, Callable[..., Any]] = {  # in place of the plain reference
     "log_mel": log_mel_in_chunks,
     "augment_views": augment_views_allocate,
     "augment_views_backward": augment_views_backward_composite,
     "ema_update_": ema_update__checked,
 }
 for _name in OPS:
-    _function = _composites.get(_name) or getattr(reference, f"{_name}_reference")
+    _function = COMPOSITES.get(_name) or getattr(reference, f"{_name}_reference")
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
 # not public: the C++ of ema_update_ calls them for lists that are new to it

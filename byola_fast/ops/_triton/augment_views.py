@@ -36,6 +36,7 @@ from byola_fast.ops._triton.shared import (
     exponential,
     indexable,
     is_wide,
+    launch,
     logarithm,
     mix_log,
     on_device,
@@ -319,7 +320,9 @@ def augment_views_out(
     resized_stride = 0 if column_blocks else round_up(out_frames, COLUMNS)
     scratch = x.new_empty(programs, mels + 1, stride + resized_stride, dtype=compute_dtype(x.dtype))
     with on_device(x):
-        augment_views_kernel[(programs,)](
+        launch(
+            augment_views_kernel,
+            programs,
             x,
             pool,
             x if bank is None else bank.contiguous(),

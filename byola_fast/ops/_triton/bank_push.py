@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import EPS, compute_type, indexable, on_device
+from byola_fast.ops._triton.shared import EPS, compute_type, indexable, launch, on_device
 
 BLOCK = 1024
 FLAGS = 1024
@@ -88,7 +88,21 @@ def bank_push_(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) ->
     moments = x if stats is None else stats.contiguous()
     shared = {"HAS_STATS": stats is not None, "COMPUTE": compute_type(x.dtype), "BLOCK": BLOCK}
     with on_device(x):
-        find_finite_kernel[(len(x),)](x, moments, finite, done, rows, numel, frames, *x.stride(), **shared)
-        bank_push_kernel[(len(x),)](
-            x, moments, finite, done, rows, cursor, len(x), len(rows), numel, frames, *x.stride(), FLAGS=FLAGS, **shared
+        launch(find_finite_kernel, len(x), x, moments, finite, done, rows, numel, frames, *x.stride(), **shared)
+        launch(
+            bank_push_kernel,
+            len(x),
+            x,
+            moments,
+            finite,
+            done,
+            rows,
+            cursor,
+            len(x),
+            len(rows),
+            numel,
+            frames,
+            *x.stride(),
+            FLAGS=FLAGS,
+            **shared,
         )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from byola_fast.ops import philox
-from byola_fast.ops._triton.shared import on_device
+from byola_fast.ops._triton.shared import launch, on_device
 from byola_fast.ops.reference import SIZE_SHIFT
 
 BLOCK = 128
@@ -111,7 +111,9 @@ def draw_params(
     fader = rng.new_empty(2, batch, 2, dtype=torch.float32)
     if batch:
         with on_device(rng):
-            draw_params_kernel[(triton.cdiv(2 * batch, BLOCK),)](
+            launch(
+                draw_params_kernel,
+                triton.cdiv(2 * batch, BLOCK),
                 rng.contiguous(),
                 rng if bank_count is None else bank_count,
                 lam,

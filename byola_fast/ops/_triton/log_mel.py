@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import EPS, INTERPRETED, logarithm, on_device, resident_programs
+from byola_fast.ops._triton.shared import EPS, INTERPRETED, launch, logarithm, on_device, resident_programs
 from byola_fast.ops.reference import _around, log_mel_reference, num_frames_reference
 
 RADICES = {64: (8, 8), 128: (16, 8), 256: (16, 16), 512: (32, 16), 1024: (32, 32), 2048: (64, 32)}  # n_fft: R1, R2
@@ -399,7 +399,9 @@ def log_mel(
     resident, room = programs_per_sm(wav), (tile - 1) * hop_length + n_fft
     programs = min(batch * tiles, resident_programs(wav, resident))
     with on_device(wav):
-        log_mel_kernel[(programs,)](
+        launch(
+            log_mel_kernel,
+            programs,
             wav,
             window.float().contiguous(),
             turns(n_fft, wav.device),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import compute_type, on_device
+from byola_fast.ops._triton.shared import compute_type, launch, multiprocessors, on_device
 from byola_fast.ops.reference import sums_dtype
 
 EPS = tl.constexpr(2.0**-23)
@@ -117,7 +117,7 @@ def sample_sums(x: Tensor) -> Tensor:
     sums = x.new_empty(x.shape[0], 3, dtype=sums_dtype(x.device))
     if len(x):
         with on_device(x):
-            sample_sums_kernel[(len(x),)](x.contiguous(), sums, x.numel() // len(x), BLOCK=BLOCK)
+            launch(sample_sums_kernel, len(x), x.contiguous(), sums, x.numel() // len(x), BLOCK=BLOCK)
     return sums
 
 
@@ -125,7 +125,7 @@ def batch_stats(sums: Tensor, dtype: torch.dtype) -> Tensor:
     stats = sums.new_empty(2, dtype=dtype)
     rows = _rows(sums)
     with on_device(sums):
-        batch_stats_kernel[(1,)](rows, len(rows), stats, SUMS=_block_of(rows))
+        launch(batch_stats_kernel, 1, rows, len(rows), stats, SUMS=_block_of(rows))
     return stats
 
 
@@ -135,7 +135,9 @@ def running_stats_(
     stats = mean.new_empty(2)
     rows = _rows(sums)
     with on_device(mean):
-        running_stats_kernel[(1,)](
+        launch(
+            running_stats_kernel,
+            1,
             mean,
             variance,
             count,
@@ -169,10 +171,19 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
     rows = _rows(sums)
     if len(rows) > FEW_SUMS:
         rows = rows.sum(0, keepdim=True)
-    maximum = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    maximum = 8 * multiprocessors(x.device) if x.is_cuda else 4
     with on_device(x):
-        normalize_kernel[(min(triton.cdiv(x.numel(), BLOCK), maximum),)](
-            x, rows, y, x.numel(), len(rows), COMPUTE=compute_type(x.dtype), SUMS=_block_of(rows), BLOCK=BLOCK
+        launch(
+            normalize_kernel,
+            min(triton.cdiv(x.numel(), BLOCK), maximum),
+            x,
+            rows,
+            y,
+            x.numel(),
+            len(rows),
+            COMPUTE=compute_type(x.dtype),
+            SUMS=_block_of(rows),
+            BLOCK=BLOCK,
         )
 
 
