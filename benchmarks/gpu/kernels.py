@@ -94,11 +94,11 @@ def _variants() -> dict[str, Variant]:
         at_once = views_module.AT_ONCE["bilinear" if taps == 2 else "bicubic"]
         constants = views_constants | {"TAPS": taps, "MIXUP": mixup, "COLUMN_BLOCKS": 3, "RUN": 8}
         constants |= {"BLOCKS_AT_ONCE": at_once[0], "TURNS_AT_ONCE": at_once[1]}
-        odd = (*views_module.RUNTIME, "mel_shift", "frame_shift")
-        wide = magic
+        odd: tuple[str, ...] = (*views_module.RUNTIME, "mel_shift", "frame_shift")
+        wide: tuple[str, ...] = magic
         pointers = views_pointers | _names("x pool out", element) | {"sums": "fp64"}
         if fused:
-            constants |= {"PUSH": True}
+            constants |= {"PUSH": True, "EARLY": False}
             odd += "pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"
             wide += "mel_base", "mel_slope", "frame_base", "frame_slope"
             pointers |= _names("finite done", "i32")
@@ -158,7 +158,7 @@ def _variants() -> dict[str, Variant]:
             | {"sums": "fp64"},
             f32
             | dict.fromkeys(("NORMALIZE", "PUSH", "ADVANCE", "HAS_STATS", "FLAT"), True)
-            | {"SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
+            | {"EARLY": False, "SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
             odd=("rows_of_sums", "batch", "n_memory", "pushing"),
             warps=8,
         ),

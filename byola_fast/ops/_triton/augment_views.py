@@ -140,12 +140,10 @@ def clear_margins(
 
 
 @triton.jit
-def prefetch(source, first_f, end_f, stride_f, frames, ROWS: tl.constexpr, LINES: tl.constexpr):
-    """Ask for up to ROWS rows of LINES cache lines of 128 bytes; only a hint."""
-    f = tl.minimum(first_f + tl.arange(0, ROWS), end_f - 1)
+def prefetch(source, first, last, lane):
+    """Ask for a cache line of 128 bytes per lane, from element ``first`` to ``last``; only a hint."""
     line: tl.constexpr = 1024 // source.dtype.element_ty.primitive_bitwidth
-    c = tl.minimum(tl.arange(0, LINES) * line, frames - 1)
-    place = (source + f[:, None] * stride_f + c[None, :]).to(tl.int64)
+    place = (source + tl.minimum(first + lane * line, last)).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -194,9 +192,9 @@ def make_view(
     groups = tl.cdiv(tl.cdiv(end_c, COLUMNS) - first_block, MIX_BLOCKS)
     if PREFETCH:
         if (first_f < end_f) & (groups > 0):
-            prefetch(source, first_f, end_f, x_f, frames, 2 * STAGED_ROWS, 4)
+            prefetch(source, first_f * x_f, (end_f - 1) * x_f + (frames - 1) * x_t, lane)
             if MIXUP == "log" or MIXUP == "linear":
-                prefetch(other_row, first_f, end_f, other_f, frames, 2 * STAGED_ROWS, 4)
+                prefetch(other_row, first_f * other_f, (end_f - 1) * other_f + (frames - 1) * other_t, lane)
     for start in range(first_f, end_f, STAGED_ROWS):
         f = (start + tl.arange(0, STAGED_ROWS))[:, None]
         for group in range(0, groups):
