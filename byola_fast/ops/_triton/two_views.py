@@ -166,8 +166,8 @@ def two_views_kernel(
             HAS_BANK, MIXUP, TAPS, COMPUTE, APPROXIMATE, WIDE, EXACT, STAGED_ROWS, MIX_BLOCKS, ROWS, COLUMNS,
             COLUMN_BLOCKS, RUN, BLOCKS_AT_ONCE, TURNS_AT_ONCE, PREFETCH,
         )  # fmt: skip
-        tl.store(own_sums, tl.load(own_sums) + total)
-        tl.store(own_sums + tl.num_programs(0), tl.load(own_sums + tl.num_programs(0)) + squares)
+        tl.atomic_add(own_sums, total, sem="relaxed")  # by one thread, so always in this order
+        tl.atomic_add(own_sums + tl.num_programs(0), squares, sem="relaxed")
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -210,7 +210,7 @@ def finish_views_kernel(
     program = tl.program_id(0)
     if ADVANCE:
         if program == 0:
-            tl.store(rng + 1, tl.load(rng + 1) + 1)
+            tl.atomic_add(rng + 1, tl.full((), 1, tl.int64), sem="relaxed")  # by one thread
     if PUSH:
         if program < pushing:
             push_sample(
