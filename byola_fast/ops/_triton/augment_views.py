@@ -9,10 +9,11 @@ Mixing is expensive, so each element is mixed once, although two to sixteen taps
 of one sample at a time: it mixes only the elements that the crop reads into its scratch tile, waits at a barrier, and
 resizes from the tile. The number of programs is the number that the GPU runs at once, so the few tiles are reused for
 all samples and stay in the cache. A row and a column of zeros behind each tile stand for the margin of the canvas, so
-that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16 bytes. At the taps, a warp
-handles 32 frames of one row, one per thread, and touches two or three cache lines instead of eight. Blocks are 1-D
-there: with two axes, Triton 3.6 lays the mels along a warp. Bilinear outputs read their four taps from the tile;
-bicubic outputs, with sixteen taps, go through a second tile that is resized along time only.
+that no tap needs a mask. While mixing, a thread handles four neighbours in accesses of 16 bytes, and all blocks of
+columns are on their way before the first is mixed. At the taps, a warp makes neighbouring rows, 32 frames at a time,
+one per thread, and touches two or three cache lines instead of eight. Where the canvas is no taller than the view, each
+row needs at most one new row of the tile, resized along time; the others stay in registers. Taller canvases go through
+a second tile. Blocks are 1-D there: with two axes, Triton 3.6 lays the mels along a warp.
 benchmarks/gpu/NOTES.md compares the designs, with figures.
 """
 
