@@ -85,18 +85,29 @@ def _variants() -> dict[str, Variant]:
         _names("bank stats lam fader scratch", "fp32") | _names("bank_count bank_index rng", "i64") | {"crop": "i32"}
     )
     views_constants = f32 | {
-        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "COLUMNS": 32,
-        "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "x_t": 1, "pool_t": 1,
+        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "EXACT": True, "COLUMNS": 32,
+        "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "MIX_BLOCKS": 3, "PREFETCH": True, "x_t": 1, "pool_t": 1,
     }  # fmt: skip
     magic = ("mel_magic", "frame_magic")
 
-    def views(element: str, taps: int, mixup: str = "log") -> Variant:
+    def views(element: str, taps: int, mixup: str = "log", fused: bool = False) -> Variant:
+        at_once = views_module.AT_ONCE["bilinear" if taps == 2 else "bicubic"]
+        constants = views_constants | {"TAPS": taps, "MIXUP": mixup, "COLUMN_BLOCKS": 3, "RUN": 8}
+        constants |= {"BLOCKS_AT_ONCE": at_once[0], "TURNS_AT_ONCE": at_once[1]}
+        odd: tuple[str, ...] = (*views_module.RUNTIME, "mel_shift", "frame_shift")
+        wide: tuple[str, ...] = magic
+        pointers = views_pointers | _names("x pool out", element) | {"sums": "fp64"}
+        if fused:
+            constants |= {"PUSH": True, "EARLY": False}
+            odd += "pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"
+            wide += "mel_base", "mel_slope", "frame_base", "frame_slope"
+            pointers |= _names("finite done", "i32")
         return Variant(
-            "augment_views.augment_views_kernel",
-            views_pointers | _names("x pool out", element) | {"sums": "fp64"},
-            views_constants | {"TAPS": taps, "COLUMN_BLOCKS": 3 if taps == 2 else 0, "MIXUP": mixup},
-            magic,
-            (*views_module.RUNTIME, "mel_shift", "frame_shift"),
+            "two_views.two_views_kernel" if fused else "augment_views.augment_views_kernel",
+            pointers,
+            constants,
+            wide,
+            odd,
             views_module.WARPS,
             views_module.REGISTERS,
         )
@@ -129,7 +140,7 @@ def _variants() -> dict[str, Variant]:
     axis = f32 | {"WIDE": False, "INPUTS": 16, "LINES": 32}
     axis_pointers = _names("grad to_x", "fp32") | {"crop": "i32"}
     crop_pointers = _names("x y", "fp32") | {"crop": "i32"}
-    push = f32 | {"HAS_STATS": True, "BLOCK": 1024, "stride_t": 1}
+    push = f32 | {"HAS_STATS": True, "FLAT": True, "BLOCK": 1024, "stride_t": 1}
     push_pointers = _names("x stats rows", "fp32") | _names("finite done", "i32")
     return {
         "augment_views, bilinear": views("fp32", 2),
@@ -137,6 +148,21 @@ def _variants() -> dict[str, Variant]:
         "augment_views, bicubic": views("fp32", 4),
         "augment_views, bicubic, bf16": views("bf16", 4),
         "augment_views, Gaussian": views("fp32", 2, "gaussian"),
+        "two_views": views("fp32", 2, fused=True),
+        "two_views, bf16": views("bf16", 2, fused=True),
+        "two_views, bicubic": views("fp32", 4, fused=True),
+        "finish_views": Variant(
+            "two_views.finish_views_kernel",
+            _names("views x stats rows", "fp32")
+            | _names("finite done", "i32")
+            | _names("cursor rng", "i64")
+            | {"sums": "fp64"},
+            f32
+            | dict.fromkeys(("NORMALIZE", "PUSH", "ADVANCE", "HAS_STATS", "FLAT"), True)
+            | {"EARLY": False, "SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
+            odd=("rows_of_sums", "batch", "n_memory", "pushing"),
+            warps=8,
+        ),
         "draw_params": Variant(
             "draw_params.draw_params_kernel",
             _names("rng bank_count bank_index", "i64") | _names("lam fader", "fp32") | {"crop": "i32"},

@@ -38,6 +38,16 @@ def sample_sums_kernel(x, sums, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def moments_of_sums(count, total, squares):
+    """Return mean and unbiased std, at least eps."""
+    mean = total / tl.maximum(count, 1)
+    variance = (squares - total * mean) / tl.maximum(count - 1, 1)
+    variance = tl.where(variance < 0, 0, variance)  # not tl.maximum, which would lose NaN
+    std = tl.sqrt(variance)
+    return mean, tl.where(std < EPS, EPS, std)
+
+
+@triton.jit
 def mean_and_std(sums, rows, BLOCK: tl.constexpr):
     """Return mean, unbiased std (at least eps) and count from ``rows`` counts, sums and sums of squares."""
     count = tl.zeros((BLOCK,), tl.float64)
@@ -49,12 +59,8 @@ def mean_and_std(sums, rows, BLOCK: tl.constexpr):
         total += tl.load(sums + 3 * n + 1, n < rows, other=0)
         squares += tl.load(sums + 3 * n + 2, n < rows, other=0)
     count_all = tl.sum(count)
-    total_all = tl.sum(total)
-    mean = total_all / tl.maximum(count_all, 1)
-    variance = (tl.sum(squares) - total_all * mean) / tl.maximum(count_all - 1, 1)
-    variance = tl.where(variance < 0, 0, variance)  # not tl.maximum, which would lose NaN
-    std = tl.sqrt(variance)
-    return mean, tl.where(std < EPS, EPS, std), count_all
+    mean, std = moments_of_sums(count_all, tl.sum(total), tl.sum(squares))
+    return mean, std, count_all
 
 
 @triton.jit
@@ -97,13 +103,16 @@ def running_stats_kernel(
 
     number = tl.load(updates)
     added = tl.where((max_updates < 0) | (number < max_updates), batch_count.to(tl.int64), 0)
-    merged = tl.load(count) + added
+    before = tl.load(count)
+    merged = before + added
+    # The GPU's division is approximate: 1 - weight would not be 0 at the first update, and n / n not 1 after the last.
     weight = added.to(COMPUTE) / tl.maximum(merged, 1).to(COMPUTE)
+    rest = tl.where(added > 0, before.to(COMPUTE) / tl.maximum(merged, 1).to(COMPUTE), 1)
     old_mean = tl.load(mean)
     distance = batch_mean.to(COMPUTE) - old_mean
     new_mean = old_mean + weight * distance
-    spread = weight * (1 - weight) * distance * distance
-    new_variance = (1 - weight) * tl.load(variance) + weight * batch_variance.to(COMPUTE) + spread
+    spread = weight * rest * distance * distance
+    new_variance = rest * tl.load(variance) + weight * batch_variance.to(COMPUTE) + spread
     tl.store(mean, new_mean)
     tl.store(variance, new_variance)
     tl.store(count, merged)
