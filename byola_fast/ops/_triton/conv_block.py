@@ -17,7 +17,7 @@ from torch import Tensor
 from byola_fast.ops._triton import first_conv
 from byola_fast.ops._triton.first_conv import window
 from byola_fast.ops._triton.shared import INTERPRETED, compute_type, on_device, resident_programs
-from byola_fast.ops.reference import compute_dtype
+from byola_fast.ops.reference import batch_norm_running__reference, compute_dtype
 
 CHANNELS = 64  # of a tile at most
 FEW = 4  # channels of a program that adds up partial sums
@@ -220,6 +220,7 @@ def norm_backward_kernel(
     channels,
     count,
     FROZEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -230,9 +231,9 @@ def norm_backward_kernel(
     r = tl.load(stats + channels + c, real, other=0).to(tl.float64)
     a = r * tl.load(gamma + c, real, other=0).to(tl.float64)
     of_gamma = products * r
-    tl.store(to_beta + c, total, real)
-    tl.store(to_gamma + c, of_gamma, real)
-    tl.store(to_bias + c, tl.where(FROZEN, a * total, 0), real)
+    tl.store(to_beta + c, total.to(COMPUTE), real)
+    tl.store(to_gamma + c, of_gamma.to(COMPUTE), real)
+    tl.store(to_bias + c, tl.where(FROZEN, a * total, 0).to(COMPUTE), real)
     tl.store(factors + c, a, real)
     tl.store(factors + channels + c, tl.where(FROZEN, 0, -a * of_gamma * r / count), real)
     tl.store(factors + 2 * channels + c, tl.where(FROZEN, 0, -a * total / count), real)
@@ -451,6 +452,7 @@ def conv_block_backward(
                 programs,
                 channels,
                 FROZEN=frozen,
+                COMPUTE=sizes["COMPUTE"],
                 ROWS=ROWS,
                 CHANNELS=FEW,
             )
@@ -481,6 +483,7 @@ def conv_block_backward(
                 channels,
                 batch * rows * columns,
                 FROZEN=frozen,
+                COMPUTE=sizes["COMPUTE"],
                 ROWS=ROWS,
                 CHANNELS=FEW,
             )
@@ -503,6 +506,8 @@ def conv_block_backward(
 def batch_norm_running_(
     mean: Tensor, variance: Tensor, updates: Tensor, stats: Tensor, count: int, momentum: float | None
 ) -> None:
+    if mean.dtype == torch.float64:  # a kernel's momentum is float32
+        return batch_norm_running__reference(mean, variance, updates, stats, count, momentum)
     with on_device(mean):
         norm_running_kernel[(1,)](
             mean, variance, updates, stats, len(mean), count, momentum, BLOCK=CHANNELS, num_warps=1

@@ -244,6 +244,7 @@ def first_backward_kernel(
     programs,
     channels,
     FROZEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -273,9 +274,9 @@ def first_backward_kernel(
     for k in tl.static_range(9):
         of_gamma += tl.load(weight + c * 9 + k, real, other=0).to(tl.float64) * sums[k + 1]
     of_gamma *= r
-    tl.store(to_beta + c, total, real)
-    tl.store(to_gamma + c, of_gamma, real)
-    tl.store(to_bias + c, tl.where(FROZEN, a * total, 0), real)
+    tl.store(to_beta + c, total.to(COMPUTE), real)
+    tl.store(to_gamma + c, of_gamma.to(COMPUTE), real)
+    tl.store(to_bias + c, tl.where(FROZEN, a * total, 0).to(COMPUTE), real)
     k64 = tl.arange(0, MOMENTS)
     i, j = pair(k64)
     moments = tl.load(kept + k64, k64 < 55, other=0)
@@ -289,4 +290,4 @@ def first_backward_kernel(
             # row k of S w is E[p_k (w . p - centre)]
             row = tl.where((i == k)[:, None], w_j, 0) + tl.where(((j == k) & (i != k))[:, None], w_i, 0)
             value -= total * tl.load(kept + 45 + k) + of_gamma * r * tl.sum(moments[:, None] * row, 0)
-        tl.store(to_weight + c * 9 + k, a * value, real)
+        tl.store(to_weight + c * 9 + k, (a * value).to(COMPUTE), real)
