@@ -421,9 +421,8 @@ def conv_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, inputs, rows, columns = x.shape
     channels, pooled = len(weight), which.numel() // len(weight)
-    to_x = torch.empty(
-        x.shape if needs_x else (0, 1, 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    to_x = torch.empty((0, 1, 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    given = x.dtype
     to_weight = torch.empty_like(weight)
     to_bias, to_gamma, to_beta = (torch.empty(channels, dtype=gamma.dtype, device=x.device) for _ in range(3))
     grad = grad if grad.stride(1) == 1 else grad.contiguous(memory_format=torch.channels_last)
@@ -497,7 +496,7 @@ def conv_block_backward(
         to_y, x.to(y.dtype), weight.to(y.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
     if needs_x:
-        to_x.copy_(of_x)
+        to_x = of_x.to(given).contiguous(memory_format=torch.channels_last)
     if inputs > 1:
         to_weight.copy_(of_weight)
     return to_x, to_weight, *results
