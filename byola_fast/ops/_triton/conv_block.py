@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from byola_fast.ops._triton import first_conv
-from byola_fast.ops._triton.first_conv import window
+from byola_fast.ops._triton.first_conv import RUNTIME, window
 from byola_fast.ops._triton.shared import INTERPRETED, compute_type, on_device, resident_programs
 from byola_fast.ops.reference import batch_norm_running__reference, compute_dtype
 
@@ -28,7 +28,7 @@ PIXELS = 256 if INTERPRETED else 16
 POSITIONS = 512 if INTERPRETED else 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def channel_sums_kernel(
     y, partials, anchors, total, channels, COMPUTE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -73,7 +73,7 @@ def add_up(partials, programs, channels, c, ROWS: tl.constexpr, CHANNELS: tl.con
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def channel_stats_kernel(
     partials,
     anchors,
@@ -103,7 +103,7 @@ def channel_stats_kernel(
     tl.store(stats + 3 * channels + c, variance, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def frozen_stats_kernel(mean, variance, bias, stats, channels, eps, BLOCK: tl.constexpr):
     """Write the same from running statistics; the centre is that of the convolution without its bias."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,7 +119,7 @@ def frozen_stats_kernel(mean, variance, bias, stats, channels, eps, BLOCK: tl.co
     tl.store(stats + 3 * channels + c, known_variance, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def pool_kernel(
     y,
     gamma,
@@ -163,7 +163,7 @@ def pool_kernel(
     tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def pool_sums_kernel(
     grad,
     grad_b,
@@ -207,7 +207,7 @@ def pool_sums_kernel(
     tl.store(row + channels, tl.sum(products, 0), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def norm_backward_kernel(
     partials,
     gamma,
@@ -239,7 +239,7 @@ def norm_backward_kernel(
     tl.store(factors + 2 * channels + c, tl.where(FROZEN, 0, -a * total / count), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def unpool_kernel(
     grad,
     grad_b,
@@ -283,7 +283,7 @@ def unpool_kernel(
         tl.store(to_y + here, tl.where(place == d, g, 0) + u[None, :] * value + v[None, :], some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def norm_running_kernel(mean, variance, updates, stats, channels, count, momentum, BLOCK: tl.constexpr):
     """Move running statistics (C) to those of a batch of ``count`` values; one program of one warp."""
     number = tl.load(updates) + 1

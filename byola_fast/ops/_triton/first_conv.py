@@ -18,6 +18,8 @@ import triton.language as tl
 
 ANCHOR = tl.constexpr(55)  # its place after the moments
 MOMENTS = tl.constexpr(64)  # a row of partial moments
+# sizes that no address is a multiple of: other images compile nothing again
+RUNTIME = ("total", "pooled", "windows", "rows", "columns", "programs", "count")
 SAMPLES = tl.constexpr(1024)  # of the input, for the anchor
 
 
@@ -38,7 +40,7 @@ def load_patches(x, image, i, j, live, rows, columns, anchor, SIDE: tl.constexpr
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def patch_moments_kernel(x, partials, total, rows, columns, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     """Write each program's sums of the 55 moments, and the anchor: partials (programs, 64)."""
     step = tl.maximum(total // SAMPLES, 1)
@@ -74,7 +76,7 @@ def pair(k):
     return i, k - i * (i + 1) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def first_stats_kernel(
     partials, weight, bias, kept, stats, programs, channels, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -122,7 +124,7 @@ def window(q, out_rows, out_columns):
     return image, line - image * out_rows, q - line * out_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def first_forward_kernel(
     x,
     weight,
@@ -182,7 +184,7 @@ def first_forward_kernel(
         tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def first_sums_kernel(
     grad,
     grad_b,
@@ -230,7 +232,7 @@ def first_sums_kernel(
         tl.store(row + k * channels, tl.sum(sums[k], 0), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def first_backward_kernel(
     partials,
     weight,
