@@ -78,6 +78,7 @@ def _variants() -> dict[str, Variant]:
     import triton.language as tl
 
     from byola_fast.ops._triton import augment_views as views_module
+    from byola_fast.ops._triton import first_conv as conv_module
     from byola_fast.ops._triton import log_mel as mel_module
 
     f32 = {"COMPUTE": tl.float32}
@@ -134,6 +135,13 @@ def _variants() -> dict[str, Variant]:
             odd=tuple(mel_module.RUNTIME),
             max_registers={80: 168, 90: 128, 100: 168},
         )
+
+    tile = f32 | {"PIXELS": 16, "CHANNELS": 64}
+    few, sizes = {"ROWS": 256, "CHANNELS": 4}, conv_module.RUNTIME
+    incoming = {"grad": "bf16", "which": "u8"}
+    parameters = _names("partials weight bias gamma beta stats to_weight to_bias to_gamma to_beta factors", "fp32")
+    first = _names("x", "fp32") | {"kept": "fp64"} | parameters
+    later = _names("y to_y out", "bf16") | parameters | {"anchors": "fp32"}
 
     crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
     crop_odd = ("mel_shift", "frame_shift")
@@ -214,6 +222,36 @@ def _variants() -> dict[str, Variant]:
             ("magic",),
             ("shift",),
         ),
+        "conv_block, moments": Variant("first_conv.patch_moments_kernel", first, f32 | {"BLOCK": 128}, odd=sizes),
+        "conv_block, first statistics": Variant(
+            "first_conv.first_stats_kernel", first, {"ROWS": 64, "CHANNELS": 4}, odd=sizes
+        ),
+        "conv_block, first": Variant(
+            "first_conv.first_forward_kernel", first | {"out": "bf16", "which": "u8"}, tile, odd=sizes
+        ),
+        "conv_block, first sums": Variant("first_conv.first_sums_kernel", first | incoming, tile, odd=sizes),
+        "conv_block, first backward": Variant(
+            "first_conv.first_backward_kernel", first, few | f32 | {"FROZEN": False}, odd=sizes
+        ),
+        "conv_block, sums": Variant(
+            "conv_block.channel_sums_kernel", later, f32 | {"POSITIONS": 64, "CHANNELS": 64}, odd=sizes
+        ),
+        "conv_block, statistics": Variant("conv_block.channel_stats_kernel", later, few, odd=sizes),
+        "conv_block, frozen": Variant(
+            "conv_block.frozen_stats_kernel", _names("mean variance bias stats", "fp32"), {"BLOCK": 64}, warps=1
+        ),
+        "conv_block, pool": Variant("conv_block.pool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, pooled sums": Variant("conv_block.pool_sums_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, norm backward": Variant(
+            "conv_block.norm_backward_kernel", later, few | f32 | {"FROZEN": False}, odd=sizes
+        ),
+        "conv_block, unpool": Variant("conv_block.unpool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, running": Variant(
+            "conv_block.norm_running_kernel",
+            _names("mean variance stats", "fp32") | {"updates": "i64"},
+            {"BLOCK": 64},
+            warps=1,
+        ),
     }  # fmt: skip
 
 
@@ -228,7 +266,7 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
     if kernel is None:
         module, name = variant.kernel.split(".")
         kernel = getattr(importlib.import_module(f"byola_fast.ops._triton.{module}"), name)
-    floats = ("mixup_ratio", "fader_gain")
+    floats = ("mixup_ratio", "fader_gain", "eps", "momentum")
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in variant.constants:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,15 +14,19 @@ from torch.autograd import forward_ad
 from byola_fast.ops import reference
 from byola_fast.ops._native import cuda
 
+PLAIN = os.environ.get("BYOLA_FAST_BACKEND") == "reference"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def needs_reference() -> bool:
-    """Return whether only plain PyTorch serves: in exported graphs, forward mode and ``torch.func``.
+    """Return whether only plain PyTorch serves: in exported graphs, forward mode and ``torch.func``, or if chosen.
 
     An exported or traced graph must run without this package. PyTorch would drop forward-mode derivatives at a custom
     op in silence, and has no ``torch.func`` for it.
     """
     # Read the flag itself, because torch 2.11 compiles a call of is_exporting() to True.
-    if torch.compiler._is_exporting_flag or forward_ad._current_level >= 0:
+    if PLAIN or torch.compiler._is_exporting_flag or forward_ad._current_level >= 0:
         return True
     if torch._C._get_tracing_state() is not None:
         return True
@@ -42,3 +48,8 @@ def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], 
     call = None if is_seen else cuda.ema_call
     if call is None or call(target, online, decay) is NotImplemented:
         torch.ops.byola_fast.ema_update_(target, online, decay)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return whether Triton serves an op that is faster in PyTorch's own layers wherever it does not."""
+    return HAS_TRITON and (x.is_cuda or INTERPRETED) and not needs_reference()

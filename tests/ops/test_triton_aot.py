@@ -38,6 +38,19 @@ BUDGETS = {
     "resize_crop, bilinear": (48, 0, 10),
     "resize_crop, bicubic": (96, 0, 5),
     "resize_crop, backward": (40, 0, 12),
+    "conv_block, moments": (96, 64, 5),
+    "conv_block, first statistics": (72, 2048, 7),
+    "conv_block, first": (160, 0, 3),
+    "conv_block, first sums": (160, 1024, 3),
+    "conv_block, first backward": (216, 128, 2),
+    "conv_block, sums": (120, 1024, 4),
+    "conv_block, statistics": (56, 128, 9),
+    "conv_block, frozen": (40, 0, 12),
+    "conv_block, pool": (56, 0, 9),
+    "conv_block, pooled sums": (64, 512, 8),
+    "conv_block, norm backward": (56, 128, 9),
+    "conv_block, unpool": (72, 0, 7),
+    "conv_block, running": (40, 0, 12),
 }
 MEASURED = {"log_mel": (80, 90)}  # on sm_100 8 bytes are spilled; `python -m benchmarks.gpu.kernels` prints all
 

@@ -28,9 +28,11 @@ FILES = {
     "ops/test_resize_crop.py": f"not gradcheck and not any_shape and not dtype3 and {DTYPES}",
     "ops/test_augment_views.py": f"not gradcheck and not any_shape and not standard_normal and not linear and {DTYPES}",
     "ops/test_bank_push.py": DTYPES,
+    "ops/test_conv_block.py": "not gradcheck and not shape2 and not 1-70 and not 17-16 and not dtype2",
     "ops/test_sums.py": "not gradient",
     "spectrograms/test_statistics.py": "",
     "ops/test_philox.py": "follow_from_the_words",
+    "networks/test_encoders.py": "hooks or a_training_step",
     "views/test_augment.py": "replay or out_is_reused or empty or clean_inputs",
     "views/test_replay.py": "",
 }
