@@ -238,7 +238,8 @@ def log_mel_kernel(
     scale = 1.0
     if HAS_STATS:
         mean = tl.load(stats).to(tl.float32)
-        scale = 1 / tl.maximum(tl.load(stats + 1).to(tl.float32), EPS)
+        std = tl.load(stats + 1).to(tl.float32)
+        scale = 1 / tl.where(std < EPS, EPS, std)  # NaN stays
     power = powers + tl.program_id(0).to(tl.int64) * ((n_fft + 1 + CHUNK) * FRAMES)
     split = power + (bins + CHUNK) * FRAMES
     piece = pieces + tl.program_id(0).to(tl.int64) * room
