@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byola_fast.ops._triton import first_conv
 from byola_fast.ops._triton.first_conv import RUNTIME, window
-from byola_fast.ops._triton.shared import INTERPRETED, compute_type, on_device, resident_programs
+from byola_fast.ops._triton.shared import INTERPRETED, compute_type, launch, on_device, resident_programs
 from byola_fast.ops.reference import batch_norm_running__reference, compute_dtype
 
 CHANNELS = 64  # of a tile at most
@@ -323,8 +323,17 @@ def conv_block(
     block = _block(channels)
     with on_device(x):
         if mean is not None:
-            frozen_stats_kernel[(triton.cdiv(channels, CHANNELS),)](
-                mean.contiguous(), variance.contiguous(), bias, stats, channels, eps, BLOCK=CHANNELS, num_warps=1
+            launch(
+                frozen_stats_kernel,
+                triton.cdiv(channels, CHANNELS),
+                mean.contiguous(),
+                variance.contiguous(),
+                bias,
+                stats,
+                channels,
+                eps,
+                BLOCK=CHANNELS,
+                num_warps=1,
             )
         if inputs == 1:
             x, weight = x.contiguous(), weight.contiguous()
@@ -332,7 +341,9 @@ def conv_block(
                 kept = _first_stats(x, weight, bias, stats, eps)
             else:
                 kept = torch.zeros(56, dtype=torch.float64, device=x.device)
-            first_conv.first_forward_kernel[(_programs(x, pooled, FIRST_PIXELS, channels, 3),)](
+            launch(
+                first_conv.first_forward_kernel,
+                _programs(x, pooled, FIRST_PIXELS, channels, 3),
                 x,
                 weight,
                 gamma,
@@ -353,7 +364,9 @@ def conv_block(
         y = _convolve(x.to(dtype), weight.to(dtype))
         if mean is None:
             _channel_stats(y, bias, stats, eps)
-        pool_kernel[(triton.cdiv(pooled, PIXELS) * triton.cdiv(channels, block),)](
+        launch(
+            pool_kernel,
+            triton.cdiv(pooled, PIXELS) * triton.cdiv(channels, block),
             y,
             gamma,
             beta,
@@ -377,11 +390,30 @@ def _first_stats(x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, 
     programs = min(triton.cdiv(total, PATCHES), resident_programs(x, 3))
     partials = torch.empty(programs, 64, dtype=stats.dtype, device=x.device)
     kept = torch.empty(56, dtype=torch.float64, device=x.device)
-    first_conv.patch_moments_kernel[(programs,)](
-        x, partials, total, rows, columns, COMPUTE=compute_type(x.dtype), BLOCK=PATCHES
+    launch(
+        first_conv.patch_moments_kernel,
+        programs,
+        x,
+        partials,
+        total,
+        rows,
+        columns,
+        COMPUTE=compute_type(x.dtype),
+        BLOCK=PATCHES,
     )
-    first_conv.first_stats_kernel[(triton.cdiv(channels, FEW),)](
-        partials, weight, bias, kept, stats, programs, channels, eps, ROWS=64, CHANNELS=FEW
+    launch(
+        first_conv.first_stats_kernel,
+        triton.cdiv(channels, FEW),
+        partials,
+        weight,
+        bias,
+        kept,
+        stats,
+        programs,
+        channels,
+        eps,
+        ROWS=64,
+        CHANNELS=FEW,
     )
     return kept
 
@@ -393,7 +425,9 @@ def _channel_stats(y: Tensor, bias: Tensor | None, stats: Tensor, eps: float) ->
     programs = grid // triton.cdiv(channels, block)
     partials = torch.empty(programs, 2, channels, dtype=stats.dtype, device=y.device)
     anchors = torch.empty(channels, dtype=stats.dtype, device=y.device)
-    channel_sums_kernel[(grid,)](
+    launch(
+        channel_sums_kernel,
+        grid,
         y,
         partials,
         anchors,
@@ -403,8 +437,19 @@ def _channel_stats(y: Tensor, bias: Tensor | None, stats: Tensor, eps: float) ->
         POSITIONS=POSITIONS,
         CHANNELS=block,
     )
-    channel_stats_kernel[(triton.cdiv(channels, FEW),)](
-        partials, anchors, bias, stats, programs, channels, total, eps, ROWS=ROWS, CHANNELS=FEW
+    launch(
+        channel_stats_kernel,
+        triton.cdiv(channels, FEW),
+        partials,
+        anchors,
+        bias,
+        stats,
+        programs,
+        channels,
+        total,
+        eps,
+        ROWS=ROWS,
+        CHANNELS=FEW,
     )
 
 
@@ -437,10 +482,23 @@ def conv_block_backward(
             grid = _programs(x, pooled, FIRST_PIXELS, channels, 3)
             programs = grid // triton.cdiv(channels, block)
             partials = torch.empty(programs, 10, channels, dtype=stats.dtype, device=x.device)
-            first_conv.first_sums_kernel[(grid,)](
-                *gradient, near, kept, partials, pooled, rows, columns, channels, PIXELS=FIRST_PIXELS, **sizes
+            launch(
+                first_conv.first_sums_kernel,
+                grid,
+                *gradient,
+                near,
+                kept,
+                partials,
+                pooled,
+                rows,
+                columns,
+                channels,
+                PIXELS=FIRST_PIXELS,
+                **sizes,
             )
-            first_conv.first_backward_kernel[(triton.cdiv(channels, FEW),)](
+            launch(
+                first_conv.first_backward_kernel,
+                triton.cdiv(channels, FEW),
                 partials,
                 weight.contiguous(),
                 gamma,
@@ -469,10 +527,23 @@ def conv_block_backward(
             grid = _programs(x, pooled, PIXELS, channels, 4)
             programs = grid // triton.cdiv(channels, block)
             partials = torch.empty(programs, 2, channels, dtype=stats.dtype, device=x.device)
-            pool_sums_kernel[(grid,)](
-                *gradient, y, stats, partials, pooled, rows, columns, channels, PIXELS=PIXELS, **sizes
+            launch(
+                pool_sums_kernel,
+                grid,
+                *gradient,
+                y,
+                stats,
+                partials,
+                pooled,
+                rows,
+                columns,
+                channels,
+                PIXELS=PIXELS,
+                **sizes,
             )
-            norm_backward_kernel[(triton.cdiv(channels, FEW),)](
+            launch(
+                norm_backward_kernel,
+                triton.cdiv(channels, FEW),
                 partials,
                 gamma,
                 stats,
@@ -488,8 +559,20 @@ def conv_block_backward(
             )
         to_y = torch.empty_like(y)
         windows = batch * ((rows + 1) // 2) * ((columns + 1) // 2)
-        unpool_kernel[(triton.cdiv(windows, PIXELS) * triton.cdiv(channels, block),)](
-            *gradient, y, stats, factors, to_y, windows, rows, columns, channels, PIXELS=PIXELS, **sizes
+        launch(
+            unpool_kernel,
+            triton.cdiv(windows, PIXELS) * triton.cdiv(channels, block),
+            *gradient,
+            y,
+            stats,
+            factors,
+            to_y,
+            windows,
+            rows,
+            columns,
+            channels,
+            PIXELS=PIXELS,
+            **sizes,
         )
     wanted = [needs_x, inputs > 1, False]
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
@@ -508,8 +591,18 @@ def batch_norm_running_(
     if mean.dtype == torch.float64:  # a kernel's momentum is float32
         return batch_norm_running__reference(mean, variance, updates, stats, count, momentum)
     with on_device(mean):
-        norm_running_kernel[(1,)](
-            mean, variance, updates, stats, len(mean), count, momentum, BLOCK=CHANNELS, num_warps=1
+        launch(
+            norm_running_kernel,
+            1,
+            mean,
+            variance,
+            updates,
+            stats,
+            len(mean),
+            count,
+            momentum,
+            BLOCK=CHANNELS,
+            num_warps=1,
         )
 
 
