@@ -3,12 +3,12 @@
 Between a call of ``augment`` and its launches lie the checks of each argument at each level, the dispatcher, and an
 allocation for each intermediate result; together they take ten times as long as the GPU's work. But what is launched
 follows from a signature: settings, and the dtypes, shapes, strides and devices of the tensors. So the first call of a
-signature runs op by op, with all checks. The second does too, while its launches and allocations are recorded. Later
+signature runs with all checks. The second does too, while its launches and allocations are recorded. Later
 calls make one allocation for results and one for all that lies in between, and launch the same compiled kernels with
 the addresses of the call's own tensors. A recording is used only if it holds everything that the call did: launches,
 allocations and views, and no other op. A call is replayed only if nothing looks on that must see its ops (autograd,
-``torch.func``, a compiler, a dispatch mode), and if its tensors are aligned and share no memory; all others run op by
-op, and find the errors.
+``torch.func``, a compiler, a dispatch mode), and if its tensors are aligned and share no memory; all others run with
+all checks, which find the errors.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def write_inputs(x: Tensor, numbers: tuple[Any, ...], has_stats: bool) -> tuple[
 
 def run(
     call: Callable[[], Tensor],
+    op_by_op: Callable[[], Tensor],
     signature: Hashable,
     inputs: Sequence[Tensor | None],
     numbers: tuple[Any, ...] = (),
@@ -126,13 +127,14 @@ def run(
 
     Args:
         call: reads and writes the inputs; returns one of them or a new contiguous tensor.
+        op_by_op: does the same for inputs that need more care, such as gradients.
         signature: with the inputs' layouts, all that decides what ``call`` launches.
         inputs: all tensors that existed before; None for one that is absent.
         numbers: numbers that ``call`` passes to a launch as its last arguments, and that may differ between calls.
     """
     layouts = [None if x is None else _layout(x) for x in inputs]
     if False in layouts:
-        return call()
+        return op_by_op()
     key = (signature, *layouts)
     plan = _plans.get(key)
     if plan is None:

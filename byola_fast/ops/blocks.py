@@ -64,7 +64,8 @@ def conv_block(
         Half precision is computed in float32. Under autocast one input channel is convolved in float32, and rounded
         when pooled. Kernels round each value once, after the maximum; plain PyTorch rounds after each layer. So they
         differ by rounding, and where two values of a window are equal within it, the gradient may go to the other.
-        Ties go to the first. NaN and inf pass as in PyTorch. Our sums have a fixed order.
+        Ties go to the first. NaN and inf pass as in PyTorch. Our sums have a fixed order. As in PyTorch, cuDNN
+        convolves float32 in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False; not so one input channel.
 
     Autograd:
         To x, weight, bias, gamma and beta, once differentiable.

@@ -18,6 +18,7 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops._replay import freeze, may_replay, words, write_inputs
 from byola_fast.ops._replay import run as replay
+from byola_fast.ops._two_views import two_views
 from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
@@ -141,21 +142,34 @@ def augment(
         views, sums = _make_views(x, drawn, chosen, stats=of_pre_norm, out=_flat_out(out, lms, chosen))
         return _with_channel(_normalized(views, sums) if post_norm else views, lms), drawn
 
+    def make_at_once(rng: Tensor, of_pre_norm: Tensor | None) -> Tensor:
+        flat_out = _flat_out(out, lms, chosen)
+        if flat_out is not None:
+            check.require_own_memory("out", flat_out, lms=x, rng=rng, stats=of_pre_norm)
+        of_pre_norm = batch_stats(x) if of_pre_norm is None else of_pre_norm
+        offset = _offset(None, x)
+        views = two_views(x, rng, of_pre_norm, **vars(chosen), post_norm=post_norm, sample_offset=offset, out=flat_out)
+        return _with_channel(views, lms)
+
     signature = None
-    if params is None and not return_params and sample_offset is None and may_replay(lms):
+    if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
         signature = freeze((preset, settings, post_norm, own_rank(), stats is None))
     numbers = None if signature is None else _numbers(seed, step, stats)
-    if signature is not None and numbers is not None:
-
-        def make_from_numbers() -> Tensor:
-            return make(*write_inputs(x, numbers, stats is not None))[0]
-
-        view1, view2 = replay(make_from_numbers, signature, (lms, out), numbers).unbind(0)
+    if numbers is not None:
+        has_stats = stats is not None
+        view1, view2 = replay(
+            lambda: make_at_once(*write_inputs(x, numbers, has_stats)),
+            lambda: make(*write_inputs(x, numbers, has_stats))[0],
+            signature,
+            (lms, out),
+            numbers,
+        ).unbind(0)
         return view1, view2
     of_pre_norm = None if stats is None else given_stats(stats, x.device)
     rng = _fresh_rng(x.device, seed, step, generator) if params is None else None
-    if signature is not None:
-        view1, view2 = replay(lambda: make(rng, of_pre_norm)[0], signature, (lms, rng, of_pre_norm, out)).unbind(0)
+    if signature is not None and rng is not None:
+        at_once, op_by_op = (lambda: make_at_once(rng, of_pre_norm)), (lambda: make(rng, of_pre_norm)[0])
+        view1, view2 = replay(at_once, op_by_op, signature, (lms, rng, of_pre_norm, out)).unbind(0)
         return view1, view2
     views, drawn = make(rng, of_pre_norm)
     view1, view2 = views.unbind(0)
@@ -274,16 +288,13 @@ class Augment(FixedDtype):
         check.require_spectrogram("lms", x)
         check.require_same_device("lms", x, "Augment", self.rng)
         signature = None
-        if params is None and not return_params and sample_offset is None and may_replay(lms):
+        if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
             signature = self._signature()
         if signature is not None:
-            inputs = (lms, *self._state(), out)
-            views = replay(lambda: self._make(lms, x, None, None, False, out)[0], signature, inputs)
-            again = False
+            op_by_op = lambda: self._make(lms, x, None, None, False, out)[0]  # noqa: E731
+            views = replay(lambda: self._make_at_once(lms, x, out), op_by_op, signature, (lms, *self._state(), out))
         else:
-            views, drawn, again = self._make(lms, x, sample_offset, params, return_params, out)
-        if self.training and not again:
-            self.rng[1:].add_(1)
+            views, drawn = self._make(lms, x, sample_offset, params, return_params, out)
         view1, view2 = views.unbind(0)
         return (view1, view2, drawn) if return_params else (view1, view2)
 
@@ -295,8 +306,8 @@ class Augment(FixedDtype):
         params: AugmentParams | None,
         return_params: bool,
         out: Tensor | None,
-    ) -> tuple[Tensor, AugmentParams, bool]:
-        """Return the views, their parameters, and whether a backward pass made them again; push to the bank."""
+    ) -> tuple[Tensor, AugmentParams]:
+        """Return the views and their parameters, op by op; unless a backward pass makes them again, go a step on."""
         flat_out = _flat_out(out, lms, self.settings)
         differentiable = torch.is_grad_enabled() and lms.requires_grad
         call, around = recall(self)
@@ -328,14 +339,41 @@ class Augment(FixedDtype):
             remember(self, call, around)
             if self.training:
                 self.bank.push(x if call.pool is None else call.pool, call.stats)
-        return _with_channel(views, lms), call.params, again
+                self.rng[1:].add_(1)
+        return _with_channel(views, lms), call.params
+
+    def _make_at_once(self, lms: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+        """Do what ``_make`` does, without gradients, on one rank and outside of workers, in as few launches."""
+        flat_out = _flat_out(out, lms, self.settings)
+        rows = self.bank.prepare(x, allocate=self.training)
+        if flat_out is not None:
+            check.require_own_memory("out", flat_out, lms=x, **dict(self.named_buffers()))
+        has_rows = len(rows) > 0
+        views = two_views(
+            x,
+            self.rng,
+            self._stats(x),
+            **vars(self.settings),
+            post_norm=self.post_norm,
+            sample_offset=_offset(None, x),
+            out=flat_out,
+            rows=rows if has_rows else None,
+            cursor=self.bank.cursor if has_rows else None,
+            advance=self.training,
+        )
+        return _with_channel(views, lms)
 
     def _signature(self) -> Hashable:
         """Return what decides, with the tensors' layouts, what a call launches; None if it may not be replayed."""
         running, bank = self.running_stats, self.bank
-        if type(bank) is not MemoryBank or bank.rows is None or type(running) not in (RunningStats, type(None)):
+        if type(bank) is not MemoryBank or bank.rows is None or not bank.rows.is_contiguous():
             return None
-        if loader_worker() is not None or self._spans_ranks() or not is_outside():
+        if (
+            type(running) not in (RunningStats, type(None))
+            or loader_worker() is not None
+            or self._spans_ranks()
+            or not is_outside()
+        ):
             return None
         limit = None if running is None else running.max_updates
         return freeze((vars(self.settings), self.post_norm, self.training, limit, bank.n_memory, own_rank()))
@@ -374,14 +412,17 @@ class Augment(FixedDtype):
             params.check(x.shape[0], x.device, _canvas(x, self.settings), partners)
             params = replace(params, bank_count=held)
 
-        if self.running_stats is None:
-            stats = self.fixed_stats
-        else:
-            stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
+        stats = self._stats(everyone)
         if params is None:
             offsets = {"sample_offset": _offset(sample_offset, x), "pool_offset": rank * x.shape[0]}
             params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
         return _Call(params, stats, rows, pool)
+
+    def _stats(self, x: Tensor) -> Tensor | None:
+        """Return mean and std for the pre-normalisation of x, which running statistics take in first."""
+        if self.running_stats is None:
+            return self.fixed_stats
+        return self.running_stats.update(x) if self.training else self.running_stats.stats()
 
     def _enter_worker(self) -> None:
         """In a data loader's worker: take a copy of all buffers, and a stream that no other worker and epoch has.
