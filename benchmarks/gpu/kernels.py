@@ -110,7 +110,7 @@ def _variants() -> dict[str, Variant]:
             wide,
             odd,
             views_module.WARPS,
-            views_module.REGISTERS,
+            {80: 64, 90: 64, 100: 80} if fused else views_module.REGISTERS,
         )
 
     def ema(online: Any) -> Variant:

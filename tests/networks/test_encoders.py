@@ -221,7 +221,7 @@ def replaced(features, how):
     elif how == "dilated":
         features[4].dilation = features[4].padding = (2, 2)
     elif how == "no affine":
-        features[5] = torch.nn.BatchNorm2d(64, affine=False)
+        features[5] = torch.nn.BatchNorm2d(64, affine=False).to(features[5].weight.device)
     return seen
 
 

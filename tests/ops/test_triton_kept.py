@@ -228,7 +228,7 @@ def test_a_replayed_call_launches_what_was_recorded(with_memory, replayed_on_the
     assert allocations[0] == 2  # the views, and all else
     number = 2 if with_memory else 1  # of the recorded call; with a memory, the first one allocates it
     recorded, replayed = seen[number], seen[3]
-    assert len(recorded) == len(replayed) >= 3
+    assert len(recorded) == len(replayed) >= 2
     buffers = {x.data_ptr(): x.data_ptr() for x in aug.buffers()}
     moved = buffers | {batches[number].data_ptr(): batches[3].data_ptr()}
     for before, after in zip(recorded, replayed, strict=True):

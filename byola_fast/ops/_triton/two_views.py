@@ -27,6 +27,7 @@ WARPS = 8
 NORMALIZED = 2048  # values that a program normalises at a time
 NORMALIZE_PROGRAMS_PER_SM = 4
 LAUNCH_EARLY = False  # programmatic dependent launch, where the GPU has it
+SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
 DRAWN = ["pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"]
 
 
@@ -243,6 +244,12 @@ def early(x: Tensor) -> bool:
     return LAUNCH_EARLY and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
+def of_device(x: Tensor) -> dict[str, int]:
+    """Return the options of the first launch that depend on the GPU."""
+    spills = x.dtype != torch.float64 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= SPILLING
+    return {"maxnreg": 80} if spills else {}
+
+
 def two_views_(
     x: Tensor,
     pool: Tensor | None,
@@ -307,7 +314,7 @@ def two_views_(
             HAS_BANK=bank is not None,
             HAS_STATS=stats is not None,
             MIXUP=mixup,
-            **shape.constants,
+            **(shape.constants | of_device(x)),
         )
         if post_norm or advance:
             finish_views(x, out, sums, stats, finite, bank_or_none, cursor, rng, post_norm, push, advance)
