@@ -47,6 +47,7 @@ PACKAGES = Path(__file__).with_name("corpus_packages.txt")
 MANIFEST = Path(__file__).with_name("corpus.tsv.xz")
 MIDI_FONTS = ("fluid-soundfont-gm", "csound-soundfont")
 KEPT_FOR_TESTS = ("flight-of-the-amazon-queen", "festvox-ru", "gcin-voice")
+OF_TEST_AUTHORS = ("ElectricEmpire", "HardElectro")  # drum kits by an author of a valid or test split
 SAMPLE_RATE = 16000
 BIT_RATE = 32000
 MIN_S, MAX_S = 0.06, 90.0  # of a file; longer ones are cut
@@ -56,10 +57,12 @@ AUDIO = ("ogg", "oga", "opus", "wav", "flac", "mp3", "aif", "aiff", "au", "g722"
 MODULES = ("mod", "xm", "s3m", "it")
 MIDI = ("mid", "midi")
 FONTS = ("sf2", "sf3")
+CONTAINERS = ("cat", "rcc")  # of OpenTTD and Qt
 ARCHIVES = ("zip", "orgue", "pk3", "wz", "jar", "love")
 SPEECH = re.compile(
-    r"voice|speech|spoken|dialog|narrat|/talk|/words?/|alphabet|taunt|radio|briefing|/say|/lang|/[a-z]{2}/", re.I
+    r"voice|speech|spoken|dialog|narrat|/talk|/words?/|alphabet|taunt|radio|briefing|/say|/lang|/[a-z]{2}/|_desc", re.I
 )
+DRUMS = re.compile(r"/drums|/latin/|/beats/|drumkits/(?!.*guitar)", re.I)
 MUSIC = re.compile(r"music|bgm|song|soundtrack|theme|tune|/tracks?/|/mus/|jingle", re.I)
 
 UNKNOWN = "see its copyright file"
@@ -90,6 +93,8 @@ class Package:
 
 def kind_of(path: str, package_kind: str, seconds: float) -> str:
     """Return the folder of a sound by its package's kind, its path and duration."""
+    if package_kind == "samples":
+        return "drums" if DRUMS.search(path) else "notes"
     if package_kind != "game":
         return package_kind
     if MUSIC.search(path) or seconds >= LONG_S:
@@ -100,7 +105,7 @@ def kind_of(path: str, package_kind: str, seconds: float) -> str:
 def licences(copyright_text: str, paths: Iterable[str]) -> list[str]:
     """Return the licences that a copyright file names for paths of the package; else those it mentions.
 
-    Its patterns name paths of the source; a path matches when its end does, and the last match holds.
+    Its patterns name paths of the source, so the end of a path may match. The last match holds; without one, any may.
     """
     stanzas = []
     for stanza in re.split(r"\n\s*\n", copyright_text):
@@ -109,20 +114,15 @@ def licences(copyright_text: str, paths: Iterable[str]) -> list[str]:
         if files and licence:
             stanzas.append((files.group(1).split(), licence.group(1).strip()))
     if not stanzas:
-        known = (
-            r"CC[- ]BY(?:[- ]SA)?[- ][1-4]\.[05]|CC0|public domain|\bL?GPL|General Public License|Artistic|MIT License"
-            r"|\bBSD|\bOFL|Apache|zlib"
-        )
-        return sorted({found.upper() for found in re.findall(known, copyright_text, re.I)}) or [
-            "see its copyright file"
-        ]
+        known = r"CC[- ]BY(?:[- ]SA)?[- ][1-4]\.[05]|CC0|Public Domain|L?GPL|Artistic|MIT License|BSD|OFL|Apache|zlib"
+        return sorted({one.upper() for one in re.findall(rf"\b(?:{known})\b", copyright_text, re.I)}) or [UNKNOWN]
     patterns = [(re.compile(fnmatch.translate(one)), licence) for globs, licence in stanzas for one in globs]
     found = set()
     for path in paths:
         parts = path.split("/")
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         named = [licence for pattern, licence in patterns if any(pattern.match(end) for end in ends)]
-        found.add(named[-1] if named else UNKNOWN)
+        found |= {named[-1]} if named else {licence for _, licence in stanzas}
     return sorted(found)
 
 
@@ -142,7 +142,7 @@ def download(package: str, folder: Path) -> Path:
 
 def members(deb: Path) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of a package's files that may hold sound, and its copyright file."""
-    extensions = AUDIO + MODULES + MIDI + FONTS + ARCHIVES + ("cat",)
+    extensions = AUDIO + MODULES + MIDI + FONTS + ARCHIVES + CONTAINERS
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as tar,
@@ -167,13 +167,20 @@ def inner(path: str, content: bytes) -> Iterator[tuple[str, bytes]]:
             yield f"{path}/{name}", archive.read(name)
 
 
-def riffs(content: bytes) -> Iterator[bytes]:
-    """Yield the wav files inside a container of unknown format."""
-    at = content.find(b"RIFF")
-    while at >= 0:
-        end = at + 8 + int.from_bytes(content[at + 4 : at + 8], "little")
-        yield content[at:end]
-        at = content.find(b"RIFF", max(end, at + 4))
+def embedded(content: bytes) -> Iterator[bytes]:
+    """Yield the wav and Ogg files inside a container of unknown format."""
+    for found in re.finditer(rb"RIFF....WAVE|OggS\x00\x02", content, re.S):
+        start = end = found.start()
+        if found[0].startswith(b"RIFF"):
+            yield content[start : start + 8 + int.from_bytes(content[start + 4 : start + 8], "little")]
+            continue
+        while content[end : end + 4] == b"OggS":
+            last = content[end + 5] & 4
+            n_segments = content[end + 26]
+            end += 27 + n_segments + sum(content[end + 27 : end + 27 + n_segments])
+            if last:
+                break
+        yield content[start:end]
 
 
 def decode(content: bytes, extension: str) -> Floats:
@@ -237,9 +244,10 @@ def sounds_of(path: str, content: bytes, kind: str, folder: Path) -> Iterator[tu
         fonts = sorted(folder.parent.glob("fonts/*.sf2"))
         font = fonts[int(hashlib.sha256(content).hexdigest(), 16) % len(fonts)]
         yield f"{path}#{font.stem}", "music", rendered(font, content, folder, MAX_S)
-    elif extension == "cat":
-        for number, riff in enumerate(riffs(content)):
-            yield f"{path}#{number}", kind, decode(riff, "wav")
+    elif extension in CONTAINERS:
+        for number, file in enumerate(embedded(content)):
+            wav = decode(file, "")
+            yield f"{path}#{number}", kind_of(f"/{path}", kind, len(wav) / SAMPLE_RATE), wav
     elif extension in AUDIO + MODULES:
         wav = decode(content, extension)
         own = "music" if extension in MODULES else kind_of(f"/{path}", kind, len(wav) / SAMPLE_RATE)
@@ -438,7 +446,7 @@ def parse_manifest(lines: Iterable[str]) -> list[Package]:
 
 def refused_words(tasks: Path) -> tuple[str, ...]:
     """Return the names of packages and kits that a task's valid or test split has, and of those kept for tests."""
-    words = set(KEPT_FOR_TESTS)
+    words = {*KEPT_FOR_TESTS, *OF_TEST_AUTHORS}
     for table in tasks.glob("*/*.csv"):
         with open(table, newline="", encoding="utf-8") as file:
             words |= {row["group"] for row in csv.DictReader(file) if row.get("split") in ("valid", "test")}
