@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import soundfonts
-from benchmarks.quality.near_duplicates import MATCH_TASK, SIZE, Floats, near_duplicates, prints
+from benchmarks.quality.near_duplicates import MATCH, MATCH_HITS, MATCH_TASK, SIZE, Floats, near_duplicates, prints
 from byola_fast.runtime.files import as_text, write_whole
 
 PACKAGES = Path(__file__).with_name("corpus_packages.txt")
@@ -401,8 +401,7 @@ def choose(folder: Path, packages: list[Package], tasks: Path, jobs: int) -> Non
         futures = {name: pool.submit(prints_of, cache / f"{name}.npz", files) for name, files in clips.items()}
         found = {name: future.result() for name, future in futures.items()}
     of_tasks = [one for name, clip in found.items() if name.startswith("task-") for one in clip]
-    kept: list[Floats] = []
-    places: list[tuple[Package, Sound]] = []
+    kept: dict[bool, list[tuple[Floats, Package, Sound]]] = {True: [], False: []}  # drum hits and others
     seen: set[str] = set()
     for package in packages:
         repeats = near_duplicates(found[package.name], of_tasks, MATCH_TASK)
@@ -411,15 +410,16 @@ def choose(folder: Path, packages: list[Package], tasks: Path, jobs: int) -> Non
             again = "#" not in sound.path and sound.sha256 in seen
             seen.add(sound.sha256)
             if not again and number not in repeats and len(found[package.name][number]):
-                kept.append(found[package.name][number])
-                places.append((package, sound))
+                hit = sound.name.startswith("drums/")
+                kept[hit].append((found[package.name][number], package, sound))
         logger.info("%s: %d of %d repeat a clip of a task", package.name, len(repeats), before)
         package.sounds = []
-    repeats = near_duplicates(kept)
-    for number, (package, sound) in enumerate(places):
-        if number not in repeats:
-            package.sounds.append(sound)
-    logger.info("%d of %d repeat another sound", len(repeats), len(places))
+    for hit, clips_left in kept.items():
+        repeats = near_duplicates([clip for clip, _, _ in clips_left], least=MATCH_HITS if hit else MATCH)
+        for number, (_, package, sound) in enumerate(clips_left):
+            if number not in repeats:
+                package.sounds.append(sound)
+        logger.info("%s: %d of %d repeat another", "hits" if hit else "others", len(repeats), len(clips_left))
 
 
 def manifest_lines(packages: Iterable[Package]) -> Iterator[str]:
