@@ -43,6 +43,7 @@ CONTENDERS = (
     "byola_fast, ema_update_",
     "byola_fast, EMA.update()",
     "copy",
+    "add_",
 )
 
 
@@ -64,6 +65,7 @@ def ema(device: str, model: str) -> Group:
     count = sum(o.numel() for o in online_list)
     source = torch.randn(3 * count // 2, device=device)  # a copy reads and writes it: also 12 bytes per parameter
     destination = torch.empty_like(source)
+    flat, change = torch.randn(count, device=device), torch.randn(count, device=device)
 
     @functools.lru_cache(maxsize=1)
     def exact(_k: int) -> Sequence[Tensor]:
@@ -98,6 +100,11 @@ def ema(device: str, model: str) -> Group:
             return Contender(
                 name, lambda k: [destination.copy_(moved[1][0])], lambda k: moved[1], place, shape, 1, 12 * count
             )
+        if name == "add_":
+            shape = {"flat": tuple(flat.shape)}
+            return Contender(
+                name, lambda k: [flat.add_(change)], lambda k: [change], place, shape, 1, 12 * count, prepare=flat.zero_
+            )
         target: list[Tensor] = list(targets[name].parameters())
 
         def prepare() -> None:
@@ -113,7 +120,7 @@ def ema(device: str, model: str) -> Group:
         return Contender(name, run, exact, place, shape, 1, 12 * count, backend, prepare)
 
     contenders = [contender(name, place) for place in places_on(device) for name in CONTENDERS]
-    return Group("ema", model, contenders, ("loop", "_foreach_lerp_", "AveragedModel", "copy"), floor="copy")
+    return Group("ema", model, contenders, ("loop", "_foreach_lerp_", "AveragedModel", "copy"), floor="add_")
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

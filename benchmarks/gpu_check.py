@@ -1,10 +1,11 @@
-"""Check and measure everything that needs a GPU, in one command: ``python -m benchmarks.gpu_check [--only STAGE...]``.
+"""Check and measure everything that needs a GPU: ``python -m benchmarks.gpu_check [--only STAGE...] [--out FOLDER]``.
 
 Stages are independent. On a GPU each runs in its own process with a time limit, because an illegal access or a hanging
 kernel breaks everything after it in the same process. Each stage writes OUT/STAGE.json when it ends, and partial
 results while it runs; a failed stage writes its error there and stops no other. After each stage OUT/gpu.json, the
 source of the table in docs, is joined again from all stage files in OUT, earlier commands included. So stages can be
-run one at a time; ``--only`` without a name only joins.
+run one at a time; ``--only`` without a name only joins. ``--only checks``, ``--only kernels`` and ``--only steps`` are
+all stages in three commands of at most nine minutes each.
 
 Without a GPU this is a dry run: every stage runs in miniature on the CPU and lists what it skipped; its file is marked
 as dry, and no table is made from it.
@@ -13,8 +14,10 @@ as dry, and no table is made from it.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -33,15 +36,23 @@ import torch
 
 from benchmarks.gpu import stages, trainer
 from benchmarks.gpu.missing import missing_packages, unloadable_tests
-from benchmarks.measure import machine, versions
+from benchmarks.measure import cores, machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # for pytest -k
 ALL_TESTS = ["-p", "no:cacheprovider", "-m", "slow or not slow"]  # pyproject.toml leaves the slow ones out
 SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # tests/ops/test_NAME.py
 LIMIT_S = 180.0  # time limit of a stage
-LIMITS_S = {"views": 240.0, "training": 300.0, "tests": 420.0, "sanitizers": 590.0}
-WORKERS = 8  # test processes, if pytest-xdist is installed; most of their time goes into compiling kernels
+LIMITS_S = {"views": 240.0, "training": 360.0, "trainer": 300.0, "tests": 420.0, "sanitizers": 590.0}
+GROUP_S = 530.0  # time limit of a group of stages; then the rest of it fails
+GROUPS = {
+    "checks": ("compilation", "environment", "properties", "tests"),
+    "kernels": ("ceilings", "views", "ema", "front_end", "designs"),
+    "steps": ("training", "trainer", "ranks"),
+}
+WORKERS = max(
+    2, min(14, cores() - 2)
+)  # test processes, if pytest-xdist is installed; most of their time is compilation
 
 # First calls that compile longest; each runs in its own process, all at once.
 FIRST_CALLS = {
@@ -63,7 +74,7 @@ class Context:
         device: "cuda", or "cpu" in a dry run.
         out: folder of the results.
         stage: name of the stage.
-        left_out: descriptions of what the stage skipped here.
+        left_out: descriptions of what the stage skipped here, in a dry run or for lack of a package.
     """
 
     device: str
@@ -91,7 +102,8 @@ def environment(context: Context) -> dict[str, Any]:
     import byola_fast
 
     report = byola_fast.doctor()
-    found: dict[str, Any] = {**machine(), "versions": versions(), "doctor": str(report)}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    found: dict[str, Any] = {**machine(), "versions": versions(), "date": today, "doctor": str(report)}
     if not context.skip("reading the GPU's name, memory and multiprocessors"):
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "memory_gib": properties.total_memory / 2**30}
@@ -108,10 +120,12 @@ def tests(context: Context) -> dict[str, Any]:
         command += ["--collect-only"]
     else:
         command += ["-k", ON_CUDA, "--durations=20"]
-        command += ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+        one_by_one = ["-n", str(WORKERS), "--maxschedchunk=1"]  # neighbours tend to be slow alike
+        command += one_by_one if importlib.util.find_spec("xdist") else []
     missing = missing_packages()
     left_out = [str(path.relative_to(ROOT)) for path in unloadable_tests(missing)]
     command += [f"--ignore={path}" for path in left_out]
+    context.left_out += [f"{path}: needs {' or '.join(missing)}" for path in left_out]
     found = _logged(command, context.out / "tests.log", LIMITS_S["tests"] - 20)
     return found | {"missing_packages": missing, "files_left_out": left_out}
 
@@ -204,22 +218,29 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "sanitizers": sanitizers,
 }
 BY_HAND = ("sanitizers",)
+HEADLINES = ("views", "front_end", "training", "ema")
 
 
-def run(stages: Sequence[str], out: Path, device: str, *, apart: bool = False) -> dict[str, Any]:
-    """Run stages in this process, or each in its own (``apart``); write their files and return the joined results."""
+def run(
+    stages: Sequence[str], out: Path, device: str, *, apart: bool = False, limit_s: float = math.inf
+) -> dict[str, Any]:
+    """Run stages in this process, or each in its own (``apart``); write their files and return the joined results.
+
+    Stages in their own processes are stopped when all together have taken ``limit_s``.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    ends_at = time.monotonic() + limit_s
     for name in stages:
         context = Context(device, out, name)
         (out / f"{name}.json").unlink(missing_ok=True)
         started = time.perf_counter()
-        found = _run_apart(context) if apart else _run_here(context)
+        found = _run_apart(context, ends_at - time.monotonic()) if apart else _run_here(context)
         found["seconds"] = round(time.perf_counter() - started, 2)
         write_stage(context, found)
         _join(out)
         print(f"{name}: {found['seconds']} s{', FAILED: ' + found['error'] if 'error' in found else ''}", flush=True)
         for what in found["left_out"]:
-            print(f"  skipped without a GPU: {what}", flush=True)
+            print(f"  skipped{' without a GPU' if context.dry else ''}: {what}", flush=True)
     return _join(out)
 
 
@@ -240,9 +261,9 @@ def _run_here(context: Context) -> dict[str, Any]:
     return {"dry_run": context.dry, "left_out": context.left_out} | found
 
 
-def _run_apart(context: Context) -> dict[str, Any]:
+def _run_apart(context: Context, left_s: float) -> dict[str, Any]:
     path = context.out / f"{context.stage}.json"
-    limit_s = LIMITS_S.get(context.stage, LIMIT_S)
+    limit_s = max(0.0, min(LIMITS_S.get(context.stage, LIMIT_S), left_s))
     log = context.out / f"{context.stage}.out"
     # Strict, so that no fallback is measured under a backend's name; the environment stage reports fallbacks.
     strict = os.environ.get("BYOLA_FAST_STRICT", "0" if context.stage == "environment" else "1")
@@ -284,27 +305,62 @@ def table(results: dict[str, Any]) -> str:
         raise ValueError("a dry run measures nothing: run this on a machine with a GPU")
     rows = [row for stage in results["stages"].values() for row in stage.get("rows", [])]
     lines = ["| work | measured | goal |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {row['work']} | {row['measured']} | {row['goal']} |" for row in rows)])
+    lines += [f"| {row['work']} | {row['measured']} | {row['goal']} |" for row in rows]
+    missed = [f"- {row['work']}: {', '.join(row['missed'])}" for row in rows if row.get("missed")]
+    lines += ["", where(results), "", "Goals missed:" if missed else "All goals were met.", "", *missed]
+    left = [name for name in STAGES if name not in results["stages"] and name not in BY_HAND]
+    for what, names in (("that failed", failures(results)), ("not run", left)):
+        lines += ["", f"Stages {what}: {', '.join(names)}."] if names else []
+    return "\n".join(lines).rstrip()
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the first measurement of each of ``HEADLINES`` as a Markdown table.
+
+    Raises:
+        ValueError: the results come from a dry run.
+    """
+    headlines = {name: {"rows": results["stages"].get(name, {}).get("rows", [])[:1]} for name in HEADLINES}
+    lines = table({"dry_run": results["dry_run"], "stages": headlines}).partition("\n\n")[0]
+    return f"{lines}\n\n{where(results)}"
+
+
+def where(results: dict[str, Any]) -> str:
+    """Return the GPU, the versions and the date of the results."""
+    found = results["stages"].get("environment", {})
+    used = [f"{name} {version}" for name, version in found.get("versions", {}).items() if name != "byola_fast"]
+    return ", ".join([found.get("gpu", "unknown GPU"), *used, found.get("date", "unknown date")]) + "."
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Return the names of the stages that failed."""
+    return [name for name, found in results["stages"].items() if "error" in found or found.get("returncode")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen stages; return 1 if any stage in the folder failed."""
     parser = argparse.ArgumentParser(description="Check and measure everything that needs a GPU.")
     parser.add_argument(
-        "--only", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; default: all but {', '.join(BY_HAND)}"
+        "--only",
+        nargs="*",
+        metavar="STAGE",
+        help=f"{', '.join(GROUPS)}: groups of stages, each within nine minutes; or {', '.join(STAGES)}; "
+        f"default: all but {', '.join(BY_HAND)}",
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the JSON files and logs")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu makes it a dry run; default: cuda if available")
     parser.add_argument("--here", action="store_true", help="run stages in this process, without time limits")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stages = [name for name in STAGES if name not in BY_HAND] if options.only is None else options.only
+    named = [name for name in STAGES if name not in BY_HAND] if options.only is None else options.only
+    stages = [stage for name in named for stage in GROUPS.get(name, (name,))]
     if unknown := [name for name in stages if name not in STAGES]:
-        parser.error(f"--only: expected stages of {', '.join(STAGES)}, got {', '.join(unknown)}")
-    results = run(stages, options.out, device, apart=device == "cuda" and not options.here)
+        parser.error(f"--only: expected stages of {', '.join([*GROUPS, *STAGES])}, got {', '.join(unknown)}")
+    limit_s = sum(GROUP_S for name in named if name in GROUPS) or math.inf
+    apart = device == "cuda" and not options.here
+    results = run(stages, options.out, device, apart=apart, limit_s=limit_s)
     print("dry run: nothing was measured" if results["dry_run"] else table(results))
-    failed = [name for name, found in results["stages"].items() if "error" in found or found.get("returncode")]
-    if failed:
+    if failed := failures(results):
         print(f"failed: {', '.join(failed)}; see {options.out}", file=sys.stderr)
     return 1 if failed else 0
 

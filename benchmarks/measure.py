@@ -87,7 +87,7 @@ class Contender:
     samples: int
     bytes_moved: int
     backend: str = "torch"
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[], object] | None = None
     optional: bool = False
     tolerance: float = TOLERANCE
 

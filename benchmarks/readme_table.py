@@ -1,9 +1,9 @@
 """Regenerate the tables of README.md and docs from stored results: ``python -m benchmarks.readme_table [--check]``.
 
 The table of op OP in ``benchmarks/results/FILE.json``, for example ``cpu/two_views``, stands between the markers ``<!--
-benchmarks:FILE/OP begin -->`` and ``<!-- benchmarks:FILE/OP end -->``. ``gpu/goals`` is the table of ``gpu_check``, or
-a notice if there is no ``gpu.json``. ``quality/summary``, ``quality/study`` and ``quality/ablations`` belong to the
-study. The chart ``benchmarks/results/speed.svg`` is drawn from ``cpu.json``.
+benchmarks:FILE/OP begin -->`` and ``<!-- benchmarks:FILE/OP end -->``. ``gpu/goals`` is the table of ``gpu_check``,
+``gpu/summary`` its headlines; both are a notice if there is no ``gpu.json``. ``quality/summary``, ``quality/study`` and
+``quality/ablations`` belong to the study. The chart ``benchmarks/results/speed.svg`` is drawn from ``cpu.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.tables import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- benchmarks:(\S+) begin -->\n)(.*?)(<!-- benchmarks:\2 end -->)", re.DOTALL)
 NOT_MEASURED = "**GPU figures have not been measured yet.**"
+GPU = {"goals": gpu_check.table, "summary": gpu_check.summary}
 QUALITY = {
     "summary": quality_tables.summary_table,
     "study": quality_tables.study_table,
@@ -42,7 +43,7 @@ def regenerate(text: str, results: Path) -> str:
         begin, name, _old, end = match.groups()
         stem, _, op = name.partition("/")
         if stem == "gpu":
-            return f"{begin}{_gpu_table(results / 'gpu.json')}\n{end}"
+            return f"{begin}{_gpu_table(results / 'gpu.json', op)}\n{end}"
         if stem == "quality":
             return f"{begin}{QUALITY[op](results / 'quality')}\n{end}"
         return f"{begin}{markdown_table(read_results(results / f'{stem}.json'), op)}\n{end}"
@@ -53,10 +54,10 @@ def regenerate(text: str, results: Path) -> str:
     return made
 
 
-def _gpu_table(path: Path) -> str:
+def _gpu_table(path: Path, op: str) -> str:
     if not path.exists():
         return NOT_MEASURED
-    return gpu_check.table(json.loads(path.read_text(encoding="utf-8")))
+    return GPU[op](json.loads(path.read_text(encoding="utf-8")))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.stages import row
 from byola_fast.runtime.distributed import concat_ranks
 
 CLIPS, SECONDS = 600, 1.0
@@ -100,7 +101,7 @@ def trainer(context: Any) -> dict[str, Any]:
     found["stages_ms"] = json.loads((folder / "profile" / "profile.json").read_text())["ms"]
     shutil.rmtree(folder)
     message = f"{max(found['samples_per_s']):,.0f} samples/s at B = 256, the whole `pretrain`"
-    return found | {"rows": [{"work": "`pretrain`, byola-v1, d = 2048, defaults", "measured": message, "goal": ""}]}
+    return found | {"rows": [row("`pretrain`, byola-v1, d = 2048, defaults", message, {})]}
 
 
 def ranks(context: Any) -> dict[str, Any]:

@@ -15,10 +15,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from byola_fast.ops import _schemas
 
@@ -128,7 +130,9 @@ def _make_stub(key: str, op: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.byola_fast, op)
 
     def stub(*args: Any, **kwargs: Any) -> Any:
-        resolve(key, op)
+        on_gpu = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_cuda]
+        with torch.cuda.device_of(on_gpu[0]) if on_gpu else nullcontext():  # a backend asks what this GPU can do
+            resolve(key, op)
         return packet(*args, **kwargs)
 
     return stub

@@ -180,7 +180,9 @@ def without_channel(name: str, x: Tensor) -> Tensor:
 
 def pair(name: str, value: Sequence[int], minimum: tuple[int, int]) -> tuple[int, int]:
     """Return two integers (mels, frames), each at least its minimum and below 2^31."""
-    whole = isinstance(value, Sequence) and all(isinstance(v, torch.SymInt) or hasattr(v, "__index__") for v in value)
+    # int first: torch 2.11 traces a SymInt as an int and cannot trace its hasattr
+    known = (int, torch.SymInt)
+    whole = isinstance(value, Sequence) and all(isinstance(v, known) or hasattr(v, "__index__") for v in value)
     if not whole or len(value) != 2 or not all(v >= n for v, n in zip(value, minimum, strict=True)):
         raise ValueError(f"{name}: expected (mels, frames) of at least {minimum}, integers, got {value!r}")
     if not all(v <= MAX_SIDE for v in value):

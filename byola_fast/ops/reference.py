@@ -320,7 +320,7 @@ def augment_views_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
     """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
-    *parameters, out = args
+    parameters, out = [*args[:-1]], args[-1]  # torch 2.11 cannot trace "*parameters, out = args"
     parameters.insert(-3, out.shape[2:])  # before canvas, interpolation and mixup
     sums = []
     for number, view in enumerate(_each_view(x, *parameters)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -60,9 +61,11 @@ def graph_step(step: Step, wav: Tensor, networks: Iterable[nn.Module], optimizer
         for _ in range(WARM_UP_STEPS):
             step(static)
     torch.cuda.current_stream(wav.device).wait_stream(side)
+    gc.collect()  # freeing a tensor of an older graph would break the capture
     graph = torch.cuda.CUDAGraph()
-    # Threads that read ahead pin memory during the capture; the default mode "global" would call that an error.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # On the stream of the warm-up, where autograd accumulates gradients. Threads that read ahead pin memory during the
+    # capture; the default mode "global" would call that an error.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         loss, projection = step(static)
     with torch.no_grad():
         for x in _changed(networks, optimizer):

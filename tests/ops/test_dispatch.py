@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from byola_fast.ops import BackendError, _dispatch
 
@@ -179,6 +181,16 @@ def test_threads_that_start_together_load_once(registry):
         assert all((answer == 7).all() for answer in answers)
     finally:
         made.undo()
+
+
+def test_a_backend_is_asked_about_the_gpu_of_the_call(registry, monkeypatch):
+    """It asked about the current GPU, which may be another one than that of the tensors."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x.device.index) or nullcontext())
+    monkeypatch.setattr(_dispatch, "resolve", lambda key, op: asked.append(key))
+    with FakeTensorMode():
+        _dispatch._make_stub("CUDA", "probe")(torch.empty(2, device="cuda:1"))
+    assert asked == [1, "CUDA"]
 
 
 def test_a_graph_compiled_before_anything_was_loaded_gets_the_backend(registry):

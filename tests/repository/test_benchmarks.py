@@ -36,6 +36,16 @@ def test_pipelines_agree(interpolation: str) -> None:
         assert error < m.TOLERANCE, f"{name}: {error}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_compiled_contender_is_one_graph(interpolation: str) -> None:
+    x = torch.randn(3, 13, 21)
+    params = c.draw(x, step=3)
+    compiled = torch.compile(c.views_reference, fullgraph=True, backend="aot_eager")
+    expected = c.views_reference(x, params, interpolation)
+    torch.testing.assert_close(compiled(x, params, interpolation), expected)
+
+
 def test_exact_views_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(9, 5, 6)
     params = c.draw(x, step=0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check, readme_table
+from benchmarks.gpu import stages
 from benchmarks.gpu.missing import unloadable_tests
 
 pytestmark = pytest.mark.slow
@@ -97,6 +98,23 @@ def test_a_stage_in_its_own_process_is_stopped_at_its_limit_or_dies_alone(tmp_pa
     assert whole["views"]["output"] == "so far\n"
     assert whole["ema"]["error"] == "its process ended with exit code 7"
     assert "illegal memory access" in whole["ema"]["output"]
+    whole = gpu_check.run(["views"], tmp_path, "cpu", apart=True, limit_s=1.0)["stages"]
+    assert whole["views"]["error"] == "stopped after 1 s"  # the limit of the command
+
+
+def test_the_groups_are_all_stages_but_those_run_by_hand(tmp_path, monkeypatch):
+    grouped = [stage for group in gpu_check.GROUPS.values() for stage in group]
+    assert sorted(grouped) == sorted(set(gpu_check.STAGES) - set(gpu_check.BY_HAND))
+    asked = []
+
+    def run(stages, *_, limit_s, **_more):
+        asked.append((stages, limit_s))
+        return {"dry_run": True, "stages": {}}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--only", "steps"])
+    assert asked == [(list(gpu_check.GROUPS["steps"]), gpu_check.GROUP_S)]
+    assert gpu_check.GROUP_S < 540
 
 
 def test_a_command_over_its_limit_leaves_its_log_and_no_process(tmp_path):
@@ -120,11 +138,23 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_only_measured_gpu_figures(tmp_path):
-    text = "<!-- benchmarks:gpu/goals begin -->\n<!-- benchmarks:gpu/goals end -->"
-    assert readme_table.NOT_MEASURED in readme_table.regenerate(text, tmp_path)
-    row = {"work": "two views", "measured": "12.0 us", "goal": "< 11 us"}
-    (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": {"views": {"rows": [row]}}}))
-    assert "| two views | 12.0 us | < 11 us |" in readme_table.regenerate(text, tmp_path)
+    text, short = (
+        f"<!-- benchmarks:gpu/{op} begin -->\n<!-- benchmarks:gpu/{op} end -->" for op in ("goals", "summary")
+    )
+    assert readme_table.regenerate(text + short, tmp_path).count(readme_table.NOT_MEASURED) == 2
+    rows = [stages.row("two views", "12.0 us", {"< 11 us": False, "< 13 us": True}), stages.row("EMA", "3 us", {})]
+    machine = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "date": "2026-11-26"}
+    found = {"environment": machine, "views": {"rows": rows}, "ranks": {"error": "stopped after 180 s"}}
+    (tmp_path / "gpu.json").write_text(json.dumps({"dry_run": False, "stages": found}))
+    made = readme_table.regenerate(text, tmp_path)
+    assert "| two views | 12.0 us | < 11 us, < 13 us |" in made
+    assert "Goals missed:\n\n- two views: < 11 us\n" in made
+    assert "Stages that failed: ranks." in made
+    assert "Stages not run: compilation, properties," in made
+    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-26." in made
+    made = readme_table.regenerate(short, tmp_path)
+    assert "| two views | 12.0 us |" in made
+    assert "EMA" not in made  # the first row of a stage alone
 
 
 def test_files_without_their_packages_are_left_out_with_their_importers():
@@ -132,10 +162,11 @@ def test_files_without_their_packages_are_left_out_with_their_importers():
     assert {"runs.py", "test_cli.py"} <= names  # the second imports the first
     assert "test_quality.py" in names  # imports benchmarks.quality.__main__
     assert "test_resize_crop.py" not in names
+    assert unloadable_tests(["soxr"]) == unloadable_tests(["soundfile"])  # imported later, as files are read
     assert unloadable_tests([]) == []
 
 
-def test_the_stage_of_tests_selects_the_tests_on_cuda_without_audio_packages(tmp_path, monkeypatch):
+def test_the_stage_of_tests_selects_its_tests_without_audio_packages(tmp_path, monkeypatch, capsys):
     """A GPU machine may lack soundfile, soxr and jsonargparse; files that need them must not stop the others."""
     lacking = ["jsonargparse", "soundfile", "soxr"]
     plugin = f"import sys; sys.modules.update(dict.fromkeys({lacking}))"
@@ -145,8 +176,9 @@ def test_the_stage_of_tests_selects_the_tests_on_cuda_without_audio_packages(tmp
     for name in lacking:
         monkeypatch.setitem(sys.modules, name, None)
     found = gpu_check.run(["tests"], tmp_path, "cpu")["stages"]["tests"]
-    assert found["missing_packages"] == ["soundfile"]  # the others are imported inside functions alone
+    assert found["missing_packages"] == ["soundfile", "soxr"]  # jsonargparse is imported inside functions alone
     assert "tests/training/test_pretrain.py" in found["files_left_out"]
+    assert "skipped without a GPU: tests/training/test_pretrain.py: needs soundfile or soxr" in capsys.readouterr().out
     assert found["returncode"] == 0, (tmp_path / "tests.log").read_text()
     collected = (tmp_path / "tests.log").read_text()
     for path, name in waiting_for_a_gpu():

@@ -92,11 +92,12 @@ def test_the_warm_up_of_a_graph_leaves_no_trace(monkeypatch):
         torch.rand(1)  # as dropout does
         return step(lms)
 
-    fakes = {"Stream": lambda _: FakeStream(), "current_stream": lambda _: FakeStream(), "stream": nullcontext}
-    modes = []
+    side = FakeStream()
+    fakes = {"Stream": lambda _: side, "current_stream": lambda _: FakeStream(), "stream": nullcontext}
+    captures = []
 
-    def capture(_graph, capture_error_mode="global"):
-        modes.append(capture_error_mode)
+    def capture(_graph, stream=None, capture_error_mode="global"):
+        captures.append((stream, capture_error_mode))
         return nullcontext()
 
     fakes |= {"CUDAGraph": lambda: FakeGraph(lambda: step(inputs[-1])), "graph": capture}
@@ -106,7 +107,8 @@ def test_the_warm_up_of_a_graph_leaves_no_trace(monkeypatch):
     generator = torch.get_rng_state()
     replay = graph_step(noted, batches[3], [learner2, aug2], optimizer)
     assert len(inputs) == 4  # three to warm up, one captured
-    assert modes == ["thread_local"]  # else threads that pin memory for coming batches break the capture, or it them
+    # Gradients are added up on the warm-up's stream; threads that pin memory for coming batches go on.
+    assert captures == [(side, "thread_local")]
     assert torch.equal(torch.get_rng_state(), generator)
     for lms in batches:
         eager(lms)
