@@ -3,15 +3,15 @@
     python -m benchmarks.quality.corpus FOLDER [--jobs 2] [--only NAME ...]
     python -m benchmarks.quality.corpus FOLDER --renew TASKS
 
-The first form downloads the packages of the manifest, checks each against its checksums, and writes
-``FOLDER/audio/KIND/PACKAGE-NUMBER.opus``, mono at 16 kHz. The second form chooses anew: it takes all sound of the
-packages in ``corpus_packages.txt``, drops duplicates and near-duplicates, of clips of TASKS too, and writes
-``FOLDER/corpus.tsv.xz``, a new manifest. Both resume after a stop. They need Debian's ``apt-get``, ``dpkg-deb``,
+The first form downloads the packages of the manifest, checks their files against its checksums, and writes
+``FOLDER/audio/KIND/PACKAGE-NUMBER.opus``, mono at 16 kHz. The second form chooses anew, in a folder of its own: it takes
+all sound of the packages in ``corpus_packages.txt``, drops duplicates and near-duplicates, of clips of TASKS too, and
+writes a new manifest, ``FOLDER/corpus.tsv.xz``. Both resume after a stop. They need Debian's ``apt-get``, ``dpkg-deb``,
 ``fluidsynth`` and ``ffmpeg``, and ``av`` from PyPI.
 
-The manifest has a line for each package (version, SHA-256, number of files, licences as its copyright file names them)
-and one for each file: its name here, 128 bits of its SHA-256, its seconds, and its path in the package. A sound that is
-rendered has the checksum of its SoundFont.
+The manifest has a line for each package (version, SHA-256, licences as its copyright file names them) and one for each
+file: its name here, 128 bits of its source's SHA-256, its seconds, and its path in the package. A sound that is rendered
+has the checksum of its SoundFont.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def licences(copyright_text: str, paths: Iterable[str]) -> list[str]:
         if files and licence:
             stanzas.append((files.group(1).split(), licence.group(1).strip()))
     if not stanzas:
-        known = r"CC[- ]BY(?:[- ]SA)?[- ][1-4]\.[05]|CC0|Public Domain|L?GPL|Artistic|MIT License|BSD|OFL|Apache|zlib"
+        known = (
+            r"CC[- ]BY(?:[- ]SA)?[- ][1-4]\.[05]|creativecommons\.org/licenses/[a-z-]+/[1-4]\.[05]|CC0|Public Domain"
+            r"|L?GPL|Artistic|MIT License|BSD|Redistribution and use in source|OFL|Apache|zlib|EFF Open Audio License"
+        )
         return sorted({one.upper() for one in re.findall(rf"\b(?:{known})\b", copyright_text, re.I)}) or [UNKNOWN]
     patterns = [(re.compile(fnmatch.translate(one)), licence) for globs, licence in stanzas for one in globs]
     found = set()
@@ -332,6 +335,8 @@ def take(package: str, kind: str, folder: Path, refused: tuple[str, ...], wanted
     result.sounds = taken
     result.licences = licences(copyright_text, (sound.path.partition("#")[0] for sound in result.sounds))
     write_whole(made, as_text(lambda file: json.dump(asdict(result), file)))
+    if wanted and len(taken) < len(names):
+        logger.warning("%s: expected %d sounds, got %d", package, len(names), len(taken))
     hours = {kind: round(seconds / 3600, 3) for kind, seconds in total.items()}
     logger.info("%s: %d files, hours %s%s", package, len(taken), hours, f", failed {dict(failed)}" if failed else "")
     return result
