@@ -4,14 +4,14 @@
     python -m benchmarks.quality.corpus FOLDER --renew TASKS
 
 The first form downloads the packages of the manifest, checks their files against its checksums, and writes
-``FOLDER/audio/KIND/PACKAGE-NUMBER.opus``, mono at 16 kHz. The second form chooses anew, in a folder of its own: it takes
-all sound of the packages in ``corpus_packages.txt``, drops duplicates and near-duplicates, of clips of TASKS too, and
-writes a new manifest, ``FOLDER/corpus.tsv.xz``. Both resume after a stop. They need Debian's ``apt-get``, ``dpkg-deb``,
-``fluidsynth`` and ``ffmpeg``, and ``av`` from PyPI.
+``FOLDER/audio/KIND/PACKAGE-NUMBER.opus``, mono at 16 kHz. The second form chooses anew, in a folder of its own: it
+takes all sound of the packages in ``corpus_packages.txt``, drops duplicates and near-duplicates, of clips of TASKS too,
+and writes a new manifest, ``FOLDER/corpus.tsv.xz``. Both resume after a stop. They need Debian's ``apt-get``,
+``dpkg-deb``, ``fluidsynth`` and ``ffmpeg``, and ``av`` from PyPI.
 
 The manifest has a line for each package (version, SHA-256, licences as its copyright file names them) and one for each
-file: its name here, 128 bits of its source's SHA-256, its seconds, and its path in the package. A sound that is rendered
-has the checksum of its SoundFont.
+file: its name here, 128 bits of its source's SHA-256, its seconds, and its path in the package. A sound that is
+rendered has the checksum of its SoundFont.
 """
 
 from __future__ import annotations
