@@ -234,20 +234,20 @@ def _variants() -> dict[str, Variant]:
             "first_conv.first_backward_kernel", first, few | f32 | {"FROZEN": False}, odd=sizes
         ),
         "conv_block, sums": Variant(
-            "conv_block.channel_sums_kernel", later, f32 | {"POSITIONS": 64, "CHANNELS": 64}, odd=sizes
+            "norm_pool.channel_sums_kernel", later, f32 | {"POSITIONS": 64, "CHANNELS": 64}, odd=sizes
         ),
-        "conv_block, statistics": Variant("conv_block.channel_stats_kernel", later, few, odd=sizes),
+        "conv_block, statistics": Variant("norm_pool.channel_stats_kernel", later, few, odd=sizes),
         "conv_block, frozen": Variant(
-            "conv_block.frozen_stats_kernel", _names("mean variance bias stats", "fp32"), {"BLOCK": 64}, warps=1
+            "norm_pool.frozen_stats_kernel", _names("mean variance bias stats", "fp32"), {"BLOCK": 64}, warps=1
         ),
-        "conv_block, pool": Variant("conv_block.pool_kernel", later | incoming, tile, odd=sizes),
-        "conv_block, pooled sums": Variant("conv_block.pool_sums_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, pool": Variant("norm_pool.pool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, pooled sums": Variant("norm_pool.pool_sums_kernel", later | incoming, tile, odd=sizes),
         "conv_block, norm backward": Variant(
-            "conv_block.norm_backward_kernel", later, few | f32 | {"FROZEN": False}, odd=sizes
+            "norm_pool.norm_backward_kernel", later, few | f32 | {"FROZEN": False}, odd=sizes
         ),
-        "conv_block, unpool": Variant("conv_block.unpool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, unpool": Variant("norm_pool.unpool_kernel", later | incoming, tile, odd=sizes),
         "conv_block, running": Variant(
-            "conv_block.norm_running_kernel",
+            "norm_pool.norm_running_kernel",
             _names("mean variance stats", "fp32") | {"updates": "i64"},
             {"BLOCK": 64},
             warps=1,

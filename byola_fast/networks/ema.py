@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import HALF
+from byola_fast.ops._ema_checks import HALF, ema_decay
 from byola_fast.ops._route import ema_update_without_grad
-from byola_fast.ops.functional import ema_decay
 from byola_fast.ops.reference import sums_dtype
 from byola_fast.runtime.state import require_state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import require_decay, require_matching_lists
+from byola_fast.ops._ema_checks import ema_decay, require_matching_lists
 from byola_fast.ops._route import ema_update_without_grad, needs_reference, op
 from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
@@ -586,16 +585,3 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
             for number, tensor in enumerate(tensors):
                 check.require_tensor(f"{name}[{number}]", tensor)
         raise
-
-
-def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
-    """Check the decay of ``ema_update_`` and return it as a tensor."""
-    if isinstance(decay, Tensor):
-        check.require_shape("decay", decay, ())
-        require_decay(decay, target)
-        return decay
-    if not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
-        raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
-    return torch.tensor(float(decay), dtype=torch.float64, device="cpu")

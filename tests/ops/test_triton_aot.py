@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
 from benchmarks.gpu import kernels
-from byola_fast.ops import _schemas, _triton
+from byola_fast.ops import _triton
 
 # kernel: maximum registers per thread, maximum bytes of shared memory, minimum programs per SM; all architectures
 BUDGETS = {
@@ -75,10 +77,8 @@ def test_resources(name, architecture):
 def test_every_kernel_has_a_budget():
     assert set(BUDGETS) == set(kernels.variants())
     compiled = {variant.kernel for variant in kernels.variants().values()}
-    for file in set(_schemas.LAUNCHERS.values()):
-        source = sys.modules.get(f"byola_fast.ops._triton.{file}") or __import__(
-            f"byola_fast.ops._triton.{file}", fromlist=["_"]
-        )
+    for file in pkgutil.iter_modules(_triton.__path__):
+        source = importlib.import_module(f"byola_fast.ops._triton.{file.name}")
         defined = {name for name in vars(source) if name.endswith("_kernel")}
         assert defined <= {kernel.split(".")[1] for kernel in compiled}
 

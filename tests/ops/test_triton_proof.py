@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import mmap
+import pkgutil
 import random
 
 import pytest
 import torch
 
 from byola_fast import Augment, augment, ops
-from byola_fast.ops import _schemas, _triton
+from byola_fast.ops import _triton
 
 if not _triton.interpreted():
     reason = "needs TRITON_INTERPRET=1; test_triton_interpreted.py runs this file under the interpreter"
@@ -76,6 +77,27 @@ def two_views():
     return [*aug(x), *aug(2 * x), *augment(x, seed=2, interpolation="bicubic"), *aug.state_dict().values()]
 
 
+def single_ops():
+    rng, x = torch.tensor([3, 4]), torch.randn(6, 40, 70)
+    rows, cursor = torch.zeros(8, 40, 70), torch.tensor([0, 0, 0])
+    drawn = ops.draw_params(rng, 6, (40, 70), fader_gain=1.0)
+    views, sums = ops.augment_views(x, *drawn, rng)
+    ops.bank_push_(rows, cursor, x)
+    return [*drawn, views, sums, ops.normalize(views, sums), rows, cursor]
+
+
+def blocks():
+    results = []
+    for inputs in (1, 3):
+        x, weight = torch.randn(4, inputs, 24, 40), torch.randn(5, inputs, 3, 3)
+        leaves = [t.requires_grad_() for t in (x, weight, torch.randn(5), torch.randn(5), torch.randn(5))]
+        state = [torch.zeros(5), torch.ones(5), torch.tensor(0)]
+        for training in (False, True):
+            y = ops.conv_block(*leaves, *state, training=training)
+            results += [y, *torch.autograd.grad(y, leaves, torch.randn_like(y)), *(t.clone() for t in state)]
+    return results
+
+
 def mixing():
     x, z, grad, lam = torch.randn(3, 5, 41, 50).unbind() + (torch.rand(5),)  # noqa: RUF005
     return [OPS.log_mixup_exp(x, z, lam), *OPS.log_mixup_exp_backward(grad, x, z, lam)]
@@ -99,7 +121,7 @@ def moving_average():
     return target
 
 
-CALLS = [log_mel, two_views, mixing, crops, statistics, moving_average]
+CALLS = [log_mel, two_views, single_ops, blocks, mixing, crops, statistics, moving_average]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -118,8 +140,8 @@ def test_no_race_shows_when_programs_run_in_another_order(call, programs, monkey
 def test_the_race_tests_launch_every_kernel(programs):
     for call in CALLS:
         call()
-    for file in set(_schemas.LAUNCHERS.values()):
-        defined = vars(importlib.import_module(f"byola_fast.ops._triton.{file}"))
+    for file in pkgutil.iter_modules(_triton.__path__):
+        defined = vars(importlib.import_module(f"byola_fast.ops._triton.{file.name}"))
         assert {name for name in defined if name.endswith("_kernel")} <= programs.ran
 
 
