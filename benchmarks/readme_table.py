@@ -28,6 +28,8 @@ QUALITY = {
     "summary": quality_tables.summary_table,
     "study": quality_tables.study_table,
     "ablations": quality_tables.ablation_table,
+    "gpu": quality_tables.gpu_table,
+    "gpu_tests": quality_tables.gpu_test_table,
 }
 MARKER = re.compile(r"<!-- benchmarks:")
 

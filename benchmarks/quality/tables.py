@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,41 @@ def ablation_table(folder: Path) -> str:
     return "\n".join(rows)
 
 
+def gpu_table(folder: Path) -> str:
+    """Return the runs on a GPU, best first by their validation; the tests of those that were looked at."""
+    points: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted((folder / "gpu").glob("*-[0-9].json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for point in run["curve"]:
+            points[run["label"], point["step"]].append(point | {"width": run["settings"]["feature_d"]})
+    rows = [_row("run", "width", "steps", "seeds", *AUDIOSET, "validation", "test"), _row("---", *["---:"] * 9)]
+    baseline = _read(folder / "gpu" / "random.json")
+    found = [(label, step, of) for (label, step), of in points.items()]
+    found.sort(key=lambda each: -statistics.fmean(point["valid_mean"] for point in each[2]))
+    for label, step, of in found:
+        valid = [f"{statistics.fmean(point['valid'][task] for point in of):.1f}" for task in AUDIOSET]
+        reached = _mean_std([point["valid_mean"] for point in of])
+        tested = [point["mean"] for point in of if "mean" in point]
+        rows.append(_row(label, of[0]["width"], step, len(of), *valid, reached, _mean_std(tested) if tested else ""))
+    if baseline is not None:
+        valid = [f"{statistics.fmean(one[task] for one in baseline['valid']):.1f}" for task in AUDIOSET]
+        means = [statistics.fmean(one.values()) for one in baseline["valid"]]
+        rows.append(_row(baseline["label"], 512, "", len(means), *valid, _mean_std(means), ""))
+    return "\n".join(rows)
+
+
+def gpu_test_table(folder: Path) -> str:
+    """Return the tests of the runs on a GPU that were looked at, a row for each seed."""
+    rows = [_row("run", "width", "steps", "seed", *AUDIOSET, "mean"), _row("---", *["---:"] * 8)]
+    for path in sorted((folder / "gpu").glob("*-[0-9].json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for point in run["curve"]:
+            if "scores" in point:
+                place = (run["settings"]["feature_d"], point["step"], run["seed"])
+                rows.append(_row(run["label"], *place, *_scores([point]), f"{point['mean']:.1f}"))
+    return "\n".join(rows)
+
+
 def _runs(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the runs of a row, one per seed."""
     paths = [path for path in sorted(folder.glob(f"{name}-*.json")) if path.stem[len(name) + 1 :].isdigit()]
@@ -92,7 +127,10 @@ def _scores(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _spread(points: list[dict[str, Any]]) -> str:
-    means = [point["mean"] for point in points]
+    return _mean_std([point["mean"] for point in points])
+
+
+def _mean_std(means: list[float]) -> str:
     return f"{statistics.fmean(means):.1f}" + (f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else "")
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import require_decay, require_matching_lists
-from byola_fast.ops._route import needs_reference, op
+from byola_fast.ops._route import ema_update_without_grad, needs_reference, op
 from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
 __all__ = [
@@ -578,7 +578,7 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
                 require_matching_lists(target, online)
                 ema_update__reference(target, [o.detach() for o in online], weight)  # no_grad lets forward mode pass
             else:
-                torch.ops.byola_fast.ema_update_(target, online, weight)
+                ema_update_without_grad(target, online, weight)
     except (RuntimeError, TypeError):
         for name, tensors in (("target", target), ("online", online)):
             if not isinstance(tensors, Sequence):
@@ -592,9 +592,10 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
     """Check the decay of ``ema_update_`` and return it as a tensor."""
     if isinstance(decay, Tensor):
         check.require_shape("decay", decay, ())
-    elif not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
+        require_decay(decay, target)
+        return decay
+    if not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
-    else:
-        decay = torch.tensor(float(decay), dtype=torch.float64, device="cpu")
-    require_decay(decay, target)
-    return decay
+    if not torch.compiler.is_compiling() and not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
+    return torch.tensor(float(decay), dtype=torch.float64, device="cpu")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 
 import pytest
+import torch
 from helpers.tasks import PITCHES, make_task
 
 from benchmarks import readme_table
 from benchmarks.quality import __main__ as quality
+from benchmarks.quality import compare
 from benchmarks.quality import tables as quality_tables
 from benchmarks.quality.runs import STUDIES, Study
+from byola_fast import LogMel, describe_encoder, make_encoder, make_learner, save_encoder
 from byola_fast.training.config import PretrainConfig
 
 pytestmark = pytest.mark.slow
@@ -128,3 +132,34 @@ def test_every_row_has_valid_settings():
 def test_without_runs_the_tables_say_so(tmp_path):
     assert quality_tables.study_table(tmp_path) == quality_tables.NO_RUNS
     assert quality_tables.ablation_table(tmp_path) == quality_tables.NO_RUNS
+
+
+def test_encoders_are_compared_without_their_tests_and_with_them(tmp_path, capsys):
+    labels = [name for _ in range(8) for name in PITCHES]
+    make_task(tmp_path / "tones", labels, lambda n: ("a", "b", "c", "d")[n // 3 % 4], "file_name,label,fold")
+    for more in ([], ["--test"]):
+        assert compare.main([str(tmp_path), "random:0", "--only", "tones", *more]) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["encoder"] == "random:0"
+        assert 50 < line["mean"] <= 100
+
+
+def test_learners_of_the_study_train(tmp_path, monkeypatch):
+    encoder = make_encoder("AudioNTT2020", feature_d=16)
+    teachers = [tmp_path / f"{k}.safetensors" for k in range(2)]
+    for path in teachers:
+        save_encoder(path, encoder, config=describe_encoder(encoder, LogMel()), stats=(0.0, 1.0))
+    monkeypatch.setenv("TEACHERS", os.pathsep.join(map(str, teachers)))
+    torch.manual_seed(0)
+    views = torch.randn(2, 8, 1, 64, 32)
+    for name in ("Reconstruct", "Distil"):
+        learner = make_learner(f"benchmarks.quality.learners:{name}", make_encoder("AudioNTT2020", feature_d=16))
+        optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], 1e-3)
+        losses = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = learner(*views)[0]
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
