@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from byola_fast.ops import reference
+from byola_fast.ops._dispatch import CHOSEN
 from byola_fast.ops._native import cuda
 
-PLAIN = os.environ.get("BYOLA_FAST_BACKEND") == "reference"
+PLAIN = bool(CHOSEN)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
