@@ -115,8 +115,10 @@ def _conv_block(x: Tensor, layers: list[Any]) -> Tensor:
 
 
 def _is_as_built(layers: list[Any]) -> bool:
-    """Return whether a block's layers are the constructor's, with no hook of their own to call."""
+    """Return whether a block's layers are the constructor's, with no hook to call."""
     if [type(layer) for layer in layers] != BLOCK:
+        return False
+    if not torch.compiler.is_compiling() and nn.modules.module._has_any_global_hook():
         return False
     if any(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks

@@ -236,6 +236,13 @@ def test_hooks_and_replaced_layers_are_called(how, device):
     assert len(seen) == 2 * before
 
 
+def test_global_hooks_are_called(device):
+    encoder, seen = small(AudioNTT2020).to(device), []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, given, y: seen.append(type(module))):
+        encoder(torch.randn(3, 1, 16, 24, device=device))
+    assert seen.count(torch.nn.Conv2d) == seen.count(torch.nn.MaxPool2d) == 3
+
+
 @pytest.mark.parametrize("make", ENCODERS)
 def test_a_training_step_equals_the_layers(make, device):
     """On CUDA the blocks are kernels of ours: within rounding the layers, gradients and running statistics too."""
