@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import stages, trainer
+from benchmarks.gpu import blocks, stages, trainer
 from benchmarks.gpu.missing import missing_packages, unloadable_tests
 from benchmarks.measure import cores, machine, versions
 
@@ -47,7 +47,7 @@ LIMITS_S = {"views": 240.0, "training": 360.0, "trainer": 300.0, "tests": 420.0,
 GROUP_S = 530.0  # time limit of a group of stages; then the rest of it fails
 GROUPS = {
     "checks": ("compilation", "environment", "properties", "tests"),
-    "kernels": ("ceilings", "views", "ema", "front_end", "designs"),
+    "kernels": ("ceilings", "views", "ema", "front_end", "blocks", "designs"),
     "steps": ("training", "trainer", "ranks"),
 }
 WORKERS = max(
@@ -210,6 +210,7 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "views": stages.views,
     "ema": stages.ema,
     "front_end": stages.front_end,
+    "blocks": blocks.blocks,
     "training": stages.training,
     "trainer": trainer.trainer,
     "ranks": trainer.ranks,
@@ -218,7 +219,7 @@ STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
     "sanitizers": sanitizers,
 }
 BY_HAND = ("sanitizers",)
-HEADLINES = ("views", "front_end", "training", "ema")
+HEADLINES = ("views", "front_end", "blocks", "training", "ema")
 
 
 def run(

@@ -11,6 +11,7 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode, below, warns of each product
 torch.set_num_threads(1)  # tiny tensors: a second thread on a busy machine costs milliseconds an op
 
+torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are compared with float64
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -32,6 +32,11 @@ from byola_fast.ops._triton.shared import (
 )
 
 DESIGNS = ("registers", "matrices", "recompute")
+TRIALS: list[dict[str, object]] = [  # other values of the shipped kernel's constants
+    {"WARPS": w, "ROWS": w, "PROGRAMS_PER_SM": p, "REGISTERS": 65536 // (32 * w * p)}
+    for w, p in ((4, 8), (8, 4), (8, 3), (16, 2))
+]
+TRIALS += [{"STAGED_ROWS": 16}, {"STAGED_ROWS": 64}, {"PREFETCH": False}, {"MOST_MIX_BLOCKS": 1}]
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def _variants() -> dict[str, Variant]:
     import triton.language as tl
 
     from byola_fast.ops._triton import augment_views as views_module
+    from byola_fast.ops._triton import first_conv as conv_module
     from byola_fast.ops._triton import log_mel as mel_module
 
     f32 = {"COMPUTE": tl.float32}
@@ -85,20 +86,31 @@ def _variants() -> dict[str, Variant]:
         _names("bank stats lam fader scratch", "fp32") | _names("bank_count bank_index rng", "i64") | {"crop": "i32"}
     )
     views_constants = f32 | {
-        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "COLUMNS": 32,
-        "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "x_t": 1, "pool_t": 1,
+        "HAS_BANK": True, "HAS_STATS": True, "APPROXIMATE": True, "WIDE": False, "EXACT": True, "COLUMNS": 32,
+        "ROWS": views_module.WARPS, "STAGED_ROWS": 32, "MIX_BLOCKS": 3, "PREFETCH": True, "x_t": 1, "pool_t": 1,
     }  # fmt: skip
     magic = ("mel_magic", "frame_magic")
 
-    def views(element: str, taps: int, mixup: str = "log") -> Variant:
+    def views(element: str, taps: int, mixup: str = "log", fused: bool = False) -> Variant:
+        at_once = views_module.AT_ONCE["bilinear" if taps == 2 else "bicubic"]
+        constants = views_constants | {"TAPS": taps, "MIXUP": mixup, "COLUMN_BLOCKS": 3, "RUN": 8}
+        constants |= {"BLOCKS_AT_ONCE": at_once[0], "TURNS_AT_ONCE": at_once[1]}
+        odd: tuple[str, ...] = (*views_module.RUNTIME, "mel_shift", "frame_shift")
+        wide: tuple[str, ...] = magic
+        pointers = views_pointers | _names("x pool out", element) | {"sums": "fp64"}
+        if fused:
+            constants |= {"PUSH": True, "EARLY": False}
+            odd += "pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"
+            wide += "mel_base", "mel_slope", "frame_base", "frame_slope"
+            pointers |= _names("finite done", "i32")
         return Variant(
-            "augment_views.augment_views_kernel",
-            views_pointers | _names("x pool out", element) | {"sums": "fp64"},
-            views_constants | {"TAPS": taps, "COLUMN_BLOCKS": 3 if taps == 2 else 0, "MIXUP": mixup},
-            magic,
-            (*views_module.RUNTIME, "mel_shift", "frame_shift"),
+            "two_views.two_views_kernel" if fused else "augment_views.augment_views_kernel",
+            pointers,
+            constants,
+            wide,
+            odd,
             views_module.WARPS,
-            views_module.REGISTERS,
+            {80: 64, 90: 64, 100: 80} if fused else views_module.REGISTERS,
         )
 
     def ema(online: Any) -> Variant:
@@ -112,7 +124,8 @@ def _variants() -> dict[str, Variant]:
 
     def log_mel(n_fft: int, element: str) -> Variant:
         r1, r2 = mel_module.RADICES[n_fft]
-        sizes = {"R1": r1, "R2": r2, "FRAMES": 2 * mel_module.LANES // r1, "MELS": 64}
+        sizes = {"R1": r1, "R2": r2, "FRAMES": 2 * mel_module.LANES // r1, "MELS": mel_module.MELS}
+        sizes |= {"LANES_OF_BAND": mel_module.LANES_OF_BAND, "UNROLLED": mel_module.UNROLLED}
         return Variant(
             "log_mel.log_mel_kernel",
             _names("window table filter_bank stats lms powers", "fp32")
@@ -123,12 +136,19 @@ def _variants() -> dict[str, Variant]:
             max_registers={80: 168, 90: 128, 100: 168},
         )
 
+    tile = f32 | {"PIXELS": 16, "CHANNELS": 64}
+    few, sizes = {"ROWS": 256, "CHANNELS": 4}, conv_module.RUNTIME
+    incoming = {"grad": "bf16", "which": "u8"}
+    parameters = _names("partials weight bias gamma beta stats to_weight to_bias to_gamma to_beta factors", "fp32")
+    first = _names("x", "fp32") | {"kept": "fp64"} | parameters
+    later = _names("y to_y out", "bf16") | parameters | {"anchors": "fp32"}
+
     crop = f32 | {"WIDE": False, "COLUMNS": 32, "ROWS": 16, "stride_t": 1}
     crop_odd = ("mel_shift", "frame_shift")
     axis = f32 | {"WIDE": False, "INPUTS": 16, "LINES": 32}
     axis_pointers = _names("grad to_x", "fp32") | {"crop": "i32"}
     crop_pointers = _names("x y", "fp32") | {"crop": "i32"}
-    push = f32 | {"HAS_STATS": True, "BLOCK": 1024, "stride_t": 1}
+    push = f32 | {"HAS_STATS": True, "FLAT": True, "BLOCK": 1024, "stride_t": 1}
     push_pointers = _names("x stats rows", "fp32") | _names("finite done", "i32")
     return {
         "augment_views, bilinear": views("fp32", 2),
@@ -136,6 +156,21 @@ def _variants() -> dict[str, Variant]:
         "augment_views, bicubic": views("fp32", 4),
         "augment_views, bicubic, bf16": views("bf16", 4),
         "augment_views, Gaussian": views("fp32", 2, "gaussian"),
+        "two_views": views("fp32", 2, fused=True),
+        "two_views, bf16": views("bf16", 2, fused=True),
+        "two_views, bicubic": views("fp32", 4, fused=True),
+        "finish_views": Variant(
+            "two_views.finish_views_kernel",
+            _names("views x stats rows", "fp32")
+            | _names("finite done", "i32")
+            | _names("cursor rng", "i64")
+            | {"sums": "fp64"},
+            f32
+            | dict.fromkeys(("NORMALIZE", "PUSH", "ADVANCE", "HAS_STATS", "FLAT"), True)
+            | {"EARLY": False, "SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
+            odd=("rows_of_sums", "batch", "n_memory", "pushing"),
+            warps=8,
+        ),
         "draw_params": Variant(
             "draw_params.draw_params_kernel",
             _names("rng bank_count bank_index", "i64") | _names("lam fader", "fp32") | {"crop": "i32"},
@@ -187,6 +222,36 @@ def _variants() -> dict[str, Variant]:
             ("magic",),
             ("shift",),
         ),
+        "conv_block, moments": Variant("first_conv.patch_moments_kernel", first, f32 | {"BLOCK": 128}, odd=sizes),
+        "conv_block, first statistics": Variant(
+            "first_conv.first_stats_kernel", first, {"ROWS": 64, "CHANNELS": 4}, odd=sizes
+        ),
+        "conv_block, first": Variant(
+            "first_conv.first_forward_kernel", first | {"out": "bf16", "which": "u8"}, tile, odd=sizes
+        ),
+        "conv_block, first sums": Variant("first_conv.first_sums_kernel", first | incoming, tile, odd=sizes),
+        "conv_block, first backward": Variant(
+            "first_conv.first_backward_kernel", first, few | f32 | {"FROZEN": False}, odd=sizes
+        ),
+        "conv_block, sums": Variant(
+            "norm_pool.channel_sums_kernel", later, f32 | {"POSITIONS": 64, "CHANNELS": 64}, odd=sizes
+        ),
+        "conv_block, statistics": Variant("norm_pool.channel_stats_kernel", later, few, odd=sizes),
+        "conv_block, frozen": Variant(
+            "norm_pool.frozen_stats_kernel", _names("mean variance bias stats", "fp32"), {"BLOCK": 64}, warps=1
+        ),
+        "conv_block, pool": Variant("norm_pool.pool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, pooled sums": Variant("norm_pool.pool_sums_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, norm backward": Variant(
+            "norm_pool.norm_backward_kernel", later, few | f32 | {"FROZEN": False}, odd=sizes
+        ),
+        "conv_block, unpool": Variant("norm_pool.unpool_kernel", later | incoming, tile, odd=sizes),
+        "conv_block, running": Variant(
+            "norm_pool.norm_running_kernel",
+            _names("mean variance stats", "fp32") | {"updates": "i64"},
+            {"BLOCK": 64},
+            warps=1,
+        ),
     }  # fmt: skip
 
 
@@ -201,7 +266,7 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
     if kernel is None:
         module, name = variant.kernel.split(".")
         kernel = getattr(importlib.import_module(f"byola_fast.ops._triton.{module}"), name)
-    floats = ("mixup_ratio", "fader_gain")
+    floats = ("mixup_ratio", "fader_gain", "eps", "momentum")
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in variant.constants:

@@ -337,7 +337,7 @@ def designs(context: Any) -> dict[str, Any]:
     device, batch = context.device, sizes(context, BATCH, 2)
     if context.skip("timing other designs of the kernel: Triton needs a GPU"):
         return {}
-    from benchmarks.gpu.designs import DESIGNS, held_normalize_, run_design
+    from benchmarks.gpu.designs import DESIGNS, TRIALS, held_normalize_, run_design
     from byola_fast.ops._triton import augment_views as kernel
 
     x, bank = (torch.randn(n, 64, 96, device=device) for n in (batch, 2048))
@@ -365,15 +365,9 @@ def designs(context: Any) -> dict[str, Any]:
         for warps in (4, 8, 16):
             call = partial(run_design, design, x, bank, lam, index, crop, warps)
             add(f"{design}, {warps} warps", call, call)
-    shapes = ("WARPS", "ROWS", "PROGRAMS_PER_SM", "STAGED_ROWS", "DIRECT", "REGISTERS")
-    chosen = {name: getattr(kernel, name) for name in shapes}
-    trials: list[dict[str, Any]] = [
-        {"WARPS": w, "ROWS": w, "PROGRAMS_PER_SM": p, "REGISTERS": 65536 // (32 * w * p)}
-        for w, p in ((4, 8), (8, 4), (8, 3), (16, 2))
-    ]
-    trials += [{"STAGED_ROWS": 16}, {"STAGED_ROWS": 64}, {"DIRECT": ()}, {"DIRECT": ("bilinear", "bicubic")}]
+    chosen = {name: getattr(kernel, name) for trial in TRIALS for name in trial}
     try:
-        for trial in trials:
+        for trial in TRIALS:
             for name, value in (chosen | trial).items():
                 setattr(kernel, name, value)
             label = ", ".join(f"{name} {value}" for name, value in trial.items())

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import HALF
-from byola_fast.ops.functional import ema_decay
+from byola_fast.ops._ema_checks import HALF, ema_decay
+from byola_fast.ops._route import ema_update_without_grad
 from byola_fast.ops.reference import sums_dtype
 from byola_fast.runtime.state import require_state
 
@@ -189,7 +189,7 @@ class EMA(nn.Module):
         plan = self._current_plan()
         try:
             decay = ema_decay(self.current_decay(), plan.target)
-            torch.ops.byola_fast.ema_update_(plan.target, plan.online, decay)
+            ema_update_without_grad(plan.target, plan.online, decay)
         except (TypeError, ValueError) as error:
             named = re.sub(r"\b(target|online)\[(\d+)\]", lambda m: f"{m[1]}.{plan.names[int(m[2])]}", str(error))
             raise type(error)(named) from None

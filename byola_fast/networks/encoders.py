@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.plugins import find_class
 
 CHANNELS = 64
 DROPOUT = 0.3
-POOL_BY_WINDOWS = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 14)
+BLOCK: list[type] = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 class AudioNTT(nn.Module):
@@ -64,8 +65,8 @@ class AudioNTT(nn.Module):
         if x.shape[3] < self.frame_stride:
             raise ValueError(f"x: expected at least {self.frame_stride} frames, got {x.shape[3]}")
         layers: list[Any] = list(self.features)
-        for conv, norm in zip(layers[0::4], layers[1::4], strict=True):
-            x = _conv_block(x, conv, norm)
+        for first in range(0, len(layers), 4):
+            x = _conv_block(x, layers[first : first + 4])
         return x.permute(0, 3, 2, 1).flatten(2)
 
     def extra_repr(self) -> str:
@@ -91,29 +92,42 @@ class AudioNTT(nn.Module):
         raise NotImplementedError
 
 
-def _conv_block(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolution, BatchNorm, MaxPool2, ReLU: ``(B, C, F, T)`` to ``(B, C', F // 2, T // 2)``.
+def _conv_block(x: Tensor, layers: list[Any]) -> Tensor:
+    """Convolution, BatchNorm, ReLU, MaxPool2: ``(B, C, F, T)`` to ``(B, C', F // 2, T // 2)``."""
+    if not _is_as_built(layers):
+        for layer in layers:
+            x = layer(x)
+        return x
+    conv, norm = layers[:2]
+    return ops.conv_block(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
 
-    ReLU after the maximum gives the same bits and is a quarter of the work. In eval mode the normalisation is folded
-    into the convolution's weights, which changes rounding only.
-    """
-    if norm.training:
-        x = norm(conv(x))
-    else:
-        assert conv.bias is not None
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = (conv.bias - norm.running_mean) * scale + norm.bias
-        x = F.conv2d(x, conv.weight * scale[:, None, None, None], bias, padding=conv.padding)
-    return F.relu(_halve(x))
 
-
-def _halve(x: Tensor) -> Tensor:
-    """MaxPool2. Under export by windows: torch before 2.14 specialises its own to even or odd sizes."""
-    if not (torch.compiler._is_exporting_flag and POOL_BY_WINDOWS):
-        return F.max_pool2d(x, 2)
-    return x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+def _is_as_built(layers: list[Any]) -> bool:
+    """Return whether a block's layers are the constructor's, with no hook to call."""
+    if [type(layer) for layer in layers] != BLOCK:
+        return False
+    if not torch.compiler.is_compiling() and nn.modules.module._has_any_global_hook():
+        return False
+    if any(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        for layer in layers
+    ):
+        return False
+    conv, norm, _relu, pool = layers
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return geometry == GEOMETRY and norm.weight is not None and (pool.kernel_size, pool.stride) == (2, 2)
 
 
 class AudioNTT2020(AudioNTT):

@@ -131,6 +131,26 @@ def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor
     return torch.stack([torch.zeros_like(of_total), of_total, of_squares]).expand_as(sums)
 
 
+def _save_conv_block(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, gamma, _beta, mean, *_settings = inputs
+    _out, which, kept, stats = output
+    ctx.frozen, ctx.has_bias = mean is not None, bias is not None
+    ctx.save_for_backward(x, weight, gamma, which, kept, stats)
+    ctx.mark_non_differentiable(which, kept, stats)
+    ctx.set_materialize_grads(False)  # else autograd fills tensors of kept's size with zeros
+
+
+def _conv_block_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
+    if grad is None:
+        return (None,) * 9
+    needs_x = ctx.needs_input_grad[0]
+    to_x, to_weight, to_bias, to_gamma, to_beta = _op("conv_block_backward")(
+        grad, *ctx.saved_tensors, ctx.frozen, needs_x
+    )
+    to_x, to_bias = to_x if needs_x else None, to_bias if ctx.has_bias else None
+    return to_x, to_weight, to_bias, to_gamma, to_beta, None, None, None, None
+
+
 _register("log_mel", _log_mel_backward, _save_log_mel)
 _register("log_mixup_exp", _log_mixup_exp_backward, _save_log_mixup_exp)
 _register("resize_crop", _resize_crop_backward, _save_resize_crop)
@@ -138,6 +158,7 @@ _register("augment_views", _augment_views_backward, _save_augment_views)
 _register("sample_sums", _sample_sums_backward, _save_sample_sums)
 _register("batch_stats", _batch_stats_backward, _save_batch_stats)
 _register("normalize", _normalize_backward, _save_normalize)
+_register("conv_block", _conv_block_backward, _save_conv_block)
 
 
 def _register_once(name: str) -> None:

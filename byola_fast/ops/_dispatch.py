@@ -6,7 +6,8 @@ that succeeds replaces the stubs by its kernels, and the stub dispatches the cal
 removed and the reference answers. Because the dispatcher calls the stub, all calls behave the same: direct calls of
 ``torch.ops.byola_fast`` and graphs compiled before the backend was loaded.
 
-``BYOLA_FAST_STRICT=1`` turns every fallback into a ``BackendError``.
+``BYOLA_FAST_STRICT=1`` turns every fallback into a ``BackendError``. ``BYOLA_FAST_BACKEND=reference`` sends all public
+functions to plain PyTorch (see ``_route.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from torch.utils._pytree import tree_leaves
 from byola_fast.ops import _schemas
 
 logger = logging.getLogger("byola_fast")
+
+CHOSEN = os.environ.get("BYOLA_FAST_BACKEND", "")
+if CHOSEN not in ("", "reference"):
+    raise ValueError(f"BYOLA_FAST_BACKEND: expected reference, or nothing for the best backend, got {CHOSEN!r}")
 
 
 class BackendError(RuntimeError):
@@ -144,6 +149,8 @@ def backend_in_use(key: str, op: str) -> tuple[str, str]:
     Raises:
         BackendError: as ``resolve``, at every call.
     """
+    if CHOSEN:
+        return CHOSEN, "chosen by BYOLA_FAST_BACKEND"
     failures: list[str] = []
     for backend in candidates(key, op):
         if not backend.loaded:

@@ -10,6 +10,7 @@ import bisect
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -141,3 +142,16 @@ def _first_clash(ranges: Tensor, targets: int) -> tuple[int, int] | None:
     first = int(((end[:last] > begin[last]) & (is_target[:last] | is_target[last])).nonzero()[0])
     clash = int(order[first]), int(order[last])
     return clash if is_target[first] else clash[::-1]
+
+
+def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
+    """Check the decay of ``ema_update_`` and return it as a tensor."""
+    if isinstance(decay, Tensor):
+        check.require_shape("decay", decay, ())
+        require_decay(decay, target)
+        return decay
+    if not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
+        raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
+    if not torch.compiler.is_compiling() and not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
+    return torch.tensor(float(decay), dtype=torch.float64, device="cpu")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from byola_fast.ops import reference
+from byola_fast.ops._dispatch import CHOSEN
+from byola_fast.ops._native import cuda
+
+PLAIN = bool(CHOSEN)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def needs_reference() -> bool:
-    """Return whether only plain PyTorch serves: in exported graphs, forward mode and ``torch.func``.
+    """Return whether only plain PyTorch serves: in exported graphs, forward mode and ``torch.func``, or if chosen.
 
     An exported or traced graph must run without this package. PyTorch would drop forward-mode derivatives at a custom
     op in silence, and has no ``torch.func`` for it.
     """
     # Read the flag itself, because torch 2.11 compiles a call of is_exporting() to True.
-    if torch.compiler._is_exporting_flag or forward_ad._current_level >= 0:
+    if PLAIN or torch.compiler._is_exporting_flag or forward_ad._current_level >= 0:
         return True
     if torch._C._get_tracing_state() is not None:
         return True
@@ -30,3 +39,18 @@ def op(name: str) -> Callable[..., Any]:
     if needs_reference():
         return getattr(reference, f"{name}_reference")
     return getattr(torch.ops.byola_fast, name)
+
+
+def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
+    """Call ``ema_update_`` under ``torch.no_grad``: by the CUDA library's own binding for lists where it is loaded."""
+    if len(target) + len(online) == 0:  # len() refuses a generator, which the op would use up before it is checked
+        return
+    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
+    call = None if is_seen else cuda.ema_call
+    if call is None or call(target, online, decay) is NotImplemented:
+        torch.ops.byola_fast.ema_update_(target, online, decay)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return whether Triton serves an op that is faster in PyTorch's own layers wherever it does not."""
+    return HAS_TRITON and (x.is_cuda or INTERPRETED) and not needs_reference()

@@ -64,6 +64,12 @@ TABLE = (
     Op("bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()", cpu=True, triton="bank_push"),
     Op("ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()",
        cpu=True, cuda=True, triton="ema_update"),
+    Op("conv_block(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, Tensor? mean, Tensor? variance, "
+       "float eps, ScalarType dtype) -> (Tensor out, Tensor which, Tensor kept, Tensor stats)", triton="conv_block"),
+    Op("conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor which, Tensor kept, "
+       "Tensor stats, bool frozen, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", triton="conv_block"),
+    Op("batch_norm_running_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) updates, Tensor stats, SymInt count, "
+       "float? momentum) -> ()", triton="conv_block"),
 )
 # fmt: on
 
@@ -109,14 +115,14 @@ def ema_update__checked(target: list[Tensor], online: list[Tensor], decay: Tenso
     reference.ema_update__reference(target, online, decay)
 
 
-_composites: dict[str, Callable[..., Any]] = {  # in place of the plain reference
+COMPOSITES: dict[str, Callable[..., Any]] = {  # in place of the plain reference
     "log_mel": log_mel_in_chunks,
     "augment_views": augment_views_allocate,
     "augment_views_backward": augment_views_backward_composite,
     "ema_update_": ema_update__checked,
 }
 for _name in OPS:
-    _function = _composites.get(_name) or getattr(reference, f"{_name}_reference")
+    _function = COMPOSITES.get(_name) or getattr(reference, f"{_name}_reference")
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
 # not public: the C++ of ema_update_ calls them for lists that are new to it
@@ -240,3 +246,30 @@ def _(rows: Tensor, cursor: Tensor, x: Tensor, stats: Tensor | None) -> None:
 @_fake("ema_update_")
 def _(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
     _ema_checks.require_matching_lists(target, online)
+
+
+def _channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@_fake("conv_block")
+def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_parameters, dtype = args
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
+    out, which = _channels_last(shape, x, dtype), _channels_last(shape, x, torch.uint8)
+    kept = x.new_empty(56, dtype=torch.float64)
+    if x.shape[1] != 1:
+        kept = _channels_last((x.shape[0], weight.shape[0], *x.shape[2:]), x, dtype)
+    return out, which, kept, x.new_empty(4, weight.shape[0], dtype=reference.compute_dtype(x.dtype))
+
+
+@_fake("conv_block_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_kept, needs_x = args
+    to_x = _channels_last(x.shape if needs_x else (0, 1, 1, 1), x, x.dtype)
+    return to_x, torch.empty_like(weight), *(gamma.new_empty(len(gamma)) for _ in range(3))
+
+
+@_fake("batch_norm_running_")
+def _(mean: Tensor, variance: Tensor, updates: Tensor, stats: Tensor, count: int, momentum: float | None) -> None:
+    return None

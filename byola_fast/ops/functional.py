@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops._ema_checks import require_decay, require_matching_lists
-from byola_fast.ops._route import needs_reference, op
+from byola_fast.ops._ema_checks import ema_decay, require_matching_lists
+from byola_fast.ops._route import ema_update_without_grad, needs_reference, op
 from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
 __all__ = [
@@ -578,7 +577,7 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
                 require_matching_lists(target, online)
                 ema_update__reference(target, [o.detach() for o in online], weight)  # no_grad lets forward mode pass
             else:
-                torch.ops.byola_fast.ema_update_(target, online, weight)
+                ema_update_without_grad(target, online, weight)
     except (RuntimeError, TypeError):
         for name, tensors in (("target", target), ("online", online)):
             if not isinstance(tensors, Sequence):
@@ -586,15 +585,3 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], decay: float
             for number, tensor in enumerate(tensors):
                 check.require_tensor(f"{name}[{number}]", tensor)
         raise
-
-
-def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
-    """Check the decay of ``ema_update_`` and return it as a tensor."""
-    if isinstance(decay, Tensor):
-        check.require_shape("decay", decay, ())
-    elif not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
-        raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
-    else:
-        decay = torch.tensor(float(decay), dtype=torch.float64, device="cpu")
-    require_decay(decay, target)
-    return decay

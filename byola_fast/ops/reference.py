@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byola_fast.ops.conv_reference import (
+    batch_norm_running__reference as batch_norm_running__reference,
+)
+from byola_fast.ops.conv_reference import (
+    conv_block_backward_reference as conv_block_backward_reference,
+)
+from byola_fast.ops.conv_reference import (
+    conv_block_reference as conv_block_reference,
+)
 from byola_fast.ops.philox import SLOT_CROP, SLOT_FADER, SLOT_NOISE, SLOT_PARTNER, SLOT_RATIO, view_words
 
 EPS = torch.finfo(torch.float32).eps  # the paper's epsilon, for every dtype

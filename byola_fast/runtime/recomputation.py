@@ -32,6 +32,13 @@ def refuse_recomputation(name: str) -> None:
         raise RuntimeError(f"{name}: called by a backward pass (activation checkpointing), which must change no state")
 
 
+def is_outside() -> bool:
+    """Return whether this code is in no checkpointed part and in no backward pass; not for compiled code."""
+    if torch._C._current_graph_task_id() != -1:
+        return False
+    return (torch.is_grad_enabled() and not _is_hooked()) or _checkpoints(sys._getframe()) == ([], None)
+
+
 def recall(module: object) -> tuple[Any, list[Any]]:
     """Return the record of the call that a backward pass runs again, or None; and the checkpoints around this call.
 
@@ -44,8 +51,7 @@ def recall(module: object) -> tuple[Any, list[Any]]:
         module.__dict__["_traced"] = True  # a side effect, which torch.compile refuses inside a checkpoint likewise
         return None, []
     task = torch._C._current_graph_task_id()
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # as use_reentrant=False does
-    if task == -1 and not hooked and torch.is_grad_enabled():
+    if task == -1 and torch.is_grad_enabled() and not _is_hooked():
         return None, []
     around, again = _checkpoints(sys._getframe())
     if task == -1 and again is None:
@@ -61,6 +67,11 @@ def recall(module: object) -> tuple[Any, list[Any]]:
     taken[task] = number + 1
     remember(module, records[number][1], around)
     return records[number][1], around
+
+
+def _is_hooked() -> bool:
+    """Return whether saved tensors pass through hooks, as use_reentrant=False makes them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def remember(module: object, record: object, around: list[Any]) -> None:

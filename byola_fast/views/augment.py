@@ -6,6 +6,7 @@ lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -15,10 +16,13 @@ from typing_extensions import Unpack  # which torch depends on
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.ops._replay import freeze, may_replay, words, write_inputs
+from byola_fast.ops._replay import run as replay
+from byola_fast.ops._two_views import two_views
 from byola_fast.ops.functional import check_out, without_channel
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
-from byola_fast.runtime.recomputation import is_recomputed, recall, remember
+from byola_fast.runtime.recomputation import is_outside, is_recomputed, recall, remember
 from byola_fast.runtime.workers import warn_once
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.memory_bank import MemoryBank
@@ -26,6 +30,7 @@ from byola_fast.views.params import AugmentParams, Settings, SettingsByName, res
 
 Views = tuple[Tensor, Tensor]
 ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
+FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class _Keywords(SettingsByName, total=False):
@@ -116,13 +121,7 @@ def augment(
     check.require_float("lms", lms)
     x = without_channel("lms", lms)
     check.require_spectrogram("lms", x)
-    pre_stats = batch_stats(x) if stats is None else given_stats(stats, x.device)
-    if params is None:
-        if generator is not None and is_recomputed():
-            raise RuntimeError("generator: expected none under activation checkpointing, which does not restore it")
-        rng = _fresh_rng(x.device, seed, step, generator)
-        params = _draw(rng, x, chosen, sample_offset=_offset(sample_offset, x))
-    else:
+    if params is not None:
         if seed is not None or generator is not None:
             raise ValueError("params: expected neither seed nor generator beside them, which would have no effect")
         params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
@@ -131,11 +130,50 @@ def augment(
             raise ValueError(
                 f"params: expected partners from the batch, got rows of a bank of {int(held)}; see Augment"
             )
-    flat_out = _flat_out(out, lms, chosen)
-    views, sums = _make_views(x, params, chosen, stats=pre_stats, out=flat_out)
-    if post_norm:
-        views = _normalized(views, sums)
-    return _answer(views, lms, params if return_params else None)
+    elif generator is not None and is_recomputed():
+        raise RuntimeError("generator: expected none under activation checkpointing, which does not restore it")
+
+    def make(rng: Tensor | None, of_pre_norm: Tensor | None) -> tuple[Tensor, AugmentParams]:
+        of_pre_norm = batch_stats(x) if of_pre_norm is None else of_pre_norm
+        drawn = params
+        if drawn is None:
+            assert rng is not None
+            drawn = _draw(rng, x, chosen, sample_offset=_offset(sample_offset, x))
+        views, sums = _make_views(x, drawn, chosen, stats=of_pre_norm, out=_flat_out(out, lms, chosen))
+        return _with_channel(_normalized(views, sums) if post_norm else views, lms), drawn
+
+    def make_at_once(rng: Tensor, of_pre_norm: Tensor | None) -> Tensor:
+        flat_out = _flat_out(out, lms, chosen)
+        if flat_out is not None:
+            check.require_own_memory("out", flat_out, lms=x, rng=rng, stats=of_pre_norm)
+        of_pre_norm = batch_stats(x) if of_pre_norm is None else of_pre_norm
+        offset = _offset(None, x)
+        views = two_views(x, rng, of_pre_norm, **vars(chosen), post_norm=post_norm, sample_offset=offset, out=flat_out)
+        return _with_channel(views, lms)
+
+    signature = None
+    if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
+        signature = freeze((preset, settings, post_norm, own_rank(), stats is None))
+    numbers = None if signature is None else _numbers(seed, step, stats)
+    if numbers is not None:
+        has_stats = stats is not None
+        view1, view2 = replay(
+            lambda: make_at_once(*write_inputs(x, numbers, has_stats)),
+            lambda: make(*write_inputs(x, numbers, has_stats))[0],
+            signature,
+            (lms, out),
+            numbers,
+        ).unbind(0)
+        return view1, view2
+    of_pre_norm = None if stats is None else given_stats(stats, x.device)
+    rng = _fresh_rng(x.device, seed, step, generator) if params is None else None
+    if signature is not None and rng is not None:
+        at_once, op_by_op = (lambda: make_at_once(rng, of_pre_norm)), (lambda: make(rng, of_pre_norm)[0])
+        view1, view2 = replay(at_once, op_by_op, signature, (lms, rng, of_pre_norm, out)).unbind(0)
+        return view1, view2
+    views, drawn = make(rng, of_pre_norm)
+    view1, view2 = views.unbind(0)
+    return (view1, view2, drawn) if return_params else (view1, view2)
 
 
 @dataclass(eq=False)
@@ -249,6 +287,27 @@ class Augment(FixedDtype):
         x = without_channel("lms", lms)
         check.require_spectrogram("lms", x)
         check.require_same_device("lms", x, "Augment", self.rng)
+        signature = None
+        if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
+            signature = self._signature()
+        if signature is not None:
+            op_by_op = lambda: self._make(lms, x, None, None, False, out)[0]  # noqa: E731
+            views = replay(lambda: self._make_at_once(lms, x, out), op_by_op, signature, (lms, *self._state(), out))
+        else:
+            views, drawn = self._make(lms, x, sample_offset, params, return_params, out)
+        view1, view2 = views.unbind(0)
+        return (view1, view2, drawn) if return_params else (view1, view2)
+
+    def _make(
+        self,
+        lms: Tensor,
+        x: Tensor,
+        sample_offset: int | None,
+        params: AugmentParams | None,
+        return_params: bool,
+        out: Tensor | None,
+    ) -> tuple[Tensor, AugmentParams]:
+        """Return the views and their parameters, op by op; unless a backward pass makes them again, go a step on."""
         flat_out = _flat_out(out, lms, self.settings)
         differentiable = torch.is_grad_enabled() and lms.requires_grad
         call, around = recall(self)
@@ -281,7 +340,47 @@ class Augment(FixedDtype):
             if self.training:
                 self.bank.push(x if call.pool is None else call.pool, call.stats)
                 self.rng[1:].add_(1)
-        return _answer(views, lms, call.params if return_params else None)
+        return _with_channel(views, lms), call.params
+
+    def _make_at_once(self, lms: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+        """Do what ``_make`` does, without gradients, on one rank and outside of workers, in as few launches."""
+        flat_out = _flat_out(out, lms, self.settings)
+        rows = self.bank.prepare(x, allocate=self.training)
+        if flat_out is not None:
+            check.require_own_memory("out", flat_out, lms=x, **dict(self.named_buffers()))
+        has_rows = len(rows) > 0
+        views = two_views(
+            x,
+            self.rng,
+            self._stats(x),
+            **vars(self.settings),
+            post_norm=self.post_norm,
+            sample_offset=_offset(None, x),
+            out=flat_out,
+            rows=rows if has_rows else None,
+            cursor=self.bank.cursor if has_rows else None,
+            advance=self.training,
+        )
+        return _with_channel(views, lms)
+
+    def _signature(self) -> Hashable:
+        """Return what decides, with the tensors' layouts, what a call launches; None if it may not be replayed."""
+        running, bank = self.running_stats, self.bank
+        if type(bank) is not MemoryBank or bank.rows is None or not bank.rows.is_contiguous():
+            return None
+        if (
+            type(running) not in (RunningStats, type(None))
+            or loader_worker() is not None
+            or self._spans_ranks()
+            or not is_outside()
+        ):
+            return None
+        limit = None if running is None else running.max_updates
+        return freeze((vars(self.settings), self.post_norm, self.training, limit, bank.n_memory, own_rank()))
+
+    def _state(self) -> list[Tensor | None]:
+        own = [self.rng, self.fixed_stats, self.bank.rows if self.bank.n_memory else None, self.bank.cursor]
+        return own if self.running_stats is None else own + list(self.running_stats._buffers.values())
 
     def _next_call(
         self,
@@ -313,14 +412,17 @@ class Augment(FixedDtype):
             params.check(x.shape[0], x.device, _canvas(x, self.settings), partners)
             params = replace(params, bank_count=held)
 
-        if self.running_stats is None:
-            stats = self.fixed_stats
-        else:
-            stats = self.running_stats.update(everyone) if self.training else self.running_stats.stats()
+        stats = self._stats(everyone)
         if params is None:
             offsets = {"sample_offset": _offset(sample_offset, x), "pool_offset": rank * x.shape[0]}
             params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
         return _Call(params, stats, rows, pool)
+
+    def _stats(self, x: Tensor) -> Tensor | None:
+        """Return mean and std for the pre-normalisation of x, which running statistics take in first."""
+        if self.running_stats is None:
+            return self.fixed_stats
+        return self.running_stats.update(x) if self.training else self.running_stats.stats()
 
     def _enter_worker(self) -> None:
         """In a data loader's worker: take a copy of all buffers, and a stream that no other worker and epoch has.
@@ -346,12 +448,15 @@ class Augment(FixedDtype):
 
     def _gather(self, x: Tensor) -> tuple[int, Tensor | None]:
         """Return this rank and the inputs of all ranks in order; ``(0, None)`` with one process, and in eval mode."""
+        if not self._spans_ranks() or loader_worker() is not None:
+            return 0, None
+        return torch.distributed.get_rank(), concat_ranks(x)
+
+    def _spans_ranks(self) -> bool:
         distributed = torch.distributed
         if not (self.sync and self.training and distributed.is_available() and distributed.is_initialized()):
-            return 0, None
-        if distributed.get_world_size() == 1 or loader_worker() is not None:
-            return 0, None
-        return distributed.get_rank(), concat_ranks(x)
+            return False
+        return distributed.get_world_size() > 1
 
     def extra_repr(self) -> str:
         return f"{self.settings}, post_norm={self.post_norm}"
@@ -476,8 +581,21 @@ def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | N
     return out
 
 
-def _answer(views: Tensor, lms: Tensor, params: AugmentParams | None) -> Views | ViewsAndParams:
-    if lms.dim() == 4:
-        views = views[:, :, None]
-    view1, view2 = views.unbind(0)
-    return (view1, view2) if params is None else (view1, view2, params)
+def _with_channel(views: Tensor, lms: Tensor) -> Tensor:
+    return views[:, :, None] if lms.dim() == 4 else views
+
+
+def _numbers(
+    seed: int | Tensor | None, step: int | Tensor, stats: tuple[float, float] | Tensor | None
+) -> tuple[int, int, int, float, float] | None:
+    """Return seed, step and statistics for a kernel that writes them; None for tensors, and for what is refused."""
+    if type(seed) is not int or type(step) is not int or not (0 <= seed < 2**63 and 0 <= step < 2**32):
+        return None
+    mean, std = 0.0, 1.0
+    if stats is not None:
+        if type(stats) is not tuple or len(stats) != 2 or not all(type(value) in (int, float) for value in stats):
+            return None
+        mean, std = map(float, stats)
+        if not (-FLOAT_MAX <= mean <= FLOAT_MAX and 0 <= std <= FLOAT_MAX):
+            return None
+    return words(seed, step, mean, std)

@@ -198,3 +198,85 @@ def test_training_equals_the_layers_in_their_order_bit_for_bit(make, channels_la
     assert torch.equal(encoder._local(x), in_order)
     for (name, ours), other in zip(encoder.features.named_parameters(), twin.features.parameters(), strict=True):
         assert torch.equal(ours.grad, other.grad), name
+
+
+class _Twice(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(features, how):
+    """Change a block so that its layers must be called; return the calls that a hook saw."""
+    seen = []
+    if how == "hook":
+        features[1].register_forward_hook(lambda module, given, y: seen.append(y.shape))
+    elif how == "pooled":
+        features[3].register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    elif how == "sync":
+        features[1] = torch.nn.SyncBatchNorm.convert_sync_batchnorm(features[1]).eval()
+    elif how == "subclass":
+        features[4].__class__ = _Twice
+    elif how == "parametrised":
+        torch.nn.utils.parametrizations.weight_norm(features[4])
+    elif how == "dilated":
+        features[4].dilation = features[4].padding = (2, 2)
+    elif how == "no affine":
+        features[5] = torch.nn.BatchNorm2d(64, affine=False).to(features[5].weight.device)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["hook", "pooled", "sync", "subclass", "parametrised", "dilated", "no affine"])
+def test_hooks_and_replaced_layers_are_called(how, device):
+    encoder = small(AudioNTT2020).to(device).eval()
+    seen = replaced(encoder.features, how)
+    x = torch.randn(3, 1, 16, 24, device=device)
+    wanted = encoder.features(x).permute(0, 3, 2, 1).flatten(2)
+    before = len(seen)
+    torch.testing.assert_close(encoder._local(x), wanted, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2 * before
+
+
+def test_global_hooks_are_called(device):
+    encoder, seen = small(AudioNTT2020).to(device), []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, given, y: seen.append(type(module))):
+        encoder(torch.randn(3, 1, 16, 24, device=device))
+    assert seen.count(torch.nn.Conv2d) == seen.count(torch.nn.MaxPool2d) == 3
+
+
+@pytest.mark.parametrize("make", ENCODERS)
+def test_a_training_step_equals_the_layers(make, device):
+    """On CUDA the blocks are kernels of ours: within rounding the layers, gradients and running statistics too."""
+    encoder = make(n_mels=16, d=520).to(device).double()
+    twin = copy.deepcopy(encoder)
+    x = torch.randn(3, 1, 16, 19, dtype=torch.float64, device=device)
+    ours, wanted = encoder._local(x), twin.features(x).permute(0, 3, 2, 1).flatten(2)
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    weight = torch.randn_like(wanted)
+    (ours * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for (name, a), b in zip(encoder.features.named_parameters(), twin.features.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for (name, a), b in zip(encoder.features.named_buffers(), twin.features.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_the_encoder_compiles_without_graph_breaks(training, device):
+    torch._dynamo.reset()
+    encoder = small(AudioNTT2020).to(device).train(training)
+    twin, x = copy.deepcopy(encoder), torch.randn(3, 1, 16, 24, device=device)
+    got = torch.compile(encoder._local, fullgraph=True)(x)
+    torch.testing.assert_close(got, twin._local(x), rtol=1e-4, atol=1e-4)
+    for a, b in zip(encoder.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    got.sum().backward()
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.compile(encoder._local, fullgraph=True)(x).dtype == torch.bfloat16
+
+
+def test_a_chosen_reference_is_the_plain_path(monkeypatch, device):
+    monkeypatch.setattr("byola_fast.ops._route.PLAIN", True)
+    encoder, x = small(AudioNTT2020).to(device), torch.randn(3, 1, 16, 19, device=device)
+    twin = copy.deepcopy(encoder)
+    assert torch.equal(encoder._local(x), twin.features(x).permute(0, 3, 2, 1).flatten(2))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -208,3 +211,15 @@ def test_a_graph_compiled_before_anything_was_loaded_gets_the_backend(registry):
         assert (compiled(X) == 14).all()
     finally:
         made.undo()
+
+
+@pytest.mark.parametrize("chosen", ["reference", "cpp"])
+def test_the_reference_can_be_chosen_and_nothing_else(chosen):
+    code = "import byola_fast, torch; print(set(byola_fast.doctor().backends.values()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"BYOLA_FAST_BACKEND": chosen}, capture_output=True, text=True
+    )
+    if chosen == "reference":
+        assert done.stdout == "{'reference'}\n", done.stderr
+    else:
+        assert "BYOLA_FAST_BACKEND: expected reference, or nothing for the best backend, got 'cpp'" in done.stderr

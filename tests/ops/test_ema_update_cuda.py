@@ -176,6 +176,42 @@ import torch, byola_fast
 from byola_fast.ops import _dispatch
 print(*_dispatch.backend_in_use("CUDA", "ema_update_"))
 print(torch._C._dispatch_dump("byola_fast::ema_update_"))
+
+# the library's own binding for lists calls the dispatcher, so it serves the CPU too
+from byola_fast import ops
+from byola_fast.ops._native import cuda
+
+class Own(torch.Tensor):
+    pass
+
+call, answers = cuda.ema_call, []
+cuda.ema_call = lambda *args: answers.append(call(*args)) or answers[-1]
+for shapes in ([(3,)] * 5 + [(2, 0), (4, 2)], [(1,)]):
+    target, online = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    before = [t.detach().clone() for t in target]
+    ops.ema_update_(target, online, 0.25)
+    for t, o, b in zip(target, online, before):
+        assert torch.equal(t, o + -0.25 * (o - b)) and t._version == 1
+    assert answers.pop() is None and not answers
+target, online = [torch.zeros(2).as_subclass(Own)], [torch.ones(2)]
+ops.ema_update_(target, online, 0.5)
+assert answers.pop() is NotImplemented and target[0].tolist() == [0.5, 0.5]
+ops.ema_update_(tuple(online), [torch.zeros(2)], torch.tensor(0.5))
+assert answers.pop() is NotImplemented and online[0].tolist() == [0.5, 0.5]
+for wrong, error in (
+    (([torch.ones(2)], [], 0.5), "ValueError('online: expected as many tensors as in target (1), got 0')"),
+    (([torch.ones(2).half()], [torch.ones(2)], 0.5), "TypeError('target[0]: expected float32 or float64, got torch.f"),
+    ((online, online, 0.5), "ValueError('target[0]: expected memory of its own, got that of online[0]')"),
+    (([1], [torch.ones(2)], 0.5), "TypeError('target[0]: expected a torch.Tensor, got int')"),
+):
+    try:
+        ops.ema_update_(*wrong)
+    except Exception as raised:
+        assert repr(raised).startswith(error), repr(raised)
+    else:
+        raise AssertionError(error)
+with torch._subclasses.fake_tensor.FakeTensorMode():
+    ops.ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5)
 """
 
 

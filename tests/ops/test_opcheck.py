@@ -63,6 +63,19 @@ def samples(device):
         yield "normalize", (x(grad=True), sums)
         yield "normalize", (x().transpose(1, 2), sums)
         yield "normalize_", (x(), sums)
+        for inputs, frozen in ((1, True), (1, False), (2, True), (2, False)):
+            images, weight = x(grad=True, shape=(2, inputs, 5, 7)), x(grad=True, shape=(4, inputs, 3, 3))
+            bias, gamma, beta = (x(grad=True, shape=(4,)) for _ in range(3))
+            mean, variance = x(shape=(4,)), x(shape=(4,)).square() + 0.5
+            known = (mean, variance) if frozen else (None, None)
+            call = (images, weight, bias if frozen else None, gamma, beta, *known, 1e-5, dtype)
+            yield "conv_block", call
+            out, *kept = OPS.conv_block(*call)
+            for needs_x in (True, False):
+                grads = (torch.randn_like(out), images, weight, gamma)
+                yield "conv_block_backward", (*(t.detach() for t in (*grads, *kept)), frozen, needs_x)
+            state = (torch.zeros(4, device=device), torch.ones(4, device=device), torch.tensor(2, device=device))
+            yield "batch_norm_running_", (*state, kept[2].detach(), 70, None if frozen else 0.1)
         yield "bank_push_", (bank.to(torch.float16), cursor, x(), stats)
     yield "draw_params", (rng, count, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 1.0)
     yield "draw_params", (rng, None, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 0.0)

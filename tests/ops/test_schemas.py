@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from byola_fast import ops
-from byola_fast.ops import _dispatch, _schemas, _triton, frontend, functional, reference
+from byola_fast.ops import _dispatch, _schemas, _triton, blocks, frontend, functional, reference
 from byola_fast.ops._native import build, cpu
 
 
@@ -63,5 +63,5 @@ def test_launchers_match_the_table():
 
 
 def test_ops_exports_the_public_names_of_its_modules():
-    assert sorted(ops.__all__) == sorted(["BackendError", *frontend.__all__, *functional.__all__])
+    assert sorted(ops.__all__) == sorted(["BackendError", *blocks.__all__, *frontend.__all__, *functional.__all__])
     assert all(callable(getattr(ops, name)) for name in ops.__all__)

@@ -55,10 +55,8 @@ def test_the_kernels_are_in_use():
     }
 
 
-@pytest.mark.parametrize("most_column_blocks", [0, 8])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_views_of_many_tiles(interpolation, most_column_blocks, small_tiles, monkeypatch):
-    monkeypatch.setattr(augment_views, "MOST_COLUMN_BLOCKS", most_column_blocks)
+def test_views_of_many_tiles(interpolation, small_tiles):
     x = torch.randn(3, 11, 19, device=DEVICE)
     canvas = (15, 30)
     params = draw(3, (11, 19), virtual_crop_scale=(1.4, 1.6))
@@ -186,6 +184,45 @@ def test_parameters_out_of_range_read_nothing_out_of_bounds():
         rng=RNG,
     )
     assert_close(views, oracle.views(x, tame))
+
+
+def test_boxes_beyond_32_bits_are_moved_inside():
+    x, size = torch.randn(1, 8, 12, device=DEVICE), [8, 12]
+    params = draw(1, (8, 12))
+    for wild, tame in (([2**32 + 2, 2**32 + 3, 4, 5], [4, 13, 4, 5]), ([0, 0, 2**32 + 2, 2**40], [0, 0, 8, 18])):
+        made = []
+        for box in (wild, tame):
+            crop = torch.tensor([[box]] * 2, device=DEVICE)
+            given = (params.lam, params.bank_index, crop, params.fader, RNG, 0, size, [8, 18], "bilinear", "log")
+            made.append(torch.ops.byola_fast.augment_views(x, None, None, None, None, *given)[0])
+            made.append(torch.ops.byola_fast.resize_crop(x, crop[0], size, [8, 18], "bilinear"))
+        assert torch.equal(made[0], made[2])
+        assert torch.equal(made[1], made[3])
+
+
+@pytest.mark.parametrize("count", [41, 47, 55, 61, 82, 83])
+def test_the_first_update_of_running_statistics_takes_the_batch(count):
+    """On a GPU n / n need not be 1; the old mean, 0, must have no weight all the same."""
+    x = 20 + 0.1 * torch.randn(1, count, device=DEVICE)
+    mean, variance = torch.zeros(2, device=DEVICE).unbind()
+    number, updates = torch.zeros(2, dtype=torch.int64, device=DEVICE).unbind()
+    state = mean.clone(), variance.clone(), number.clone(), updates.clone()
+    stats = torch.ops.byola_fast.running_stats_(*state, ops.sample_sums(x), 1)
+    expected = torch.stack([x.double().mean(), x.double().std()]).cpu()
+    torch.testing.assert_close(stats.cpu().double(), expected, rtol=1e-6, atol=0)
+    for _ in range(100):  # later batches have no weight, and nothing may fade
+        later = torch.ops.byola_fast.running_stats_(*state, ops.sample_sums(x + 1), 1)
+    assert torch.equal(later, stats)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_many_rows_a_warp(interpolation, small_tiles):
+    """Outputs as tall as the canvas: each row reuses the rows before it."""
+    x = torch.randn(3, 13, 19, device=DEVICE)
+    for size in ((13, 24), (14, 21), (32, 8)):
+        params = draw(3, (13, 19))
+        views, _sums = run(x, params, interpolation=interpolation, size=size)
+        assert_close(views, oracle.views(x, params, interpolation=interpolation, size=size))
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)

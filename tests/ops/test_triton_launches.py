@@ -40,6 +40,8 @@ def launched(monkeypatch):
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from byola_fast.ops._triton import shared
+
     monkeypatch.setattr(driver, "_active", FakeDriver())
     seen, run = [], JITFunction.run
 
@@ -49,6 +51,7 @@ def launched(monkeypatch):
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(shared, "KEEP", False)
     for file in sorted(set(_schemas.LAUNCHERS.values())):
         module = importlib.import_module(f"byola_fast.ops._triton.{file}")
         for kernel in (value for value in vars(module).values() if isinstance(value, JITFunction)):

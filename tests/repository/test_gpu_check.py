@@ -183,3 +183,10 @@ def test_the_stage_of_tests_selects_its_tests_without_audio_packages(tmp_path, m
     collected = (tmp_path / "tests.log").read_text()
     for path, name in waiting_for_a_gpu():
         assert f"{path}::{name}" in collected or f"SKIPPED [2] {path}" in collected
+
+
+def test_the_trials_of_the_views_change_constants_of_the_kernel():
+    from benchmarks.gpu.designs import TRIALS
+    from byola_fast.ops._triton import augment_views
+
+    assert all(hasattr(augment_views, name) for trial in TRIALS for name in trial)

@@ -6,10 +6,12 @@ Triton's kernels are used. They are compiled for this machine's GPUs, or for ``T
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ NAME = "byola_fast_cuda"
 FLAGS = ["-O3"]  # never --use_fast_math: the roundings are part of the contract
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # without a GPU
 VARIABLE = "BYOLA_FAST_CUDA_EXTENSION"
+
+ema_call: Callable[[object, object, object], object] | None = None  # csrc/ema_call_cuda.cpp, once loaded
 
 
 def find_nvcc() -> Path | None:
@@ -91,8 +95,13 @@ def register(library: Path) -> None:
     Raises:
         BackendError: it cannot be loaded.
     """
+    global ema_call
     with build.loading():
         torch.ops.load_library(str(library))
+    function = getattr(ctypes.PyDLL(str(library)), "byola_ema_update", None)
+    if function is not None:
+        function.argtypes, function.restype = [ctypes.py_object] * 3, ctypes.py_object
+        ema_call = function
 
 
 def install() -> None:

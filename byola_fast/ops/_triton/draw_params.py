@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from byola_fast.ops import philox
-from byola_fast.ops._triton.shared import on_device
+from byola_fast.ops._triton.shared import launch, on_device
 from byola_fast.ops.reference import SIZE_SHIFT
 
 BLOCK = 128
@@ -33,6 +33,50 @@ def u24(seed, step, sample, view, SLOT: tl.constexpr):
     slot = tl.full(sample.shape, SLOT, tl.uint32)
     a, b, c, d = tl.philox(seed, step + tl.zeros_like(sample), sample, view, slot)
     return (a >> 8).to(tl.int64), (b >> 8).to(tl.int64), (c >> 8).to(tl.int64), (d >> 8).to(tl.int64)
+
+
+@triton.jit
+def parameters(
+    size_h, size_w, place_h, place_w, ratio, partner, head, tail,  # 24-bit draws, int64
+    own, pool, pool_offset, mel_base, mel_slope, frame_base, frame_slope, canvas_mels, canvas_frames,
+    mixup_ratio, fader_gain, bank_count, HAS_BANK: tl.constexpr,
+):  # fmt: skip
+    """Return the box (i, j, h, w), lam, bank_index, head and tail of a view of the batch's sample ``own``."""
+    mels, frames = canvas_mels.to(tl.int64), canvas_frames.to(tl.int64)
+    h = tl.minimum(tl.maximum((mel_base + mel_slope * size_h) >> SHIFT, 1), mels)
+    w = tl.minimum(tl.maximum((frame_base + frame_slope * size_w) >> SHIFT, 1), frames)
+    i = ((place_h * (mels - h + 1)) >> 24).to(tl.int32)
+    j = ((place_w * (frames - w + 1)) >> 24).to(tl.int32)
+    lam = (ratio.to(tl.float32) * 2.0**-24) * mixup_ratio
+    index = (partner * tl.maximum(pool - 1, 0)) >> 24
+    index = tl.where(index >= own + pool_offset, index + 1, index)
+    index = tl.where(pool > 1, index, -1)
+    if HAS_BANK:
+        count = tl.load(bank_count)
+        index = tl.where(count > 0, (partner * count) >> 24, index)
+    head = ((head - 2**23).to(tl.float32) * 2.0**-23) * fader_gain
+    tail = ((tail - 2**23).to(tl.float32) * 2.0**-23) * fader_gain
+    return i, j, h.to(tl.int32), w.to(tl.int32), lam, index, head, tail
+
+
+@triton.jit
+def draw_scalars(rng, sample, view):
+    """Return the eight draws of one view as scalars: four lanes draw a slot each, and sums take the words."""
+    slot = tl.arange(0, 4).to(tl.uint32)
+    zero = tl.zeros_like(slot)
+    step = tl.load(rng + 1).to(tl.uint32)
+    counter = zero + sample.to(tl.uint32), zero + view.to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(rng), zero + step, counter[0], counter[1], slot)
+    return (
+        word_of(a, slot, SLOT_CROP), word_of(b, slot, SLOT_CROP), word_of(c, slot, SLOT_CROP),
+        word_of(d, slot, SLOT_CROP), word_of(a, slot, SLOT_RATIO), word_of(a, slot, SLOT_PARTNER),
+        word_of(a, slot, SLOT_FADER), word_of(b, slot, SLOT_FADER),
+    )  # fmt: skip
+
+
+@triton.jit
+def word_of(word, slot, SLOT: tl.constexpr):
+    return tl.sum(tl.where(slot == SLOT, (word >> 8).to(tl.int32), 0)).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -67,29 +111,22 @@ def draw_params_kernel(
     step = tl.load(rng + 1).to(tl.uint32)
 
     size_h, size_w, place_h, place_w = u24(seed, step, sample, view, SLOT_CROP)
-    mels, frames = canvas_mels.to(tl.int64), canvas_frames.to(tl.int64)
-    h = tl.minimum(tl.maximum((mel_base + mel_slope * size_h) >> SHIFT, 1), mels)
-    w = tl.minimum(tl.maximum((frame_base + frame_slope * size_w) >> SHIFT, 1), frames)
-    tl.store(crop + 4 * row, ((place_h * (mels - h + 1)) >> 24).to(tl.int32), inside)
-    tl.store(crop + 4 * row + 1, ((place_w * (frames - w + 1)) >> 24).to(tl.int32), inside)
-    tl.store(crop + 4 * row + 2, h.to(tl.int32), inside)
-    tl.store(crop + 4 * row + 3, w.to(tl.int32), inside)
-
     ratio, _1, _2, _3 = u24(seed, step, sample, view, SLOT_RATIO)
-    tl.store(lam + row, (ratio.to(tl.float32) * 2.0**-24) * mixup_ratio, inside)
-
     partner, _4, _5, _6 = u24(seed, step, sample, view, SLOT_PARTNER)
-    index = (partner * tl.maximum(pool - 1, 0)) >> 24
-    index = tl.where(index >= own + pool_offset, index + 1, index)
-    index = tl.where(pool > 1, index, -1)
-    if HAS_BANK:
-        count = tl.load(bank_count)
-        index = tl.where(count > 0, (partner * count) >> 24, index)
-    tl.store(bank_index + row, index, inside)
-
     head, tail, _7, _8 = u24(seed, step, sample, view, SLOT_FADER)
-    tl.store(fader + 2 * row, ((head - 2**23).to(tl.float32) * 2.0**-23) * fader_gain, inside)
-    tl.store(fader + 2 * row + 1, ((tail - 2**23).to(tl.float32) * 2.0**-23) * fader_gain, inside)
+    i, j, h, w, weight, index, head, tail = parameters(
+        size_h, size_w, place_h, place_w, ratio, partner, head, tail,
+        own, pool, pool_offset, mel_base, mel_slope, frame_base, frame_slope, canvas_mels, canvas_frames,
+        mixup_ratio, fader_gain, bank_count, HAS_BANK,
+    )  # fmt: skip
+    tl.store(crop + 4 * row, i, inside)
+    tl.store(crop + 4 * row + 1, j, inside)
+    tl.store(crop + 4 * row + 2, h, inside)
+    tl.store(crop + 4 * row + 3, w, inside)
+    tl.store(lam + row, weight, inside)
+    tl.store(bank_index + row, index, inside)
+    tl.store(fader + 2 * row, head, inside)
+    tl.store(fader + 2 * row + 1, tail, inside)
 
 
 def draw_params(
@@ -111,7 +148,9 @@ def draw_params(
     fader = rng.new_empty(2, batch, 2, dtype=torch.float32)
     if batch:
         with on_device(rng):
-            draw_params_kernel[(triton.cdiv(2 * batch, BLOCK),)](
+            launch(
+                draw_params_kernel,
+                triton.cdiv(2 * batch, BLOCK),
                 rng.contiguous(),
                 rng if bank_count is None else bank_count,
                 lam,

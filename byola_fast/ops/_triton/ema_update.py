@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _ema_checks as check
+from byola_fast.ops._triton.shared import launch
 
 CHUNK = 4096  # elements
 WARPS = 8
@@ -105,14 +106,16 @@ def ema_update_(target: list[Tensor], online: list[Tensor], decay: Tensor) -> No
 
 def _update(target: list[Tensor], online: list[Tensor], decay: Tensor) -> None:
     work = _work_of(target, online)
-    for launch in work.launches:
-        ema_update_kernel[(len(launch.chunks),)](
-            launch.table,
-            launch.chunks,
+    for part in work.launches:
+        launch(
+            ema_update_kernel,
+            len(part.chunks),
+            part.table,
+            part.chunks,
             decay,
-            TARGET=TYPES[launch.target],
-            ONLINE=TYPES[launch.online],
-            ALIGNED=launch.aligned,
+            TARGET=TYPES[part.target],
+            ONLINE=TYPES[part.online],
+            ALIGNED=part.aligned,
             CHUNK=CHUNK,
             num_warps=WARPS,
             enable_fp_fusion=False,

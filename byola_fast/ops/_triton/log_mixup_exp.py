@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import EPS, approximate, compute_type, mix_log, on_device
+from byola_fast.ops._triton.shared import EPS, approximate, compute_type, launch, mix_log, on_device
 
 BLOCK = 1024
 
@@ -49,7 +49,9 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     if y.numel():
         count = y.numel() // len(y)
         with on_device(x):
-            log_mixup_exp_kernel[(len(y) * triton.cdiv(count, BLOCK),)](
+            launch(
+                log_mixup_exp_kernel,
+                len(y) * triton.cdiv(count, BLOCK),
                 x.contiguous(),
                 z.contiguous(),
                 lam.contiguous(),
@@ -67,7 +69,9 @@ def log_mixup_exp_backward(grad: Tensor, x: Tensor, z: Tensor, lam: Tensor) -> t
     if to_x.numel():
         count = to_x.numel() // len(to_x)
         with on_device(x):
-            log_mixup_exp_backward_kernel[(len(to_x) * triton.cdiv(count, BLOCK),)](
+            launch(
+                log_mixup_exp_backward_kernel,
+                len(to_x) * triton.cdiv(count, BLOCK),
                 grad.contiguous(),
                 x.contiguous(),
                 z.contiguous(),

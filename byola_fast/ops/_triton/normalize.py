@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import compute_type, on_device
+from byola_fast.ops._triton.shared import compute_type, launch, multiprocessors, on_device
 from byola_fast.ops.reference import sums_dtype
 
 EPS = tl.constexpr(2.0**-23)
@@ -38,6 +38,16 @@ def sample_sums_kernel(x, sums, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def moments_of_sums(count, total, squares):
+    """Return mean and unbiased std, at least eps."""
+    mean = total / tl.maximum(count, 1)
+    variance = (squares - total * mean) / tl.maximum(count - 1, 1)
+    variance = tl.where(variance < 0, 0, variance)  # not tl.maximum, which would lose NaN
+    std = tl.sqrt(variance)
+    return mean, tl.where(std < EPS, EPS, std)
+
+
+@triton.jit
 def mean_and_std(sums, rows, BLOCK: tl.constexpr):
     """Return mean, unbiased std (at least eps) and count from ``rows`` counts, sums and sums of squares."""
     count = tl.zeros((BLOCK,), tl.float64)
@@ -49,12 +59,8 @@ def mean_and_std(sums, rows, BLOCK: tl.constexpr):
         total += tl.load(sums + 3 * n + 1, n < rows, other=0)
         squares += tl.load(sums + 3 * n + 2, n < rows, other=0)
     count_all = tl.sum(count)
-    total_all = tl.sum(total)
-    mean = total_all / tl.maximum(count_all, 1)
-    variance = (tl.sum(squares) - total_all * mean) / tl.maximum(count_all - 1, 1)
-    variance = tl.where(variance < 0, 0, variance)  # not tl.maximum, which would lose NaN
-    std = tl.sqrt(variance)
-    return mean, tl.where(std < EPS, EPS, std), count_all
+    mean, std = moments_of_sums(count_all, tl.sum(total), tl.sum(squares))
+    return mean, std, count_all
 
 
 @triton.jit
@@ -97,13 +103,16 @@ def running_stats_kernel(
 
     number = tl.load(updates)
     added = tl.where((max_updates < 0) | (number < max_updates), batch_count.to(tl.int64), 0)
-    merged = tl.load(count) + added
+    before = tl.load(count)
+    merged = before + added
+    # The GPU's division is approximate: 1 - weight would not be 0 at the first update, and n / n not 1 after the last.
     weight = added.to(COMPUTE) / tl.maximum(merged, 1).to(COMPUTE)
+    rest = tl.where(added > 0, before.to(COMPUTE) / tl.maximum(merged, 1).to(COMPUTE), 1)
     old_mean = tl.load(mean)
     distance = batch_mean.to(COMPUTE) - old_mean
     new_mean = old_mean + weight * distance
-    spread = weight * (1 - weight) * distance * distance
-    new_variance = (1 - weight) * tl.load(variance) + weight * batch_variance.to(COMPUTE) + spread
+    spread = weight * rest * distance * distance
+    new_variance = rest * tl.load(variance) + weight * batch_variance.to(COMPUTE) + spread
     tl.store(mean, new_mean)
     tl.store(variance, new_variance)
     tl.store(count, merged)
@@ -117,7 +126,7 @@ def sample_sums(x: Tensor) -> Tensor:
     sums = x.new_empty(x.shape[0], 3, dtype=sums_dtype(x.device))
     if len(x):
         with on_device(x):
-            sample_sums_kernel[(len(x),)](x.contiguous(), sums, x.numel() // len(x), BLOCK=BLOCK)
+            launch(sample_sums_kernel, len(x), x.contiguous(), sums, x.numel() // len(x), BLOCK=BLOCK)
     return sums
 
 
@@ -125,7 +134,7 @@ def batch_stats(sums: Tensor, dtype: torch.dtype) -> Tensor:
     stats = sums.new_empty(2, dtype=dtype)
     rows = _rows(sums)
     with on_device(sums):
-        batch_stats_kernel[(1,)](rows, len(rows), stats, SUMS=_block_of(rows))
+        launch(batch_stats_kernel, 1, rows, len(rows), stats, SUMS=_block_of(rows))
     return stats
 
 
@@ -135,7 +144,9 @@ def running_stats_(
     stats = mean.new_empty(2)
     rows = _rows(sums)
     with on_device(mean):
-        running_stats_kernel[(1,)](
+        launch(
+            running_stats_kernel,
+            1,
             mean,
             variance,
             count,
@@ -169,10 +180,19 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
     rows = _rows(sums)
     if len(rows) > FEW_SUMS:
         rows = rows.sum(0, keepdim=True)
-    maximum = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    maximum = 8 * multiprocessors(x.device) if x.is_cuda else 4
     with on_device(x):
-        normalize_kernel[(min(triton.cdiv(x.numel(), BLOCK), maximum),)](
-            x, rows, y, x.numel(), len(rows), COMPUTE=compute_type(x.dtype), SUMS=_block_of(rows), BLOCK=BLOCK
+        launch(
+            normalize_kernel,
+            min(triton.cdiv(x.numel(), BLOCK), maximum),
+            x,
+            rows,
+            y,
+            x.numel(),
+            len(rows),
+            COMPUTE=compute_type(x.dtype),
+            SUMS=_block_of(rows),
+            BLOCK=BLOCK,
         )
 
 

@@ -25,6 +25,7 @@ from byola_fast.ops._triton.shared import (
     division_magic,
     indexable,
     is_wide,
+    launch,
     on_device,
     tap_base,
     tap_fraction,
@@ -158,7 +159,9 @@ def resize_crop(x: Tensor, crop: Tensor, size: list[int], canvas: list[int], int
     x = indexable(x)
     if batch:
         with on_device(x):
-            resize_crop_kernel[(batch * triton.cdiv(size[0], ROWS),)](
+            launch(
+                resize_crop_kernel,
+                batch * triton.cdiv(size[0], ROWS),
                 x,
                 crop.contiguous(),
                 y,
@@ -196,13 +199,13 @@ def resize_crop_backward(
     with on_device(grad):
         grad_b, grad_f, grad_t = grad.stride()
         between_b, between_f, between_t = between.stride()
-        resize_axis_backward_kernel[(batch * triton.cdiv(mels, ROWS) * triton.cdiv(out_frames, COLUMNS),)](
+        launch(resize_axis_backward_kernel, batch * triton.cdiv(mels, ROWS) * triton.cdiv(out_frames, COLUMNS),
             grad, crop, between, mels, out_mels, out_frames, canvas[0], *division_magic(out_mels),
             grad_b, grad_f, grad_t, between_b, between_f, between_t,
             AXIS=0, INPUTS=ROWS, LINES=COLUMNS, **shared,
         )  # fmt: skip
         x_b, x_f, x_t = to_x.stride()
-        resize_axis_backward_kernel[(batch * triton.cdiv(frames, COLUMNS) * triton.cdiv(mels, ROWS),)](
+        launch(resize_axis_backward_kernel, batch * triton.cdiv(frames, COLUMNS) * triton.cdiv(mels, ROWS),
             between, crop, to_x, frames, out_frames, mels, canvas[1], *division_magic(out_frames),
             between_b, between_t, between_f, x_b, x_t, x_f,
             AXIS=1, INPUTS=COLUMNS, LINES=ROWS, **shared,

@@ -1,26 +1,34 @@
 # mypy: ignore-errors
-"""Helpers of the Triton kernels: taps of the resize, exp and log, log-mixup-exp, launch settings.
+"""Helpers of the Triton kernels: taps of the resize, exp and log, log-mixup-exp, launches and their settings.
 
-Launchers are plain functions of the ops' arguments. They launch on the current stream of their tensors' device and
-never synchronise. Sizes are run-time arguments, so that another batch size compiles nothing (Triton compiles one
-variant each for sizes of 1, multiples of 16, and others). Grids have one axis, because the others end at 65,535.
+Launchers are plain functions of the ops' arguments. They launch by ``launch``, on the current stream of their tensors'
+device, and never synchronise. Sizes are run-time arguments, so that another batch size compiles nothing (Triton
+compiles one variant each for sizes of 1, multiples of 16, and others). Grids have one axis, because the others end at
+65,535.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from triton import knobs
+from triton.runtime.driver import driver
 
 EPS = tl.constexpr(2.0**-23)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # it takes time per operation, not per element
 COLUMNS = 64 if INTERPRETED else 32  # of a tile at the taps: one per lane of a warp, so that a warp reads one row
 PROGRAMS_INTERPRETED = 4  # they run one after another: few, so that each takes several turns
+# Triton's versions whose compiled kernels are launched as here; others launch by Triton's own, slower way
+KEEP = not INTERPRETED and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
 
 
 @triton.jit
@@ -129,18 +137,28 @@ def approximate(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and not INTERPRETED
 
 
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Make the device of ``x`` current: Triton launches on the current device's current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """Return the number of programs of a persistent kernel: as many as run at once."""
-    if not x.is_cuda:
-        return PROGRAMS_INTERPRETED
-    return torch.cuda.get_device_properties(x.device).multi_processor_count * per_sm
+    return multiprocessors(x.device) * per_sm if x.is_cuda else PROGRAMS_INTERPRETED
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def division_magic(size: int) -> tuple[int, int]:
     """Return (m, s) with which n // d == n * m >> s for d = max(size - 1, 1) and all n in [0, 2^31).
 
@@ -165,3 +183,115 @@ def round_up(size: int, multiple: int) -> int:
 def is_wide(*products: int) -> bool:
     """Return whether a product of sizes needs more than 31 bits (huge inputs); a compile-time constant of kernels."""
     return any(product >= 2**31 for product in products)
+
+
+class Kept(NamedTuple):
+    """A compiled kernel, and its constants in the order of its parameters."""
+
+    kernel: Any
+    compiled: Any
+    constants: tuple[Any, ...]
+
+
+class Launched(NamedTuple):
+    """A launch as it was asked for; ``kept`` is None if Triton's own way was taken."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    kept: Kept | None
+
+
+class _Recording(threading.local):
+    launches: list[Launched] | None = None  # of this thread, while they are recorded
+
+
+recording = _Recording()
+_kept: dict[tuple[Any, ...], Kept] = {}
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Launch ``kernel[(programs,)](*args, **constants)``, in a tenth of the host's time.
+
+    ``args`` are tensors and numbers, ``constants`` all parameters that are ``tl.constexpr``, and launch options.
+
+    Triton's ``run`` decides at each launch, in Python, which compiled kernel the arguments ask for, from all that it
+    specialises kernels by. That decision is kept here under a key that is at least as fine: device, debugging modes,
+    constants, dtypes, alignments of 16 bytes, and of integers the width and, unless the kernel does not specialise
+    them, whether they are 1 or multiples of 16. The first launch of a key is Triton's own, as are all launches of a
+    kernel with hooks of its own, or while its compilation is inspected.
+    """
+    kept = None
+    if not KEEP or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+        with _HERE if recording.launches is None else _disable_current_modes():  # the interpreter's own ops
+            kernel[(programs,)](*args, **constants)
+    else:
+        device = driver.active.get_current_device()
+        key = [id(kernel), device, *debugging()]
+        for value, parameter in zip(args, kernel.params):  # noqa: B905  constants follow
+            if isinstance(value, Tensor):
+                key += value.dtype, value.data_ptr() % 16 == 0
+            elif type(value) is int:
+                key.append((value >= -(2**31)) + (value >= 2**31) + (value >= 2**63))
+                if not parameter.do_not_specialize:
+                    key.append((value == 1) + 2 * (value % 16 == 0))
+            else:
+                key += type(value), value if value is None or value is True or value is False else 0
+        key += constants
+        key += constants.values()
+        key = tuple(key)
+        kept = _kept.get(key)
+        if kept is None:
+            compiled = kernel[(programs,)](*args, **constants)
+            rest = kernel.arg_names[len(args) :]
+            kept = _kept[key] = Kept(kernel, compiled, tuple([constants[name] for name in rest]))
+        else:
+            run_kept(kept, programs, driver.active.get_current_stream(device), args)
+    if recording.launches is not None:
+        recording.launches.append(Launched(kernel, programs, args, constants, kept))
+
+
+def debugging() -> tuple[Any, ...]:
+    """Return Triton's modes that change how a kernel is compiled."""
+    runtime = knobs.runtime
+    return runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+
+
+def current_stream(device: torch.device) -> int | None:
+    """Return the current stream of a device; None if another device is current, or without a GPU."""
+    if device.type != "cuda" or driver.active.get_current_device() != device.index:
+        return None
+    return driver.active.get_current_stream(device.index)
+
+
+def relaunch(launched: Launched, stream: int | None, args: list[Any]) -> None:
+    """Launch a recorded kernel with other arguments that ask for the same compiled one."""
+    if launched.kept is None:
+        launched.kernel[(launched.programs,)](*args, **launched.constants)
+    else:
+        run_kept(launched.kept, launched.programs, stream, args)
+
+
+def run_kept(kept: Kept, programs: int, stream: int, args: Any) -> None:
+    """Launch a kept kernel on a stream of the current device; ``args`` may hold addresses in place of tensors."""
+    compiled = kept.compiled
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    metadata = None
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        metadata = compiled.launch_metadata((programs,), stream, *args, *kept.constants)
+    else:
+        enter = leave = None  # empty chains, which Triton would call
+    compiled.run(
+        programs,
+        1,
+        1,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        metadata,
+        enter,
+        leave,
+        *args,
+        *kept.constants,
+    )
