@@ -73,37 +73,30 @@ def ablation_table(folder: Path) -> str:
 
 
 def gpu_table(folder: Path) -> str:
-    """Return the runs on a GPU, best first by their validation; the tests of those that were looked at."""
-    points: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted((folder / "gpu").glob("*-[0-9].json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        for point in run["curve"]:
-            points[run["label"], point["step"]].append(point | {"width": run["settings"]["feature_d"]})
-    rows = [_row("run", "width", "steps", "seeds", *AUDIOSET, "validation", "test"), _row("---", *["---:"] * 9)]
-    baseline = _read(folder / "gpu" / "random.json")
-    found = [(label, step, of) for (label, step), of in points.items()]
-    found.sort(key=lambda each: -statistics.fmean(point["valid_mean"] for point in each[2]))
-    for label, step, of in found:
-        valid = [f"{statistics.fmean(point['valid'][task] for point in of):.1f}" for task in AUDIOSET]
-        reached = _mean_std([point["valid_mean"] for point in of])
-        tested = [point["mean"] for point in of if "mean" in point]
-        rows.append(_row(label, of[0]["width"], step, len(of), *valid, reached, _mean_std(tested) if tested else ""))
-    if baseline is not None:
-        valid = [f"{statistics.fmean(one[task] for one in baseline['valid']):.1f}" for task in AUDIOSET]
-        means = [statistics.fmean(one.values()) for one in baseline["valid"]]
-        rows.append(_row(baseline["label"], 512, "", len(means), *valid, _mean_std(means), ""))
-    return "\n".join(rows)
+    """Return the runs on a GPU, best first, by training and validation parts alone."""
+    return _gpu(folder, "valid", "valid_mean")
 
 
 def gpu_test_table(folder: Path) -> str:
-    """Return the tests of the runs on a GPU that were looked at, a row for each seed."""
-    rows = [_row("run", "width", "steps", "seed", *AUDIOSET, "mean"), _row("---", *["---:"] * 8)]
+    """Return the runs on a GPU whose tests were looked at, best first."""
+    return _gpu(folder, "scores", "mean")
+
+
+def _gpu(folder: Path, what: str, mean: str) -> str:
+    points: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted((folder / "gpu").glob("*-[0-9].json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         for point in run["curve"]:
-            if "scores" in point:
-                place = (run["settings"]["feature_d"], point["step"], run["seed"])
-                rows.append(_row(run["label"], *place, *_scores([point]), f"{point['mean']:.1f}"))
+            if what in point:
+                points[run["label"], run["settings"]["feature_d"], point["step"]].append(point)
+    rows = [_row("run", "width", "steps", "seeds", *AUDIOSET, "mean"), _row("---", *["---:"] * 8)]
+    for key, of in sorted(points.items(), key=lambda item: -statistics.fmean(point[mean] for point in item[1])):
+        rows.append(_row(*key, len(of), *_scores(of, what), _mean_std([point[mean] for point in of])))
+    baseline = _read(folder / "gpu" / "random.json")
+    if baseline is not None and baseline[what]:
+        of = [{what: one} for one in baseline[what]]
+        means = [statistics.fmean(_accuracy(one[task]) for task in AUDIOSET) for one in baseline[what]]
+        rows.append(_row(baseline["label"], 512, "", len(of), *_scores(of, what), _mean_std(means)))
     return "\n".join(rows)
 
 
@@ -122,8 +115,12 @@ def _points(folder: Path, name: str) -> list[dict[str, Any]]:
     return [point for run in _runs(folder, name) for point in run["curve"] if point["step"] == SHORT]
 
 
-def _scores(found: list[dict[str, Any]]) -> list[str]:
-    return [f"{statistics.fmean(one['scores'][task]['accuracy'] for one in found):.1f}" for task in AUDIOSET]
+def _scores(found: list[dict[str, Any]], what: str = "scores") -> list[str]:
+    return [f"{statistics.fmean(_accuracy(one[what][task]) for one in found):.1f}" for task in AUDIOSET]
+
+
+def _accuracy(score: Any) -> float:
+    return float(score["accuracy"] if isinstance(score, dict) else score)
 
 
 def _spread(points: list[dict[str, Any]]) -> str:
