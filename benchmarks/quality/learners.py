@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byola_fast import load_encoder
 from byola_fast.networks.encoders import feature_width, pool_frames
 from byola_fast.objectives.learner import MLP, Learner, Output, detached
 from byola_fast.objectives.losses import nt_xent_loss
@@ -60,42 +57,3 @@ class Reconstruct20(Reconstruct):
     """The same with a weight of 20."""
 
     weight = 20.0
-
-
-class Distil(Learner):
-    """Predict linearly, from the embedding of one view, the embeddings that several trained encoders give to it.
-
-    The student starts as the first teacher if it has the same shapes. Targets are standardised over the batch.
-
-    Args:
-        encoder: the student.
-
-    The environment variable ``TEACHERS`` names the teachers' files, separated as in ``PATH``.
-    """
-
-    loss_name = "distillation"
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__(encoder, nn.Identity())
-        paths = os.environ["TEACHERS"].split(os.pathsep)
-        self.teachers = nn.ModuleList(load_encoder(path).encoder for path in paths).requires_grad_(False)
-        first = self.teachers[0].state_dict()
-        if {name: x.shape for name, x in first.items()} == {name: x.shape for name, x in encoder.state_dict().items()}:
-            encoder.load_state_dict(first)
-        widths = [feature_width(teacher) for teacher in self.teachers]
-        self.head = nn.Linear(feature_width(encoder), sum(widths))
-        self.train()  # the trainer does not call it
-
-    def train(self, mode: bool = True) -> Distil:
-        """Set the mode of the student; the teachers stay in evaluation mode."""
-        super().train(mode)
-        self.teachers.eval()
-        return self
-
-    def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        """Return the loss and the embedding of the first view; the second is not used."""
-        embedding = self.encoder(view1)
-        with torch.no_grad():
-            target = torch.cat([teacher(view1) for teacher in self.teachers], 1).float()
-            target = (target - target.mean(0)) / (target.var(0) + 1e-4).sqrt()
-        return Output(F.mse_loss(self.head(embedding).float(), target), detached(embedding))
