@@ -24,6 +24,7 @@ REGISTERS, THREADS, BLOCKS, SHARED = (
     {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024},
 )  # of an SM
 BLOCK_SHARED = 1024  # bytes that the system reserves for each block
+FLOATS = ("mixup_ratio", "fader_gain", "eps", "momentum", "mean", "std")  # run-time numbers that are no integers
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,12 @@ def _variants() -> dict[str, Variant]:
             ("mel_base", "mel_slope", "frame_base", "frame_slope"),
             ("batch", "pool", "pool_offset", "sample_offset", "canvas_mels", "canvas_frames"),
         ),
+        "write_inputs": Variant(
+            "write_inputs.write_inputs_kernel",
+            {"rng": "i64", "stats": "fp32"},
+            {"HAS_STATS": True},
+            odd=("low", "high", "step"),
+        ),
         "ema_update": ema(tl.float32),
         "ema_update, bf16 online": ema(tl.bfloat16),
         "normalize": Variant(
@@ -266,7 +273,6 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
     if kernel is None:
         module, name = variant.kernel.split(".")
         kernel = getattr(importlib.import_module(f"byola_fast.ops._triton.{module}"), name)
-    floats = ("mixup_ratio", "fader_gain", "eps", "momentum")
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in variant.constants:
@@ -274,8 +280,8 @@ def compile_variant(variant: Variant, architecture: int, kernel: Any = None) -> 
         elif argument in variant.pointers:
             signature[argument] = "*" + variant.pointers[argument]
         else:
-            signature[argument] = "fp32" if argument in floats else "i64" if argument in variant.wide else "i32"
-        if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *floats):
+            signature[argument] = "fp32" if argument in FLOATS else "i64" if argument in variant.wide else "i32"
+        if signature[argument] != "constexpr" and argument not in (*variant.wide, *variant.odd, *FLOATS):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     limit = variant.max_registers

@@ -34,6 +34,7 @@ PLAIN = (int, float, bool, str, type(None))
 
 INTERPRETED = _triton.interpreted()
 ON_CPU = INTERPRETED  # the interpreter serves the CPU too, where checks read values
+FLOAT_MAX = torch.finfo(torch.float32).max
 SEEN, NEVER = object(), object()
 _served: set[bool] = set()  # whether on CUDA
 _plans: dict[Hashable, Any] = {}  # by signature: seen once, never to be replayed, or a plan
@@ -100,10 +101,24 @@ def _freeze(value: Any) -> Hashable:
     raise TypeError(kind)
 
 
-def words(seed: int, step: int, mean: float, std: float) -> tuple[int, int, int, float, float]:
-    """Return the numbers of ``write_inputs``: the seed's low and high word and the step, as signed words."""
-    low, step = ((word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in (seed, step))
-    return low, seed >> 32, step, mean, std
+def numbers_of(
+    seed: int | Tensor | None, step: int | Tensor, stats: tuple[float, float] | Tensor | None
+) -> tuple[int, int, int, float, float] | None:
+    """Return the numbers of ``write_inputs``; None for tensors, and for what is refused.
+
+    They are the seed's low and high word and the step, as signed words of 32 bits, then mean and std.
+    """
+    if type(seed) is not int or type(step) is not int or not (0 <= seed < 2**63 and 0 <= step < 2**32):
+        return None
+    mean, std = 0.0, 1.0
+    if stats is not None:
+        if type(stats) is not tuple or len(stats) != 2 or not all(type(value) in (int, float) for value in stats):
+            return None
+        mean, std = map(float, stats)
+        if not (-FLOAT_MAX <= mean <= FLOAT_MAX and 0 <= std <= FLOAT_MAX):
+            return None
+    low, number = ((word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in (seed, step))
+    return low, seed >> 32, number, mean, std
 
 
 def write_inputs(x: Tensor, numbers: tuple[Any, ...], has_stats: bool) -> tuple[Tensor, Tensor | None]:

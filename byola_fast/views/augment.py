@@ -16,7 +16,7 @@ from typing_extensions import Unpack  # which torch depends on
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
-from byola_fast.ops._replay import freeze, may_replay, words, write_inputs
+from byola_fast.ops._replay import freeze, may_replay, numbers_of, write_inputs
 from byola_fast.ops._replay import run as replay
 from byola_fast.ops._two_views import two_views
 from byola_fast.ops.functional import check_out, without_channel
@@ -30,7 +30,6 @@ from byola_fast.views.params import AugmentParams, Settings, SettingsByName, res
 
 Views = tuple[Tensor, Tensor]
 ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
-FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class _Keywords(SettingsByName, total=False):
@@ -152,9 +151,9 @@ def augment(
         return _with_channel(views, lms)
 
     signature = None
-    if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
+    if params is None and not return_params and sample_offset is None and may_replay(lms) and len(x):
         signature = freeze((preset, settings, post_norm, own_rank(), stats is None))
-    numbers = None if signature is None else _numbers(seed, step, stats)
+    numbers = None if signature is None else numbers_of(seed, step, stats)
     if numbers is not None:
         has_stats = stats is not None
         view1, view2 = replay(
@@ -288,7 +287,7 @@ class Augment(FixedDtype):
         check.require_spectrogram("lms", x)
         check.require_same_device("lms", x, "Augment", self.rng)
         signature = None
-        if params is None and not return_params and sample_offset is None and len(x) and may_replay(lms):
+        if params is None and not return_params and sample_offset is None and may_replay(lms) and len(x):
             signature = self._signature()
         if signature is not None:
             op_by_op = lambda: self._make(lms, x, None, None, False, out)[0]  # noqa: E731
@@ -375,8 +374,16 @@ class Augment(FixedDtype):
             or not is_outside()
         ):
             return None
-        limit = None if running is None else running.max_updates
-        return freeze((vars(self.settings), self.post_norm, self.training, limit, bank.n_memory, own_rank()))
+        return freeze(
+            (
+                vars(self.settings),
+                self.post_norm,
+                self.training,
+                getattr(running, "max_updates", None),
+                bank.n_memory,
+                own_rank(),
+            )
+        )
 
     def _state(self) -> list[Tensor | None]:
         own = [self.rng, self.fixed_stats, self.bank.rows if self.bank.n_memory else None, self.bank.cursor]
@@ -583,19 +590,3 @@ def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | N
 
 def _with_channel(views: Tensor, lms: Tensor) -> Tensor:
     return views[:, :, None] if lms.dim() == 4 else views
-
-
-def _numbers(
-    seed: int | Tensor | None, step: int | Tensor, stats: tuple[float, float] | Tensor | None
-) -> tuple[int, int, int, float, float] | None:
-    """Return seed, step and statistics for a kernel that writes them; None for tensors, and for what is refused."""
-    if type(seed) is not int or type(step) is not int or not (0 <= seed < 2**63 and 0 <= step < 2**32):
-        return None
-    mean, std = 0.0, 1.0
-    if stats is not None:
-        if type(stats) is not tuple or len(stats) != 2 or not all(type(value) in (int, float) for value in stats):
-            return None
-        mean, std = map(float, stats)
-        if not (-FLOAT_MAX <= mean <= FLOAT_MAX and 0 <= std <= FLOAT_MAX):
-            return None
-    return words(seed, step, mean, std)

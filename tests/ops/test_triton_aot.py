@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,7 @@ BUDGETS = {
     "two_views, bicubic": (80, 128, 3),
     "finish_views": (56, 128, 4),
     "draw_params": (40, 0, 12),
+    "write_inputs": (32, 0, 16),
     "ema_update": (56, 64, 4),
     "ema_update, bf16 online": (56, 8192, 4),
     "normalize": (56, 64, 8),
@@ -72,6 +74,18 @@ def test_resources(name, architecture):
     assert found.registers <= registers
     assert found.shared <= shared
     assert found.programs >= programs
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_sizes_of_one_compile(name):
+    """Triton makes a constant of an integer that is 1, which has none of a tensor's methods."""
+    variant = kernels.variants()[name]
+    file, kernel = variant.kernel.split(".")
+    made = getattr(importlib.import_module(f"byola_fast.ops._triton.{file}"), kernel)
+    taken = {*variant.pointers, *variant.constants, *kernels.FLOATS}
+    ones = [p.name for p in made.params if not (p.is_constexpr or p.do_not_specialize or p.name in taken)]
+    compiled = kernels.compile_variant(replace(variant, constants=variant.constants | dict.fromkeys(ones, 1)), 90)
+    assert compiled.asm["cubin"]
 
 
 def test_every_kernel_has_a_budget():

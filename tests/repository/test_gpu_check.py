@@ -43,7 +43,7 @@ def test_a_dry_run_exercises_every_stage_and_lists_what_it_skipped(tmp_path, cap
         assert alone == whole["stages"][name]
         assert "error" not in alone
     goals = [row["goal"] for found in whole["stages"].values() for row in found.get("rows", [])]
-    assert len(goals) == 13  # 14 on a GPU, with the trainer's
+    assert len(goals) == 14  # 14 on a GPU, with the trainer's
     message = capsys.readouterr().out
     assert "skipped without a GPU: capturing a CUDA graph" in message
     assert "dry run: nothing was measured" in message

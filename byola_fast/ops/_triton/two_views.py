@@ -28,7 +28,7 @@ NORMALIZED = 2048  # values that a program normalises at a time
 NORMALIZE_PROGRAMS_PER_SM = 4
 LAUNCH_EARLY = False  # programmatic dependent launch, where the GPU has it
 SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
-DRAWN = ["pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"]
+DRAWN = ["pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope", "canvas_mels", "canvas_frames"]
 
 
 @triton.jit
