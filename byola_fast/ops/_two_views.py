@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
-from byola_fast.ops.functional import canvas_size, pair, size_range, weights_in_range
+from byola_fast.ops.functional import MAX_ROWS, canvas_size, pair, size_range, weights_in_range
 
 
 def two_views(
@@ -40,7 +40,10 @@ def two_views(
     """
     from byola_fast.ops._triton.two_views import two_views_
 
-    mels, frames = x.shape[1:]
+    batch, mels, frames = x.shape
+    for name, count in (("x", batch), ("rows", 0 if rows is None else len(rows))):
+        if count > MAX_ROWS:
+            raise ValueError(f"{name}: expected at most 2^24 samples to choose partners from, got {count}")
     weights_in_range(mixup_ratio, fader_gain)
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames, virtual_crop_scale)
@@ -49,7 +52,7 @@ def two_views(
             check.require_same_device(name, tensor, "x", x)
     if advance and rows is not None:
         check.require_own_memory("rows", rows, x=x, stats=stats)
-    views = x.new_empty(2, len(x), *size) if out is None else out
+    views = x.new_empty(2, batch, *size) if out is None else out
     two_views_(
         x,
         None,

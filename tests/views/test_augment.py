@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byola_fast import Augment, AugmentParams, RunningStats, augment
+from byola_fast.views.params import resolve_settings
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -268,3 +269,15 @@ def test_autocast_changes_nothing(dtype, device):
     twin = Augment(seed=1).to(device)
     for a, b in zip(views, twin(x), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_batch_beyond_the_draws_of_partners_is_refused(device):
+    from byola_fast.ops._two_views import two_views
+
+    x, chosen = torch.zeros(2**24 + 1, 1, 1, device=device), vars(resolve_settings("byola-v1", {}))
+    for call in (
+        lambda: augment(x, seed=1, stats=(0.0, 1.0)),
+        lambda: two_views(x, x, None, **chosen, post_norm=True, sample_offset=0, out=None),
+    ):
+        with pytest.raises(ValueError, match=r"expected (0 to|at most) 2\^24"):
+            call()
