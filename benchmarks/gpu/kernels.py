@@ -100,7 +100,7 @@ def _variants() -> dict[str, Variant]:
         wide: tuple[str, ...] = magic
         pointers = views_pointers | _names("x pool out", element) | {"sums": "fp64"}
         if fused:
-            constants |= {"PUSH": True, "EARLY": False}
+            constants |= {"PUSH": True}
             odd += "pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"
             wide += "mel_base", "mel_slope", "frame_base", "frame_slope"
             pointers |= _names("finite done", "i32")
@@ -168,7 +168,7 @@ def _variants() -> dict[str, Variant]:
             | {"sums": "fp64"},
             f32
             | dict.fromkeys(("NORMALIZE", "PUSH", "ADVANCE", "HAS_STATS", "FLAT"), True)
-            | {"EARLY": False, "SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
+            | {"SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
             odd=("rows_of_sums", "batch", "n_memory", "pushing"),
             warps=8,
         ),

@@ -26,7 +26,6 @@ from byola_fast.ops._triton.shared import EPS, compute_type, indexable, launch, 
 WARPS = 8
 NORMALIZED = 2048  # values that a program normalises at a time
 NORMALIZE_PROGRAMS_PER_SM = 4
-LAUNCH_EARLY = False  # programmatic dependent launch, where the GPU has it
 SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
 DRAWN = ["pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope", "canvas_mels", "canvas_frames"]
 
@@ -126,7 +125,6 @@ def two_views_kernel(
     BLOCKS_AT_ONCE: tl.constexpr,
     TURNS_AT_ONCE: tl.constexpr,
     PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr,  # the second kernel is launched before this one ends, and waits
 ):
     mean, scale = moments(stats, HAS_STATS, COMPUTE)
     from_bank = False
@@ -169,8 +167,6 @@ def two_views_kernel(
         )  # fmt: skip
         tl.atomic_add(own_sums, total, sem="relaxed")  # by one thread, so always in this order
         tl.atomic_add(own_sums + tl.num_programs(0), squares, sem="relaxed")
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["rows_of_sums", "batch", "n_memory", "pushing"])
@@ -204,10 +200,7 @@ def finish_views_kernel(
     FLAGS: tl.constexpr,
     PUSH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     if ADVANCE:
         if program == 0:
@@ -237,11 +230,6 @@ def finish_views_kernel(
                 n = first + lane
                 tl.store(views + n, (value.to(COMPUTE) - mean) * scale, n < views_numel)
                 value = tl.load(views + n + step, n + step < views_numel, other=0)
-
-
-def early(x: Tensor) -> bool:
-    """Return whether the second kernel is launched before the first one ends."""
-    return LAUNCH_EARLY and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def of_device(x: Tensor) -> dict[str, int]:
@@ -310,7 +298,6 @@ def two_views_(
             *pool.stride(),
             *shape.geometry,
             PUSH=push,
-            EARLY=early(x),
             HAS_BANK=bank is not None,
             HAS_STATS=stats is not None,
             MIXUP=mixup,
@@ -355,7 +342,5 @@ def finish_views(x, out, sums, stats, finite, rows, cursor, rng, post_norm, push
         FLAGS=1024,
         PUSH_BLOCK=2048,
         BLOCK=NORMALIZED,
-        EARLY=early(x),
         num_warps=WARPS,
-        **({"launch_pdl": True} if early(x) else {}),
     )
