@@ -9,6 +9,8 @@
 // arXiv:1509.09308.
 #pragma once
 
+#include <cmath>
+
 #include "conv_block_lanes.h"
 
 namespace byola {
@@ -236,9 +238,13 @@ class Winograd {
     return std::all_of(lanes, lanes + V::width, [](Real lane) { return lane == 0; });
   }
 
-  // The definition, for windows with NaN or inf, which the transforms would spread over the whole window.
+  // The definition, for windows with NaN or inf, which the transforms spread over the whole window.
   void convolve(const Real* images, const Tiling& tiling, int64_t first, int64_t count, Real* y) const {
     for (int64_t t = 0; t < count; ++t) {
+      bool finite = true;
+      for (int64_t k = 0; k < 4; ++k)
+        for (int64_t o = 0; o < outputs; ++o) finite &= std::isfinite(y[(k * kTiles + t) * padded_outputs + o]);
+      if (finite) continue;
       const Tiling::Tile tile = tiling.tile(first + t);
       for (int k = 0; k < 4; ++k) {
         Real* to = y + (k * kTiles + t) * padded_outputs;
