@@ -227,25 +227,28 @@ void first_backward(const Tensor& x, const Tensor& weight, const Norm<Real>& nor
 
 // More input channels.
 
-// Mean and sum of squares around it, of a group's values, for all channels; y[4][kTiles][padded].
-template <typename V, typename Real>
+// Mean and sum of squares around it, of a group's values, for all channels; y[M * M][kTiles][padded].
+template <typename V, int M, typename Real>
 int64_t group_statistics(const Real* y, const Tiling& tiling, int64_t first, int64_t count, int64_t channels,
                          int64_t padded, Real* means, Real* squares) {
-  bool has[4 * kTiles];
+  bool has[M * M * kTiles];
   int64_t n = 0;
   for (int64_t t = 0; t < count; ++t) {
     const Tiling::Tile tile = tiling.tile(first + t);
-    for (int k = 0; k < 4; ++k) n += has[4 * t + k] = tiling.has(tile.row + k / 2, tile.column + k % 2);
+    for (int k = 0; k < M * M; ++k) n += has[k * kTiles + t] = tiling.has(tile.row + k / M, tile.column + k % M);
   }
   for (int64_t c = 0; c < channels; c += V::width) {
     V sum = V::set(0), square = sum;
-    for (int64_t t = 0; t < 4 * count; ++t)
-      if (has[t]) sum = sum + V::load(y + (t % 4 * kTiles + t / 4) * padded + c);
+    for (int64_t k = 0; k < M * M * kTiles; k += kTiles)
+      for (int64_t t = k; t < k + count; ++t)
+        if (has[t]) sum = sum + V::load(y + t * padded + c);
     const V mean = sum * V::set(1 / Real(n));
-    for (int64_t t = 0; t < 4 * count; ++t) {
-      if (!has[t]) continue;
-      const V off = V::load(y + (t % 4 * kTiles + t / 4) * padded + c) - mean;
-      square = fma(off, off, square);
+    for (int64_t k = 0; k < M * M * kTiles; k += kTiles) {
+      for (int64_t t = k; t < k + count; ++t) {
+        if (!has[t]) continue;
+        const V off = V::load(y + t * padded + c) - mean;
+        square = fma(off, off, square);
+      }
     }
     mean.store(means + c), square.store(squares + c);
   }
@@ -268,45 +271,55 @@ struct Finish {
   }
 };
 
+// Copy a tile's positions inside the images; y[M * M][kTiles][padded] to images (B, F, T, C).
+template <int M, typename Real>
+void copy_tile(const Real* y, const Tiling& tiling, const Tiling::Tile& tile, int64_t t, int64_t padded,
+               int64_t channels, Real* images) {
+  for (int k = 0; k < M * M; ++k) {
+    const int64_t row = tile.row + k / M, column = tile.column + k % M;
+    const Real* from = y + (k * kTiles + t) * padded;
+    if (tiling.has(row, column))
+      std::copy(from, from + channels, images + tiling.position(tile.image, row, column) * channels);
+  }
+}
+
 // y and places may be null.
-template <typename V, typename Real = typename V::Element>
+template <typename V, int M, typename Real = typename V::Element>
 void many_forward(const Tensor& x, const Tensor& weight, Norm<Real>& norm, bool by_batch, double eps, Real* y,
                   Real* out, uint8_t* places) {
   const Tensor images = channels_innermost<Real>(x), weights = as_contiguous<Real>(weight);
-  const Tiling tiling(x.size(0), x.size(2), x.size(3));
-  const Winograd<V> conv(data<Real>(weights), x.size(1), norm.channels, false);
-  const int64_t groups = tiling.groups(kTiles), channels = norm.channels, padded = norm.padded;
+  const Tiling tiling(x.size(0), x.size(2), x.size(3), M);
+  const Winograd<V, M> conv(data<Real>(weights), x.size(1), norm.channels, false);
+  const int64_t groups = tiling.groups(), channels = norm.channels, padded = norm.padded;
   const int64_t rows = tiling.rows / 2, columns = tiling.columns / 2;
   Memory<Real> means(by_batch ? groups * padded : 0), squares(means.size());
   std::vector<int64_t> counts(groups);
   std::optional<Finish<V, Real>> finish;
   if (!by_batch) finish.emplace(norm);
-  torch::stable::parallel_for(0, groups, 2, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Memory<Real> scratch(conv.scratch_size());
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * kTiles, count = std::min(kTiles, tiling.tiles() - first);
+      const int64_t first = group * kTiles, count = tiling.group_size(first), line = conv.padded_outputs;
       const Real* tiles = conv.run(data<Real>(images), tiling, first, count, scratch.data());
       if (by_batch)
-        counts[group] = group_statistics<V>(tiles, tiling, first, count, channels, conv.padded_outputs,
-                                            means.data() + group * padded, squares.data() + group * padded);
+        counts[group] = group_statistics<V, M>(tiles, tiling, first, count, channels, line,
+                                               means.data() + group * padded, squares.data() + group * padded);
       for (int64_t t = 0; t < count; ++t) {
         const Tiling::Tile tile = tiling.tile(first + t);
-        const Real* at[4];
-        for (int k = 0; k < 4; ++k) {
-          at[k] = tiles + (k * kTiles + t) * conv.padded_outputs;
-          const int64_t row = tile.row + k / 2, column = tile.column + k % 2;
-          if (y && tiling.has(row, column))
-            std::copy(at[k], at[k] + channels, y + tiling.position(tile.image, row, column) * channels);
-        }
-        if (tile.row / 2 >= rows || tile.column / 2 >= columns) continue;
-        const int64_t window = ((tile.image * rows + tile.row / 2) * columns + tile.column / 2) * channels;
-        for (int64_t c = 0; c < channels; c += V::width) {
-          const V sign = V::load(norm.sign.data() + c);
-          Largest<V> best(sign * V::load(at[0] + c), sign * V::load(at[1] + c), sign * V::load(at[2] + c),
-                          sign * V::load(at[3] + c));
-          if (finish) finish->run(best, c);
-          store_some(best.value, out + window + c, channels - c);
-          if (places) store_places(best.place, places + window + c, channels - c);
+        if (y) copy_tile<M>(tiles, tiling, tile, t, line, channels, y);
+        for (int k = 0; k < M * M / 4; ++k) {
+          const int64_t row = k / (M / 2), column = k % (M / 2), i = tile.row / 2 + row, j = tile.column / 2 + column;
+          if (i >= rows || j >= columns) continue;
+          const Real* corner = tiles + ((2 * row * M + 2 * column) * kTiles + t) * line;
+          const int64_t window = ((tile.image * rows + i) * columns + j) * channels, step = kTiles * line;
+          for (int64_t c = 0; c < channels; c += V::width) {
+            const V sign = V::load(norm.sign.data() + c);
+            const auto value = [&](int64_t k) { return sign * V::load(corner + k * step + c); };
+            Largest<V> best(value(0), value(1), value(M), value(M + 1));
+            if (finish) finish->run(best, c);
+            store_some(best.value, out + window + c, channels - c);
+            if (places) store_places(best.place, places + window + c, channels - c);
+          }
         }
       }
     }
@@ -392,10 +405,11 @@ void unpool(const Pooled<V, Real>& pooled, const Real* y, const Tiling& tiling, 
   const int64_t rows = tiling.rows / 2, columns = tiling.columns / 2, channels = norm.channels;
   Memory<Real> scale(norm.padded);
   for (int64_t c = 0; c < channels; ++c) scale[c] = norm.scale(c);
-  torch::stable::parallel_for(0, tiling.batch * tiling.tile_rows, 2, [&](int64_t begin, int64_t end) {
+  const int64_t lines = (tiling.rows + 1) / 2;  // of windows, those at odd ends included
+  torch::stable::parallel_for(0, tiling.batch * lines, 2, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      const int64_t image = line / tiling.tile_rows, i = line % tiling.tile_rows;
-      for (int64_t j = 0; j < tiling.tile_columns; ++j) {
+      const int64_t image = line / lines, i = line % lines;
+      for (int64_t j = 0; 2 * j < tiling.columns; ++j) {
         const bool whole = i < rows && j < columns;
         for (int64_t c = 0; c < channels; c += V::width) {
           const int64_t n = channels - c;
@@ -417,12 +431,12 @@ void unpool(const Pooled<V, Real>& pooled, const Real* y, const Tiling& tiling, 
   });
 }
 
-template <typename V, typename Real = typename V::Element>
+template <typename V, int M, typename Real = typename V::Element>
 void many_backward(const Tensor& x, const Tensor& weight, const Norm<Real>& norm, const Tensor& grad,
                    const Tensor& which, const Tensor& kept, bool frozen, bool needs_x, Backward& to) {
   const Tensor images = channels_innermost<Real>(x), weights = as_contiguous<Real>(weight);
   const Tensor y = channels_innermost<Real>(kept);
-  const Tiling tiling(x.size(0), x.size(2), x.size(3));
+  const Tiling tiling(x.size(0), x.size(2), x.size(3), M);
   const int64_t inputs = x.size(1), channels = norm.channels;
   const Pooled<V, Real> pooled{data<Real>(grad), data<uint8_t>(which)};
   const std::vector<double> sums = pooled_sums(pooled, data<Real>(y), tiling, norm);
@@ -439,35 +453,28 @@ void many_backward(const Tensor& x, const Tensor& weight, const Norm<Real>& norm
   const Real* gradients = data<Real>(to_y);
 
   if (needs_x) {
-    const Winograd<V> conv(data<Real>(weights), channels, inputs, true);
-    torch::stable::parallel_for(0, tiling.groups(kTiles), 2, [&](int64_t begin, int64_t end) {
+    const Winograd<V, M> conv(data<Real>(weights), channels, inputs, true);
+    torch::stable::parallel_for(0, tiling.groups(), 1, [&](int64_t begin, int64_t end) {
       Memory<Real> scratch(conv.scratch_size());
-      for (int64_t first = begin * kTiles; first < std::min(end * kTiles, tiling.tiles()); first += kTiles) {
-        const int64_t count = std::min(kTiles, tiling.tiles() - first);
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * kTiles, count = tiling.group_size(first);
         const Real* tiles = conv.run(gradients, tiling, first, count, scratch.data());
-        for (int64_t t = 0; t < count; ++t) {
-          const Tiling::Tile tile = tiling.tile(first + t);
-          for (int k = 0; k < 4; ++k) {
-            const int64_t row = tile.row + k / 2, column = tile.column + k % 2;
-            const Real* from = tiles + (k * kTiles + t) * conv.padded_outputs;
-            if (tiling.has(row, column))
-              std::copy(from, from + inputs,
-                        mutable_data<Real>(to.to_x) + tiling.position(tile.image, row, column) * inputs);
-          }
-        }
+        for (int64_t t = 0; t < count; ++t)
+          copy_tile<M>(tiles, tiling, tiling.tile(first + t), t, conv.padded_outputs, inputs,
+                       mutable_data<Real>(to.to_x));
       }
     });
   }
 
-  const WeightSums<V> products(inputs, channels);
-  const int64_t groups = tiling.groups(kWeightTiles), most = (int64_t{1} << 22) / products.size();
-  const Chunks chunks(groups, std::clamp<int64_t>(most, 1, 32));
+  const WeightSums<V, M> products(inputs, channels);
+  const int64_t groups = tiling.groups(), most = (int64_t{1} << 22) / products.size();
+  const Chunks chunks(groups, std::clamp<int64_t>(most, 1, 16));
   Memory<Real> parts(chunks.count * products.size());
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     Memory<Real> scratch(products.scratch_size());
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       for (int64_t group = chunks.begin(chunk); group < chunks.end(chunk); ++group) {
-        const int64_t first = group * kWeightTiles, count = std::min(kWeightTiles, tiling.tiles() - first);
+        const int64_t first = group * kTiles, count = tiling.group_size(first);
         products.add(data<Real>(images), gradients, tiling, first, count, scratch.data(),
                      parts.data() + chunk * products.size());
       }
@@ -517,8 +524,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_cpu(const Tensor& x, const
     } else {
       const Tensor y =
           torch::stable::new_empty(x, keep ? Sizes{batch, rows, columns, channels} : none, dtype_of<Real>());
-      many_forward<V>(x, weight, norm, by_batch, eps, keep ? mutable_data<Real>(y) : nullptr,
-                      mutable_data<Real>(pooled), places);
+      with_edge(batch, rows, columns, [&](auto edge) {
+        many_forward<V, edge>(x, weight, norm, by_batch, eps, keep ? mutable_data<Real>(y) : nullptr,
+                              mutable_data<Real>(pooled), places);
+      });
       kept = keep ? channels_second(y, dtype) : torch::stable::new_empty(x, none, dtype);
     }
     out = channels_second(pooled, dtype);
@@ -558,7 +567,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_cpu(const
       first_backward<V>(x, weight, norm, grads, places, data<double>(moments), frozen, needs_x, to);
     } else {
       BYOLA_CHECK(kept.dim() == 4, "kept: expected the convolution's output");
-      many_backward<V>(x, weight, norm, grads, places, kept, frozen, needs_x, to);
+      with_edge(x.size(0), x.size(2), x.size(3),
+                [&](auto edge) { many_backward<V, edge>(x, weight, norm, grads, places, kept, frozen, needs_x, to); });
     }
     torch::stable::copy_(to_weight, to.to_weight);
     for (Tensor* values : {&to.to_bias, &to.to_gamma, &to.to_beta})

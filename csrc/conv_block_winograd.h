@@ -1,40 +1,134 @@
-// conv_block of many input channels: Winograd's F(2 x 2, 3 x 3), whose output tile is the pooling window.
+// conv_block of many input channels: Winograd's F(4 x 4, 3 x 3), or F(2 x 2, 3 x 3) for images that it fits better.
 //
-// A tile of the output Y (2 x 2) needs a tile d of the input (4 x 4): Y = A' [(G w G') * (B' d B)] A with
-//   B' = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1],  G = [1 0 0; .5 .5 .5; .5 -.5 .5; 0 0 1],  A' = [1 1 1 0; 0 1 -1 -1]:
-// 16 multiplications for 36. The sum over input channels makes 16 products of matrices, (tiles x inputs) by (inputs x
-// outputs), for kTiles tiles at a time, whose factors and results stay in the second-level cache. The gradient of the
-// input is the same convolution with flipped, transposed weights; that of the weights is
-// G' [sum over tiles of (B' d B) * (A dY A')] G. Images are (B, F, T, C): channels innermost. Arithmetic Lavin and Gray,
-// arXiv:1509.09308.
+// A tile Y of the output, M x M, holds whole pooling windows and needs a tile d of the input, (M + 2) x (M + 2):
+// Y = A' [(G w G') * (B' d B)] A: 36 multiplications a channel for 144 (M = 2: 16 for 36). The sum over input channels
+// makes (M + 2)^2 products of matrices, (tiles x inputs) by (inputs x outputs), for some tiles at a time, whose factors
+// and results stay in the second-level cache. The gradient of the input is the same convolution with flipped,
+// transposed weights; that of the weights is G' [sum over tiles of (B' d B) * (A dY A')] G.
+// The points of M = 4 are 0, 3/4, -3/4, 3/2, -3/2 and infinity, where the error is half that of the usual 1 and 2: 8e-7
+// of the result's spread in float32 (M = 2: 3e-7, a direct convolution: 2e-7 to 8e-7). Images are (B, F, T, C). Lavin
+// and Gray, arXiv:1509.09308; points as Barabasz et al., arXiv:1803.10986.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "conv_block_lanes.h"
+#include "tensors.h"
 
 namespace byola {
 
-constexpr int64_t kTiles = 24, kWeightTiles = 48;
+constexpr int64_t kTiles = 24;  // at a time
 
-// Windows of images, those at odd ends included; tile numbers run through columns, rows and images.
+// Tiles of images, edge x edge positions each; those at the ends may reach beyond. Numbers run through columns, rows,
+// images.
 struct Tiling {
-  int64_t batch, rows, columns, tile_rows, tile_columns;
+  int64_t batch, rows, columns, edge, tile_rows, tile_columns;
 
-  Tiling(int64_t batch, int64_t rows, int64_t columns)
-      : batch(batch), rows(rows), columns(columns), tile_rows((rows + 1) / 2), tile_columns((columns + 1) / 2) {}
+  Tiling(int64_t batch, int64_t rows, int64_t columns, int64_t edge)
+      : batch(batch), rows(rows), columns(columns), edge(edge), tile_rows((rows + edge - 1) / edge),
+        tile_columns((columns + edge - 1) / edge) {}
   int64_t tiles() const { return batch * tile_rows * tile_columns; }
-  int64_t groups(int64_t size) const { return (tiles() + size - 1) / size; }
+  int64_t groups() const { return (tiles() + kTiles - 1) / kTiles; }
+  int64_t group_size(int64_t first) const { return std::min(kTiles, tiles() - first); }
+  int64_t products() const { return tiles() * (edge + 2) * (edge + 2); }
 
   struct Tile {
     int64_t image, row, column;  // of its first output
   };
   Tile tile(int64_t number) const {
     const int64_t line = number / tile_columns;
-    return {line / tile_rows, line % tile_rows * 2, number % tile_columns * 2};
+    return {line / tile_rows, line % tile_rows * edge, number % tile_columns * edge};
   }
   bool has(int64_t row, int64_t column) const { return row >= 0 && row < rows && column >= 0 && column < columns; }
   int64_t position(int64_t image, int64_t row, int64_t column) const { return (image * rows + row) * columns + column; }
+};
+
+// Call f with the edge (as a type) that needs the fewest products.
+template <typename F>
+void with_edge(int64_t batch, int64_t rows, int64_t columns, F f) {
+  if (Tiling(batch, rows, columns, 2).products() <= Tiling(batch, rows, columns, 4).products())
+    return f(std::integral_constant<int, 2>{});
+  return f(std::integral_constant<int, 4>{});
+}
+
+template <typename T>
+inline T constant(double x) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return T(x);
+  } else {
+    return T::set(typename T::Element(x));
+  }
+}
+
+// The four matrices on lines, of lanes or numbers.
+template <int M>
+struct Transform;
+
+template <>
+struct Transform<2> {
+  template <typename T>
+  static void input(const T* d, T* t) {  // B'
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+  }
+  template <typename T>
+  static void output(const T* m, T* y) {  // A'
+    y[0] = (m[0] + m[1]) + m[2], y[1] = (m[1] - m[2]) - m[3];
+  }
+  template <typename T>
+  static void gradient(const T* y, T* t) {  // A
+    t[0] = y[0], t[1] = y[0] + y[1], t[2] = y[0] - y[1], t[3] = constant<T>(0) - y[1];
+  }
+  static void kernel(const double* w, double* u) {  // G
+    const double ends = w[0] + w[2];
+    u[0] = w[0], u[1] = (ends + w[1]) / 2, u[2] = (ends - w[1]) / 2, u[3] = w[2];
+  }
+  static void weights(const double* u, double* w) {  // G'
+    const double even = (u[1] + u[2]) / 2;
+    w[0] = u[0] + even, w[1] = (u[1] - u[2]) / 2, w[2] = even + u[3];
+  }
+};
+
+template <>
+struct Transform<4> {
+  static constexpr double a = 0.75, b = 1.5, a2 = a * a, b2 = b * b;
+  static constexpr double of_a = 1 / (2 * a2 * (a2 - b2)), of_b = 1 / (2 * b2 * (b2 - a2)), of_0 = 1 / (a2 * b2);
+
+  template <typename T>
+  static void input(const T* d, T* t) {
+    const T ca = constant<T>(a), cb = constant<T>(b), ca2 = constant<T>(a2), cb2 = constant<T>(b2);
+    const T both = constant<T>(a2 * b2), sum = constant<T>(a2 + b2);
+    const T even_a = fnma(cb2, d[2], d[4]), odd_a = ca * fnma(cb2, d[1], d[3]);
+    const T even_b = fnma(ca2, d[2], d[4]), odd_b = cb * fnma(ca2, d[1], d[3]);
+    t[0] = fma(both, d[0], fnma(sum, d[2], d[4]));
+    t[1] = even_a + odd_a, t[2] = even_a - odd_a, t[3] = even_b + odd_b, t[4] = even_b - odd_b;
+    t[5] = fma(both, d[1], fnma(sum, d[3], d[5]));
+  }
+  template <typename T>
+  static void output(const T* m, T* y) {
+    const T even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = m[0] + (even_a + even_b);
+    y[1] = fma(constant<T>(a), odd_a, constant<T>(b) * odd_b);
+    y[2] = fma(constant<T>(a2), even_a, constant<T>(b2) * even_b);
+    y[3] = fma(constant<T>(a * a2), odd_a, fma(constant<T>(b * b2), odd_b, m[5]));
+  }
+  template <typename T>
+  static void gradient(const T* y, T* t) {
+    const T even_a = fma(constant<T>(a2), y[2], y[0]), odd_a = fma(constant<T>(a * a2), y[3], constant<T>(a) * y[1]);
+    const T even_b = fma(constant<T>(b2), y[2], y[0]), odd_b = fma(constant<T>(b * b2), y[3], constant<T>(b) * y[1]);
+    t[0] = y[0], t[1] = even_a + odd_a, t[2] = even_a - odd_a, t[3] = even_b + odd_b, t[4] = even_b - odd_b;
+    t[5] = y[3];
+  }
+  static void kernel(const double* w, double* u) {
+    const double even_a = w[0] + a2 * w[2], even_b = w[0] + b2 * w[2];
+    u[0] = of_0 * w[0], u[1] = of_a * (even_a + a * w[1]), u[2] = of_a * (even_a - a * w[1]);
+    u[3] = of_b * (even_b + b * w[1]), u[4] = of_b * (even_b - b * w[1]), u[5] = w[2];
+  }
+  static void weights(const double* u, double* w) {
+    const double even_a = of_a * (u[1] + u[2]), even_b = of_b * (u[3] + u[4]);
+    w[0] = of_0 * u[0] + (even_a + even_b), w[1] = of_a * a * (u[1] - u[2]) + of_b * b * (u[3] - u[4]);
+    w[2] = a2 * even_a + (b2 * even_b + u[5]);
+  }
 };
 
 // The blocks of a matrix product in registers: R rows by N vectors.
@@ -84,76 +178,81 @@ inline void store_some(V x, typename V::Element* p, int64_t n) {
   n >= V::width ? x.store(p) : x.store(p, n);
 }
 
-// B' d B of tiles first to first + count - 1 of images (B, F, T, C): to[16][size][padded].
-template <typename V, typename Real>
+// B' d B of tiles first to first + count - 1 of images (B, F, T, C): to[(M + 2)^2][kTiles][padded].
+template <typename V, int M, typename Real>
 void transform_input(const Real* images, int64_t channels, const Tiling& tiling, int64_t first, int64_t count,
-                     int64_t size, int64_t padded, const Real* zeros, Real* to) {
+                     int64_t padded, const Real* zeros, Real* to) {
+  constexpr int K = M + 2;
   for (int64_t t = 0; t < count; ++t) {
     const Tiling::Tile tile = tiling.tile(first + t);
-    const Real* from[16];
-    for (int k = 0; k < 16; ++k) {
-      const int64_t row = tile.row - 1 + k / 4, column = tile.column - 1 + k % 4;
+    const Real* from[K * K];
+    for (int k = 0; k < K * K; ++k) {
+      const int64_t row = tile.row - 1 + k / K, column = tile.column - 1 + k % K;
       const bool inside = tiling.has(row, column);
       from[k] = inside ? images + tiling.position(tile.image, row, column) * channels : zeros;
     }
     for (int64_t c = 0; c < channels; c += V::width) {
-      V b[4][4];
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) {
-        V d[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) d[r] = load_some<V>(from[4 * r + s] + c, channels - c);
-        b[0][s] = d[0] - d[2], b[1][s] = d[1] + d[2], b[2][s] = d[2] - d[1], b[3][s] = d[1] - d[3];
+      V columns[K][K];
+#pragma GCC unroll 6
+      for (int s = 0; s < K; ++s) {
+        V d[K];
+#pragma GCC unroll 6
+        for (int r = 0; r < K; ++r) d[r] = load_some<V>(from[K * r + s] + c, channels - c);
+        Transform<M>::input(d, columns[s]);
       }
-      Real* at = to + t * padded + c;
-      const int64_t plane = size * padded;
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        (b[r][0] - b[r][2]).store(at + (4 * r + 0) * plane);
-        (b[r][1] + b[r][2]).store(at + (4 * r + 1) * plane);
-        (b[r][2] - b[r][1]).store(at + (4 * r + 2) * plane);
-        (b[r][1] - b[r][3]).store(at + (4 * r + 3) * plane);
+#pragma GCC unroll 6
+      for (int r = 0; r < K; ++r) {
+        V line[K], turned[K];
+#pragma GCC unroll 6
+        for (int s = 0; s < K; ++s) line[s] = columns[s][r];
+        Transform<M>::input(line, turned);
+#pragma GCC unroll 6
+        for (int s = 0; s < K; ++s) turned[s].store(to + ((K * r + s) * kTiles + t) * padded + c);
       }
     }
   }
 }
 
-// A dY A' of tiles: to[16][size][padded]; positions outside the images count as zeros.
-template <typename V, typename Real>
+// A dY A' of tiles: to[(M + 2)^2][kTiles][padded]; positions outside the images count as zeros.
+template <typename V, int M, typename Real>
 void transform_gradient(const Real* images, int64_t channels, const Tiling& tiling, int64_t first, int64_t count,
-                        int64_t size, int64_t padded, const Real* zeros, Real* to) {
+                        int64_t padded, const Real* zeros, Real* to) {
+  constexpr int K = M + 2;
   for (int64_t t = 0; t < count; ++t) {
     const Tiling::Tile tile = tiling.tile(first + t);
-    const Real* from[4];
-    for (int k = 0; k < 4; ++k) {
-      const int64_t row = tile.row + k / 2, column = tile.column + k % 2;
+    const Real* from[M * M];
+    for (int k = 0; k < M * M; ++k) {
+      const int64_t row = tile.row + k / M, column = tile.column + k % M;
       const bool inside = tiling.has(row, column);
       from[k] = inside ? images + tiling.position(tile.image, row, column) * channels : zeros;
     }
     for (int64_t c = 0; c < channels; c += V::width) {
-      V y[4];
-      for (int k = 0; k < 4; ++k) y[k] = load_some<V>(from[k] + c, channels - c);
-      const V zero = V::set(0);
-      const V lines[4][2] = {
-          {y[0], y[1]}, {y[0] + y[2], y[1] + y[3]}, {y[0] - y[2], y[1] - y[3]}, {zero - y[2], zero - y[3]}};
-      Real* at = to + t * padded + c;
-      const int64_t plane = size * padded;
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        lines[r][0].store(at + (4 * r + 0) * plane);
-        (lines[r][0] + lines[r][1]).store(at + (4 * r + 1) * plane);
-        (lines[r][0] - lines[r][1]).store(at + (4 * r + 2) * plane);
-        (zero - lines[r][1]).store(at + (4 * r + 3) * plane);
+      V columns[M][K];
+#pragma GCC unroll 6
+      for (int s = 0; s < M; ++s) {
+        V y[M];
+#pragma GCC unroll 6
+        for (int r = 0; r < M; ++r) y[r] = load_some<V>(from[M * r + s] + c, channels - c);
+        Transform<M>::gradient(y, columns[s]);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < K; ++r) {
+        V line[M], turned[K];
+#pragma GCC unroll 6
+        for (int s = 0; s < M; ++s) line[s] = columns[s][r];
+        Transform<M>::gradient(line, turned);
+#pragma GCC unroll 6
+        for (int s = 0; s < K; ++s) turned[s].store(to + ((K * r + s) * kTiles + t) * padded + c);
       }
     }
   }
 }
 
-// Convolve by Winograd's algorithm.
-template <typename V>
+template <typename V, int M>
 class Winograd {
  public:
   using Real = typename V::Element;
+  static constexpr int K = M + 2;
   static constexpr int64_t panel = Blocking<V>::vectors * V::width;
   const int64_t inputs, outputs, padded_inputs, padded_outputs;
 
@@ -161,56 +260,55 @@ class Winograd {
   Winograd(const Real* weight, int64_t inputs, int64_t outputs, bool flipped)
       : inputs(inputs), outputs(outputs), padded_inputs(round_up(inputs, V::width)),
         padded_outputs(round_up(outputs, panel)), direct_(9 * inputs * outputs),
-        transformed_(16 * padded_outputs * inputs), zeros_(padded_inputs) {
-    for (int64_t i = 0; i < inputs; ++i) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        const Real* w = weight + 9 * (flipped ? i * outputs + o : o * inputs + i);
-        Real taps[9], g[4][3], u[16];
-        for (int k = 0; k < 9; ++k) taps[k] = w[flipped ? 8 - k : k];
-        for (int k = 0; k < 9; ++k) direct_[(k * inputs + i) * outputs + o] = taps[k];
-        const Real half = Real(0.5);
-        for (int s = 0; s < 3; ++s) {
-          const Real ends = taps[s] + taps[6 + s], middle = taps[3 + s];
-          g[0][s] = taps[s], g[1][s] = half * (ends + middle), g[2][s] = half * (ends - middle), g[3][s] = taps[6 + s];
-        }
-        for (int r = 0; r < 4; ++r) {
-          const Real ends = g[r][0] + g[r][2], middle = g[r][1];
-          u[4 * r] = g[r][0], u[4 * r + 1] = half * (ends + middle), u[4 * r + 2] = half * (ends - middle);
-          u[4 * r + 3] = g[r][2];
-        }
-        for (int k = 0; k < 16; ++k) panel_of(k, o)[i * panel + o % panel] = u[k];
-      }
-    }
+        transformed_(K * K * padded_outputs * inputs), zeros_(padded_inputs) {
+    torch::stable::parallel_for(0, inputs, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t o = 0; o < outputs; ++o)
+          transform(weight + 9 * (flipped ? i * outputs + o : o * inputs + i), flipped, i, o);
+    });
   }
 
-  int64_t scratch_size() const { return 16 * kTiles * (padded_inputs + padded_outputs); }
+  int64_t scratch_size() const { return K * K * kTiles * (padded_inputs + padded_outputs); }
 
-  // Convolve the windows first to first + count - 1: returns y[4][kTiles][padded_outputs], part of the scratch.
+  // Convolve tiles first to first + count - 1: returns y[M * M][kTiles][padded_outputs], part of the scratch.
   Real* run(const Real* images, const Tiling& tiling, int64_t first, int64_t count, Real* scratch) const {
-    Real *v = scratch, *y = scratch + 16 * kTiles * padded_inputs;
-    transform_input<V>(images, inputs, tiling, first, count, kTiles, padded_inputs, zeros_.data(), v);
+    Real *v = scratch, *y = scratch + K * K * kTiles * padded_inputs;
+    transform_input<V, M>(images, inputs, tiling, first, count, padded_inputs, zeros_.data(), v);
     constexpr int R = Blocking<V>::rows, N = Blocking<V>::vectors;
-    for (int64_t k = 0; k < 16; ++k)
+    for (int64_t k = 0; k < K * K; ++k)
       for (int64_t o = 0; o < padded_outputs; o += panel)
         for (int64_t t = 0; t < count;
              t += R)  // rows past count hold what was there before; nobody reads their results
-          multiply<V, R, N, false>(v + (k * kTiles + t) * padded_inputs, padded_inputs, 1, panel_of(k, o), panel,
-                                   inputs, y + (k * kTiles + t) * padded_outputs + o, padded_outputs);
+          multiply<V, R, N, false>(v + (k * kTiles + t) * padded_inputs, padded_inputs, 1,
+                                   transformed_.data() + panel_of(k, o), panel, inputs,
+                                   y + (k * kTiles + t) * padded_outputs + o, padded_outputs);
     if (!transform_output(count, y)) convolve(images, tiling, first, count, y);
     return y;
   }
 
  private:
-  Memory<Real> direct_, transformed_, zeros_;  // [9][inputs][outputs]; [16][panels][inputs][panel]; a position outside
+  Memory<Real> direct_, transformed_, zeros_;  // [9][inputs][outputs]; [K * K][panels][inputs][panel]; one position
 
-  const Real* panel_of(int64_t k, int64_t o) const {
-    return transformed_.data() + (k * padded_outputs + o / panel * panel) * inputs;
-  }
-  Real* panel_of(int64_t k, int64_t o) {
-    return transformed_.data() + (k * padded_outputs + o / panel * panel) * inputs;
+  int64_t panel_of(int64_t k, int64_t o) const { return (k * padded_outputs + o / panel * panel) * inputs; }
+
+  void transform(const Real* w, bool flipped, int64_t i, int64_t o) {
+    double g[3][K], line[3], u[K];
+    for (int r = 0; r < 3; ++r) {
+      for (int s = 0; s < 3; ++s) {
+        const Real tap = w[flipped ? 8 - 3 * r - s : 3 * r + s];
+        direct_[((3 * r + s) * inputs + i) * outputs + o] = tap;
+        line[s] = double(tap);
+      }
+      Transform<M>::kernel(line, g[r]);
+    }
+    for (int s = 0; s < K; ++s) {
+      for (int r = 0; r < 3; ++r) line[r] = g[r][s];
+      Transform<M>::kernel(line, u);
+      for (int r = 0; r < K; ++r) transformed_[panel_of(K * r + s, o) + i * panel + o % panel] = Real(u[r]);
+    }
   }
 
-  // A' M A in place, into the first four planes; returns whether all values are finite.
+  // A' M A in place, into the first planes; returns whether all values are finite.
   bool transform_output(int64_t count, Real* m) const {
     const V zero = V::set(0);
     V sums = zero;
@@ -218,18 +316,25 @@ class Winograd {
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t c = 0; c < padded_outputs; c += V::width) {
         Real* at = m + t * padded_outputs + c;
-        V a[2][4];
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) {
-          const V m0 = V::load(at + s * plane), m1 = V::load(at + (4 + s) * plane);
-          const V m2 = V::load(at + (8 + s) * plane), m3 = V::load(at + (12 + s) * plane);
-          a[0][s] = (m0 + m1) + m2, a[1][s] = (m1 - m2) - m3;
+        V columns[K][M];
+#pragma GCC unroll 6
+        for (int s = 0; s < K; ++s) {
+          V line[K];
+#pragma GCC unroll 6
+          for (int r = 0; r < K; ++r) line[r] = V::load(at + (K * r + s) * plane);
+          Transform<M>::output(line, columns[s]);
         }
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; ++r) {
-          const V left = (a[r][0] + a[r][1]) + a[r][2], right = (a[r][1] - a[r][2]) - a[r][3];
-          left.store(at + 2 * r * plane), right.store(at + (2 * r + 1) * plane);
-          sums = fma(left, zero, fma(right, zero, sums));  // NaN once a value is NaN or infinite
+#pragma GCC unroll 6
+        for (int r = 0; r < M; ++r) {
+          V line[K], y[M];
+#pragma GCC unroll 6
+          for (int s = 0; s < K; ++s) line[s] = columns[s][r];
+          Transform<M>::output(line, y);
+#pragma GCC unroll 6
+          for (int s = 0; s < M; ++s) {
+            y[s].store(at + (M * r + s) * plane);
+            sums = fma(y[s], zero, sums);  // NaN once a value is NaN or infinite
+          }
         }
       }
     }
@@ -238,19 +343,19 @@ class Winograd {
     return std::all_of(lanes, lanes + V::width, [](Real lane) { return lane == 0; });
   }
 
-  // The definition, for windows with NaN or inf, which the transforms spread over the whole window.
+  // The definition, for tiles with NaN or inf, which the transforms spread over the whole tile.
   void convolve(const Real* images, const Tiling& tiling, int64_t first, int64_t count, Real* y) const {
     for (int64_t t = 0; t < count; ++t) {
       bool finite = true;
-      for (int64_t k = 0; k < 4; ++k)
+      for (int64_t k = 0; k < M * M; ++k)
         for (int64_t o = 0; o < outputs; ++o) finite &= std::isfinite(y[(k * kTiles + t) * padded_outputs + o]);
       if (finite) continue;
       const Tiling::Tile tile = tiling.tile(first + t);
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; k < M * M; ++k) {
         Real* to = y + (k * kTiles + t) * padded_outputs;
         std::fill(to, to + outputs, Real(0));
         for (int tap = 0; tap < 9; ++tap) {
-          const int64_t row = tile.row + k / 2 + tap / 3 - 1, column = tile.column + k % 2 + tap % 3 - 1;
+          const int64_t row = tile.row + k / M + tap / 3 - 1, column = tile.column + k % M + tap % 3 - 1;
           if (!tiling.has(row, column)) continue;
           const Real* from = images + tiling.position(tile.image, row, column) * inputs;
           for (int64_t i = 0; i < inputs; ++i)
@@ -261,11 +366,12 @@ class Winograd {
   }
 };
 
-// Sums over tiles of (B' d B) * (A dY A'): one chunk's [16][padded inputs][padded outputs].
-template <typename V>
+// Sums over tiles of (B' d B) * (A dY A'): one chunk's [(M + 2)^2][padded inputs][padded outputs].
+template <typename V, int M>
 class WeightSums {
  public:
   using Real = typename V::Element;
+  static constexpr int K = M + 2;
   static constexpr int64_t panel = Blocking<V>::vectors * V::width;
   const int64_t inputs, outputs, padded_inputs, padded_outputs;
 
@@ -273,41 +379,40 @@ class WeightSums {
       : inputs(inputs), outputs(outputs), padded_inputs(round_up(inputs, V::width)),
         padded_outputs(round_up(outputs, panel)), zeros_(std::max(padded_inputs, padded_outputs)) {}
 
-  int64_t size() const { return 16 * padded_inputs * padded_outputs; }
-  int64_t scratch_size() const { return 16 * kWeightTiles * (padded_inputs + padded_outputs); }
+  int64_t size() const { return K * K * padded_inputs * padded_outputs; }
+  int64_t scratch_size() const { return K * K * kTiles * (padded_inputs + padded_outputs); }
 
   void add(const Real* images, const Real* grads, const Tiling& tiling, int64_t first, int64_t count, Real* scratch,
            Real* sums) const {
-    Real *v = scratch, *w = scratch + 16 * kWeightTiles * padded_inputs;
-    transform_input<V>(images, inputs, tiling, first, count, kWeightTiles, padded_inputs, zeros_.data(), v);
-    transform_gradient<V>(grads, outputs, tiling, first, count, kWeightTiles, padded_outputs, zeros_.data(), w);
+    Real *v = scratch, *w = scratch + K * K * kTiles * padded_inputs;
+    transform_input<V, M>(images, inputs, tiling, first, count, padded_inputs, zeros_.data(), v);
+    transform_gradient<V, M>(grads, outputs, tiling, first, count, padded_outputs, zeros_.data(), w);
     constexpr int R = Blocking<V>::weight_rows, N = Blocking<V>::vectors;
-    for (int64_t k = 0; k < 16; ++k)
+    for (int64_t k = 0; k < K * K; ++k)
       for (int64_t o = 0; o < padded_outputs; o += panel)
         for (int64_t i = 0; i < padded_inputs; i += R)
-          multiply<V, R, N, true>(v + k * kWeightTiles * padded_inputs + i, 1, padded_inputs,
-                                  w + k * kWeightTiles * padded_outputs + o, padded_outputs, count,
+          multiply<V, R, N, true>(v + k * kTiles * padded_inputs + i, 1, padded_inputs,
+                                  w + k * kTiles * padded_outputs + o, padded_outputs, count,
                                   sums + (k * padded_inputs + i) * padded_outputs + o, padded_outputs);
   }
 
   // G' sums G of one input, added up over chunks: to (outputs, inputs, 3, 3).
   void finish(const Real* sums, int64_t chunks, int64_t i, Real* to) const {
-    std::vector<double> whole(16 * outputs);
+    std::vector<double> whole(K * K * outputs);
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t k = 0; k < 16; ++k)
+      for (int64_t k = 0; k < K * K; ++k)
         for (int64_t o = 0; o < outputs; ++o)
           whole[k * outputs + o] += double(sums[chunk * size() + (k * padded_inputs + i) * padded_outputs + o]);
     for (int64_t o = 0; o < outputs; ++o) {
-      double g[3][4];
-      for (int s = 0; s < 4; ++s) {
-        const double u0 = whole[s * outputs + o], u1 = whole[(4 + s) * outputs + o];
-        const double u2 = whole[(8 + s) * outputs + o], u3 = whole[(12 + s) * outputs + o];
-        g[0][s] = u0 + (u1 + u2) / 2, g[1][s] = (u1 - u2) / 2, g[2][s] = (u1 + u2) / 2 + u3;
+      double columns[K][3], line[K], w[3];
+      for (int s = 0; s < K; ++s) {
+        for (int r = 0; r < K; ++r) line[r] = whole[(K * r + s) * outputs + o];
+        Transform<M>::weights(line, columns[s]);
       }
       for (int r = 0; r < 3; ++r) {
-        Real* w = to + (o * inputs + i) * 9 + 3 * r;
-        w[0] = Real(g[r][0] + (g[r][1] + g[r][2]) / 2), w[1] = Real((g[r][1] - g[r][2]) / 2);
-        w[2] = Real((g[r][1] + g[r][2]) / 2 + g[r][3]);
+        for (int s = 0; s < K; ++s) line[s] = columns[s][r];
+        Transform<M>::weights(line, w);
+        for (int s = 0; s < 3; ++s) to[(o * inputs + i) * 9 + 3 * r + s] = Real(w[s]);
       }
     }
   }
