@@ -20,6 +20,7 @@ from byola_fast.embedding.embed_files import EmbedConfig, run_embed
 from byola_fast.embedding.export import ExportConfig, run_export
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
+from byola_fast.evaluation.recipes import RECIPES, write_task
 from byola_fast.ops import BackendError
 from byola_fast.runtime.console import reader_may_leave, say
 from byola_fast.runtime.distributed import RankError
@@ -211,6 +212,12 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(evaluation, EvalConfig, skip={"weights", "task"})
     commands.add_subcommand("eval", evaluation, help="evaluate an encoder on a labelled task")
 
+    recipes = ArgumentParser(description="Write the task file of a folder of classes or a public data set.", **options)
+    recipes.add_argument("DATASET", help=f"one of {', '.join(RECIPES)}; folders: a folder for each class")
+    recipes.add_argument("FOLDER", help="the data set, unpacked as its authors laid it out")
+    recipes.add_argument("TASK", help="CSV file to write, for eval TASK --audio FOLDER")
+    commands.add_subcommand("recipes", recipes, help="write the task file of a folder of classes or a public data set")
+
     picture = ArgumentParser(description="Draw the original, partner, mix and both views of some segments.", **options)
     picture.add_argument("PATH", help="audio file, or a folder of them")
     _add_settings(picture, ShowConfig)
@@ -270,6 +277,9 @@ def _run(command: str, settings: Any) -> int:
         return 0
     if command == "eval":
         say(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report, sys.stdout)
+        return 0
+    if command == "recipes":
+        say(f"{values['TASK']}: {write_task(values['DATASET'], values['FOLDER'], values['TASK'])} clips", sys.stdout)
         return 0
     if command == "show":
         say(show(values.pop("PATH"), **values), sys.stdout)

@@ -24,7 +24,7 @@ class EvalConfig:
             "weights" for trained features, "task" for baselines.
         seeds: number of seeds for mean and spread; they draw random encoders and, if the task has no valid split, the
             clips that choose the probe.
-        pad_sec: pad shorter clips with zeros at their end to this length, in seconds.
+        pad_sec: pad shorter clips with zeros at both ends to this length, in seconds: half of the zeros at each.
         keep_going: leave out clips that are missing, broken or unlabelled, and continue if train lacks a class (its
             clips then count as errors), instead of stopping.
         dtype: of the encoder: "float32" or "bfloat16".

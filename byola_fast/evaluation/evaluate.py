@@ -72,6 +72,9 @@ def run_eval(config: EvalConfig) -> EvalResult:
             to test on. CheckpointError: the weights cannot be used. ImportError: scikit-learn or matplotlib is
             missing. ValueError: settings out of range, or a results.csv with other columns.
     """
+    if Path(config.task).is_dir():
+        hint = f"byola-fast recipes folders {config.task} TASK.csv makes one, if it holds a folder for each class"
+        raise TaskError(f"{config.task}: expected a CSV file of a task, got a folder; {hint}")
     _check(config)
     keep_freed_memory()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
@@ -300,7 +303,7 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
     with suppress(RuntimeError, ValueError), torch.no_grad():  # an encoder may take longer clips alone
         digest.update(embedder(sound.to(embedder.to_lms.window.device)).float().cpu().numpy().tobytes())
     front_end = [getattr(embedder.to_lms, name) for name in FRONT_END]
-    settings = [front_end, embedder.stats, config.pad_sec, config.dtype, _versions()]
+    settings = [front_end, embedder.stats, config.pad_sec, "at both ends", config.dtype, _versions()]
     digest.update(json.dumps(settings).encode())
     for file in files:
         digest.update(os.fsencode(os.path.abspath(file)) + b"\0" + str(_identity(file)).encode())
