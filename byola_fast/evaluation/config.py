@@ -11,7 +11,8 @@ class EvalConfig:
 
     Attributes:
         task: CSV file: file_name, label, and split (train, valid, test) or fold; labels with commas are several.
-        weights: file of an encoder; with features "random" it gives the network and the front end alone.
+        weights: file of an encoder, or a run's folder; by default the weights that come with the package. With features
+            "random" it gives the network and the front end alone.
         audio: folder of the files; by default the folder "audio" beside the CSV file, or the CSV file's own folder.
         out: folder for results.csv (one line is appended), the confusion matrix and cached embeddings.
         features: "trained", or a baseline: "random" (the network before training, a new one for each seed) or

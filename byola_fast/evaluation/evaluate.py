@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +32,7 @@ from byola_fast.evaluation.report import (
     check_results,
 )
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
+from byola_fast.networks.encoder_file import find_weights
 from byola_fast.networks.encoders import make_encoder
 from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
 from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
@@ -75,6 +77,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     if Path(config.task).is_dir():
         hint = f"byola-fast recipes folders {config.task} TASK.csv makes one, if it holds a folder for each class"
         raise TaskError(f"{config.task}: expected a CSV file of a task, got a folder; {hint}")
+    if config.weights is not None or config.features == "trained":
+        config = replace(config, weights=str(find_weights(config.weights)))
     _check(config)
     keep_freed_memory()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
@@ -107,8 +111,6 @@ def run_eval(config: EvalConfig) -> EvalResult:
 def _check(config: EvalConfig) -> None:
     if config.features not in ("trained", "random", "melstats"):
         raise ValueError(f"features: expected trained, random or melstats, got {config.features!r}")
-    if config.features == "trained" and config.weights is None:
-        raise ValueError("weights: expected a file of weights; features random and melstats need none")
     if config.feature_d is not None and config.weights is not None:
         raise ValueError(f"feature_d: expected none, as the weights have their own width, got {config.feature_d}")
     if config.feature_d is not None and config.feature_d < 1:

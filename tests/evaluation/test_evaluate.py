@@ -233,7 +233,6 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
 
 def test_refused_settings(split_task, fold_task, tmp_path):
     for words, settings in {
-        "weights: expected a file": {},
         "features: expected trained, random or melstats, got 'x'": {"features": "x"},
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
         "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
