@@ -50,7 +50,7 @@ class EmbedConfig:
         stats: JSON file from "byola-fast stats"; overrides the statistics in the weights.
         dtype: of the encoder: "float32", or "bfloat16", which is faster on hardware that has it.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one.
         batch_sec: sound per batch, in seconds; longer files are embedded in pieces.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """

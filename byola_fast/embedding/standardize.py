@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from byola_fast.ops.reference import sums_dtype
+
 Rows = TypeVar("Rows")  # a tensor or a NumPy array
 
 
@@ -32,8 +34,8 @@ def standardize(embeddings: Rows, like: Rows | None = None) -> Rows:
     rows = torch.as_tensor(embeddings if like is None else like)
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"like: expected shape (rows, d), not empty, got {tuple(rows.shape)}")
-    std, mean = torch.std_mean(rows.double(), 0, correction=0)
-    given = torch.as_tensor(embeddings)
-    scaled = ((given.double() - mean) / torch.where(std == 0, 1.0, std)).to(given.dtype)
+    given, dtype = torch.as_tensor(embeddings), sums_dtype(rows.device)
+    std, mean = torch.std_mean(rows.to(dtype), 0, correction=0)
+    scaled = ((given.to(dtype) - mean) / torch.where(std == 0, 1.0, std)).to(given.dtype)
     answer: Rows = scaled if isinstance(embeddings, Tensor) else scaled.numpy()  # type: ignore[assignment]
     return answer

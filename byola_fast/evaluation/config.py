@@ -29,7 +29,7 @@ class EvalConfig:
         keep_going: leave out clips that are missing, broken or unlabelled, and continue if train lacks a class (its
             clips then count as errors), instead of stopping.
         dtype: of the encoder: "float32" or "bfloat16".
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one.
         workers: processes that decode audio; by default one fewer than CPU cores, at most 8.
     """
 

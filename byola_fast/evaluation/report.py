@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,7 +17,7 @@ from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.probe import Scores, class_scores, headline, macro, probabilities
 from byola_fast.evaluation.tasks import Task
 from byola_fast.runtime.figures import new_figure, plain_text, save_figure, short_name
-from byola_fast.runtime.files import as_text, printable, write_whole
+from byola_fast.runtime.files import as_text, lock_soon, printable, write_whole
 
 logger = logging.getLogger("byola_fast")
 
@@ -56,8 +54,7 @@ def check_results(path: Path) -> None:
 def append_result(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line whole or not at all (to a new file, also the header); evaluations may run side by side."""
     with open(path, "a+b", buffering=0) as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_soon(file)
         end = file.seek(0, os.SEEK_END)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -58,7 +58,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         n_memory: number of past inputs kept as mixing partners, 24 KB each; 0 mixes within the batch.
         post_norm: normalise both views jointly to mean 0 and std 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one, a different one for each process.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one, another for each process.
         dtype: "float32", or "bfloat16" (autocast); by default bfloat16 on a GPU.
         compile: use torch.compile, which takes a minute at first; by default on a GPU.
         cuda_graph: replay the whole step as one CUDA graph; by default on a single GPU.

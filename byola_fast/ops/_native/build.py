@@ -9,7 +9,6 @@ ended. A marker, written last, makes a build valid: the checksum of the library.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -30,6 +29,11 @@ from typing import IO, Any
 import torch
 
 from byola_fast.ops._dispatch import BackendError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("byola_fast")
 
@@ -74,6 +78,8 @@ def build_once(build: str, language: str, arguments: dict[str, Any], environment
         arguments: of ``torch.utils.cpp_extension.load``.
         environment: returns the environment to build in, or raises ``BackendError``; called only to build.
     """
+    if fcntl is None:
+        raise BackendError("the kernels are compiled on Linux and macOS alone")
     folder = cache_folder() / build
     name = f"{arguments['name']}.so"
     if _finished(folder, name):
