@@ -27,7 +27,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, or
             a store made by ``byola-fast pack``, which is read many times as fast.
         out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings resumes.
-        demo: train for about a minute on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
+        demo: train for twenty seconds on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
         resume: require a run in OUT to resume. Without this flag, a run found there resumes too.
         restart: start over and replace the run in OUT.
         objective: "byol" (the method); for comparison "simclr", "moco" or "cola" (two segments of each clip); or your
@@ -196,8 +196,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         return {name: getattr(self, name) for name in names} | {"ema_decay": decay}
 
 
-# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 15 s.
-DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
+# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 5 s.
+DEMO = {"epochs": 1000, "steps": 16, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
 
 # Settings that a resumed run may change: its length, paths, and what changes rounding at most.
 MAY_CHANGE = {
