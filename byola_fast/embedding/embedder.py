@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byola_fast.networks.checkpoint import CheckpointError
-from byola_fast.networks.encoder_file import open_encoder, shown
+from byola_fast.networks.encoder_file import find_weights, open_encoder, shown
 from byola_fast.networks.encoders import feature_width
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
@@ -177,7 +177,7 @@ class Embedder(nn.Module):
 
 
 def load_encoder(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     encoder: nn.Module | type[nn.Module] | str | None = None,
     device: str | torch.device | None = None,
@@ -188,8 +188,9 @@ def load_encoder(
 
     Args:
         path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
-            online encoder is taken), or a state dict of published layout (``features.N.*``, ``fc.N.*``; bare, wrapped
-            or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes.
+            online encoder is taken), a run's folder, or a state dict of published layout (``features.N.*``,
+            ``fc.N.*``; bare, wrapped or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the
+            shapes. By default the weights that come with the package; ``byola_fast/weights/README.md`` is their card.
         encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
             A file never causes an import, whatever class it names.
         device: by default the CPU.
@@ -217,6 +218,7 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
+    path = find_weights(path)
     with torch.device("cpu"):  # whatever torch's default is: meta takes no weights
         (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:
