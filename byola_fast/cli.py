@@ -173,7 +173,7 @@ def _make_parser(demo: bool) -> Any:
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
-    train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
+    train.add_argument("AUDIO_DIR", nargs="*", help="folders of audio files, files, manifests, or a packed store")
     message = "YAML file of settings under the flags' names or those of published config.yaml files"
     train.add_argument("--config", action="config", help=message)
     _add_settings(train, PretrainConfig)
@@ -182,13 +182,13 @@ def _make_parser(demo: bool) -> Any:
     commands.add_subcommand("pretrain", train, help="pre-train an encoder on a folder of audio")
 
     store = ArgumentParser(description="Decode a folder of audio once, into a store that is read fast.", **options)
-    store.add_argument("AUDIO_DIR", help="folder of audio files, or one file")
+    store.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, or manifests")
     store.add_argument("OUT", help="folder of the store; what was packed there before stays until the new one is whole")
     _add_settings(store, PackConfig, skip={"audio_dir", "out"})
     commands.add_subcommand("pack", store, help="decode a folder of audio once, into a store that is read fast")
 
     mean_std = ArgumentParser(description="Compute mean and std of the log-mels of random segments.", **options)
-    mean_std.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    mean_std.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, manifests, or a packed store")
     _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
     commands.add_subcommand("stats", mean_std, help="compute mean and std of a corpus, for pretrain --stats")
 
@@ -239,6 +239,8 @@ def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None
 
 def _run(command: str, settings: Any) -> int:
     values = dict(settings.as_dict())
+    if len(values.get("AUDIO_DIR") or ()) == 1:
+        (values["AUDIO_DIR"],) = values["AUDIO_DIR"]
     if command == "pretrain":
         values["audio_dir"] = values.pop("AUDIO_DIR") or values["audio_dir"]
         values.pop("config")

@@ -307,7 +307,7 @@ class RunState(NamedTuple):
         Raises:
             CheckpointError: the state does not fit.
         """
-        here = [{name: group[name] for name in COMPUTED} for group in self.optimizer.param_groups]
+        here = [{name: group[name] for name in COMPUTED if name in group} for group in self.optimizer.param_groups]
         try:
             optimizer = dict(saved["optimizer"])
             groups = zip(optimizer["param_groups"], here, strict=True)
@@ -338,7 +338,8 @@ class RunState(NamedTuple):
             ValueError: a value is NaN or infinite.
         """
         running = [x for name, x in self.learner.named_buffers() if name.endswith(("running_mean", "running_var"))]
-        moments = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        states = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        moments = [x for x in states if isinstance(x, torch.Tensor) and x.is_floating_point()]
         floats = [x.detach() for x in (*self.learner.parameters(), *running, *moments)]
         norms = torch._foreach_norm(floats, ord=math.inf)
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
