@@ -22,7 +22,7 @@ from byola_fast.objectives.registry import make_learner
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 from byola_fast.training.config import PretrainConfig
-from byola_fast.training.pretrain import pretrain
+from byola_fast.training.pretrain import PretrainResult, pretrain
 from byola_fast.views.augment import Augment, augment
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams
@@ -43,6 +43,7 @@ __all__ = [
     "LogMel",
     "MemoryBank",
     "PretrainConfig",
+    "PretrainResult",
     "RunningStats",
     "augment",
     "describe_encoder",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import TINY, read_log, write_recordings
+from helpers.runs import TINY, read_log, same_run, write_recordings
 from torch import Tensor
 
 from byola_fast import BYOL, LogMel, cli
@@ -56,28 +56,6 @@ def run_killed(config: dict[str, Any], kill_at: int) -> None:
     pretrain(PretrainConfig(**config))
 
 
-def tensors(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Return everything in a checkpoint under one name each."""
-    if isinstance(content, dict):
-        return {k: v for name, inner in content.items() for k, v in tensors(inner, f"{prefix}.{name}").items()}
-    if isinstance(content, list | tuple):
-        return {k: v for n, inner in enumerate(content) for k, v in tensors(inner, f"{prefix}.{n}").items()}
-    return {prefix: content}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Compare all that a run leaves: weights, moments, bank, statistics, generators, and the log but for its times."""
-    first, second = (tensors(load_checkpoint(path / "checkpoint.pt")) for path in (one, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        if name not in (".config.out", ".config.steps", ".config.epochs", ".config.save_every"):
-            same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
-            assert same, name
-    logs = [[{k: v for k, v in line.items() if k not in ("samples_per_s", "effective_rank")} for line in read_log(path)]
-            for path in (one, other)]  # fmt: skip
-    assert logs[0] == logs[1]
-
-
 SCHEDULES = {"lr_schedule": "cosine", "warmup_steps": 9, "ema_schedule": "cosine"}
 
 
@@ -91,7 +69,7 @@ def test_twenty_steps_are_seven_a_kill_and_the_rest(settings, tmp_path, changes)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
     assert pretrain(PretrainConfig(**config)).steps == 20
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +79,7 @@ def test_other_objectives_resume_too(settings, tmp_path, changes):
     pretrain(PretrainConfig(**settings | changes | {"steps": 5, "out": str(tmp_path / "whole")}))
     for steps in (2, 5):
         pretrain(PretrainConfig(**settings | changes | {"steps": steps}))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_longer_run_resumes_and_a_finished_one_has_nothing_to_do(settings, tmp_path, caplog):
@@ -216,7 +194,7 @@ def test_a_signal_ends_the_step_and_saves(settings, tmp_path, monkeypatch, numbe
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
     assert pretrain(PretrainConfig(**settings | {"steps": 6})).stopped_by == 0
     pretrain(PretrainConfig(**settings | {"steps": 6, "out": str(tmp_path / "whole")}))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def main_in_process(argv: list[str]) -> None:
