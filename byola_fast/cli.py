@@ -28,6 +28,7 @@ from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.published import from_published
+from byola_fast.training.run_folder import CONFIG
 from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, others = _split(argv)
         if argv[:1] == ["pretrain"]:
+            options = [*_own_config(options, others), *options]
             options = [_published(option) for option in options]
         parser = _make_parser(demo="--demo" in options)
         if not argv:
@@ -153,6 +155,14 @@ def _new_flag(flag: str, value: str) -> tuple[str, str]:
     if flag == "--network":
         return "--encoder", value
     return ("--features" if value in ("trained", "random", "melstats") else flag), value
+
+
+def _own_config(options: list[str], others: list[str]) -> list[str]:
+    """Return the run's own settings, for ``pretrain --out RUN --resume`` without a folder."""
+    given = dict(option.partition("=")[::2] for option in options)
+    own = Path(given.get("--out", PretrainConfig.out)) / CONFIG
+    asked = "--resume" in given and not others and not {"--config", "--audio_dir", "--demo"} & given.keys()
+    return [f"--config={own}"] if asked and own.is_file() else []
 
 
 def _published(option: str) -> str:

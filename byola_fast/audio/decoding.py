@@ -44,7 +44,7 @@ SYSTEM_ERROR = 2  # libsndfile's code for a failed system call
 LOUDEST = 2.0**20  # of full scale: 120 dB above it; anything louder is damage
 NOT_AUDIO = "not audio that can be decoded"
 NO_TABLE = "an MP3 without a table of its length"
-MORE_FORMATS = 'pip install "byola_fast[av]" reads more'
+MORE_FORMATS = "pip install av reads more"
 KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}  # else a device
 
 

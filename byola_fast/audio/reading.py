@@ -188,6 +188,25 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
         raise AudioError(path, "nothing can be decoded")
 
 
+def resample(wav: torch.Tensor, rate: int, sample_rate: int) -> torch.Tensor:
+    """Return waveforms ``(..., samples)`` at another rate, resampled by soxr on the CPU, as ``read_audio`` does.
+
+    Raises:
+        ValueError: a rate below 1, or a waveform that requires a gradient.
+    """
+    if rate < 1:
+        raise ValueError(f"sample_rate: expected at least 1 Hz, got {rate}")
+    if rate == sample_rate:
+        return wav
+    if wav.requires_grad:
+        raise ValueError(f"sample_rate: expected {sample_rate} Hz of a waveform that requires a gradient, got {rate}")
+    import soxr
+
+    channels = wav.cpu().to(torch.promote_types(wav.dtype, torch.float32)).reshape(-1, wav.shape[-1]).T
+    made = torch.from_numpy(soxr.resample(channels.numpy(), rate, sample_rate, quality="HQ")).T
+    return made.reshape(*wav.shape[:-1], -1).to(wav)
+
+
 def num_resampled(frames: int, rate: int, sample_rate: int) -> int:
     """Return the length of soxr's result: ``frames * sample_rate / rate``, halves rounded up.
 

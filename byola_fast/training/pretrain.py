@@ -22,7 +22,7 @@ from byola_fast.networks.encoder_file import describe_encoder
 from byola_fast.networks.encoders import ENCODERS, AudioNTT, feature_width, make_encoder, require_embeddings
 from byola_fast.objectives.learner import Learner
 from byola_fast.objectives.registry import find_learner, make_learner
-from byola_fast.runtime.device import keep_freed_memory, pick_device
+from byola_fast.runtime.device import keep_freed_memory, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.plugins import class_name
 from byola_fast.runtime.progress import Progress
@@ -32,7 +32,7 @@ from byola_fast.training.config import PretrainConfig
 from byola_fast.training.cuda_graph import Step, graph_step, use_graph
 from byola_fast.training.curves import draw_training
 from byola_fast.training.run_folder import DEMO_AUDIO, RunFolder, RunState
-from byola_fast.training.schedules import set_learning_rate
+from byola_fast.training.schedules import learning_rate, set_learning_rate
 from byola_fast.training.stage_times import StageTimes
 from byola_fast.training.watch import Watch
 from byola_fast.views.augment import Augment
@@ -111,6 +111,8 @@ def pretrain(
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+        if config.dtype == "bfloat16":
+            warn_of_slow_bfloat16()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with (
@@ -264,7 +266,11 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], config: PretrainC
     if before["torch"] != now["torch"]:
         yield f"torch {now['torch']} resumes a run of torch {before['torch']}: results may differ"
     if before["total"] != now["total"] and "cosine" in (config.lr_schedule, config.ema_schedule):
-        yield f"the cosine schedule now ends at step {now['total']} instead of {before['total']}: its value jumps"
+        rates = [
+            learning_rate(config, before["step"], total, config.lr or 0.0) for total in (before["total"], now["total"])
+        ]
+        jump = f": the learning rate jumps from {rates[0]:.2g} to {rates[1]:.2g}" if any(rates) else ""
+        yield f"the cosine schedule now ends at step {now['total']} instead of {before['total']}{jump}"
 
 
 def _is_kept(config: PretrainConfig, step: int) -> bool:

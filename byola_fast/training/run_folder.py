@@ -57,6 +57,7 @@ class RunFolder:
         self._unwritten = b""
         self._failed = False
         self._board: Any = None
+        self._board_from: int | None = None
 
     def open(self, config: PretrainConfig) -> dict[str, Any] | None:
         """Make and lock the folder, and return the checkpoint to resume from.
@@ -130,14 +131,16 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._size = len(content)
-        if config.tensorboard:
-            self._open_board(step)
+        self._board_from = step if config.tensorboard else None
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line. If the disk is full, warn once and write the line as soon as there is room."""
         self.last_line = line
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._write_log()
+        if self._board_from is not None:  # a run with nothing to do leaves no event file
+            self._open_board(self._board_from)
+            self._board_from = None
         if self._board is not None:
             try:
                 for name, value in line.items():

@@ -114,12 +114,28 @@ def test_resuming_with_another_schedule_or_torch_warns(settings, monkeypatch, ca
     pretrain(PretrainConfig(**cosine | {"steps": 1}))
     monkeypatch.setattr(torch, "__version__", "99.0")
     pretrain(PretrainConfig(**cosine | {"steps": 2}))
-    assert "the cosine schedule now ends at step 2 instead of 1: its value jumps" in caplog.text
+    words = "the cosine schedule now ends at step 2 instead of 1: the learning rate jumps from 0 to 0.00015"
+    assert words in caplog.text
     assert "torch 99.0 resumes a run of torch 2" in caplog.text
     caplog.clear()
     pretrain(PretrainConfig(**cosine | {"steps": 2}))
     assert "schedule" not in caplog.text
     assert "resumes a run" not in caplog.text
+
+
+def test_resume_without_a_folder_reads_the_runs_own_settings(settings, tmp_path, capsys):
+    pretrain(PretrainConfig(**settings | {"steps": 2}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli.main(["pretrain", "--out", str(tmp_path / "moved"), "--resume", "--steps=3"]) == 0
+    assert len(read_log(tmp_path / "moved")) == 3
+    assert cli.main(["pretrain", "--out", str(tmp_path / "none"), "--resume"]) == 2
+    assert "audio_dir: expected a folder of audio files" in capsys.readouterr().err
+
+
+def test_a_run_with_nothing_to_do_leaves_no_event_file(settings, tmp_path):
+    for _ in range(2):
+        pretrain(PretrainConfig(**settings | {"steps": 1, "tensorboard": True}))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
 
 def test_a_statistics_file_that_changed_is_named(settings, tmp_path):
