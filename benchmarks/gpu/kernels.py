@@ -188,7 +188,10 @@ def _variants() -> dict[str, Variant]:
         "ema_update": ema(tl.float32),
         "ema_update, bf16 online": ema(tl.bfloat16),
         "normalize": Variant(
-            "normalize.normalize_kernel", _names("x y", "fp32") | {"sums": "fp64"}, f32 | {"SUMS": 512, "BLOCK": 1024}
+            "normalize.normalize_kernel",
+            _names("x y", "fp32") | {"sums": "fp64"},
+            f32 | {"SUMS": 512, "BLOCK": 2048},
+            warps=8,
         ),
         "sample_sums": Variant("normalize.sample_sums_kernel", {"x": "fp32", "sums": "fp64"}, {"BLOCK": 1024}),
         "batch_stats": Variant("normalize.batch_stats_kernel", {"stats": "fp32", "sums": "fp64"}, {"SUMS": 256}),
