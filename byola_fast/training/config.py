@@ -81,6 +81,9 @@ class PretrainConfig(FrontEnd, ViewSettings):
         keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; each comes with a checkpoint. By
             default none.
         save_minutes: minutes between two checkpoints. One is also written at the end, at Ctrl-C and at SIGTERM.
+        probe: CSV file of a small labelled task, as for eval. Every probe_every steps a linear probe is scored on its
+            split valid or on one fold left out, never on test; the best encoder is kept as OUT/encoder-best.pth.
+        probe_every: steps between two scores of the probe; by default a twentieth of the run.
         tensorboard: write OUT/tensorboard too, if tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
     """
@@ -128,6 +131,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
     save_every: int | None = None
     keep_every: int | None = None
     save_minutes: float = 10.0
+    probe: str | None = None
+    probe_every: int | None = None
     tensorboard: bool = True
     profile: bool = False
 
@@ -159,7 +164,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_mels=1)
         minimum.update(n_fft=1, n_memory=0)
         minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
-        minimum.update(warmup_steps=0)
+        minimum.update(warmup_steps=0, probe_every=1)
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -215,7 +220,7 @@ DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memo
 MAY_CHANGE = {
     *("epochs", "steps", "audio_dir", "out", "resume", "restart", "device", "compile", "cuda_graph", "channels_last"),
     *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "keep_every"),
-    *("save_minutes", "tensorboard", "profile"),
+    *("save_minutes", "probe", "probe_every", "tensorboard", "profile"),
 }
 
 

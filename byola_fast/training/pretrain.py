@@ -31,6 +31,7 @@ from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.training.config import PretrainConfig
 from byola_fast.training.cuda_graph import Step, graph_step, use_graph
 from byola_fast.training.curves import draw_training
+from byola_fast.training.probe import Probe
 from byola_fast.training.run_folder import DEMO_AUDIO, RunFolder, RunState
 from byola_fast.training.schedules import learning_rate, set_learning_rate
 from byola_fast.training.stage_times import StageTimes
@@ -166,6 +167,13 @@ def _train(
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile, own=own)
     optimizer = _make_optimizer(learner, config, graphed, optimizer)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def open_probe() -> Probe | None:
+        every = config.probe_every or max(1, total // 20)
+        best = saved.get("best") if saved and saved["config"].get("probe") == config.probe else None
+        return None if config.probe is None else Probe(config.probe, every, best=best, workers=config.workers)
+
+    probe = world.broadcast(open_probe)
     take_stats = partial(_take_stats, source, to_lms, config, seconds)
     stats, broken = (saved["stats"], {}) if saved else world.broadcast(take_stats)
     batches.broken.update(broken)  # already reported
@@ -226,6 +234,7 @@ def _train(
     def save(last: bool) -> None:
         state.check_finite(step, run.resume_hint())
         content = state.collect({"step": step, "epoch": epoch, "stats": stats, "config": asdict(config)} | about)
+        content |= {"best": probe.best} if probe is not None else {}
         if world.first:
             run.save(content, encoder, **described(), last=last, keep=_is_kept(config, step))
             if not last and run.curves_due():
@@ -236,20 +245,28 @@ def _train(
     if world.first:
         logger.info("%s", _tell_begin(config, device, step, total, clips))
     reading: Any = batches.run(total, start=step)
-    with Watch(config, world, run, step, total) as watch, closing(reading):
+    every = None if probe is None else probe.every
+    with Watch(config, world, run, step, total, every) as watch, closing(reading):
         for batch in times.each("data", reading):
             do_step = do_step or graph_step(train_step, batch.wav, [learner, aug], optimizer)
             lr = set_learning_rate(optimizer, rates, config, step, total)
             loss, projection = do_step(batch.wav)
             step, epoch = step + 1, batch.epoch
             if watch.due(step):
-                watch.after_step(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused)
+                score = None
+                if probe is not None and world.first and probe.due(step, total):
+                    score = probe(encoder, _stats_now(aug, stats), to_lms)
+                    if probe.is_best(step, score):
+                        run.keep_best(encoder, **described())
+                watch.after_step(step, epoch, loss, projection, lr=lr, refused=aug.bank.refused, probe=score)
                 if watch.saving:
                     save(last=watch.ending)
                 if watch.ending:
                     break
 
     if world.first:
+        if probe is not None and probe.best is not None:
+            logger.info("best score of the probe: %.1f %%, at step %d", 100 * probe.best[1], probe.best[0])
         if config.profile and times.spans:
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
@@ -393,7 +410,7 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
     if not shown:
         return
     try:
-        draw_training(run.path / "training.png", shown, find_learner(config.objective).loss_name)
+        draw_training(run.path / "training.png", shown, find_learner(config.objective).loss_name, run.path.name)
         if lms is not None and config.mixup == "log":  # the picture has no panel for the other mixers
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}

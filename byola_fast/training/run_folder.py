@@ -29,6 +29,7 @@ logger = logging.getLogger("byola_fast")
 
 CHECKPOINT, ENCODER, CONFIG = "checkpoint.pt", "encoder.pth", "config.yaml"
 LOG, LOCK, BOARD, DEMO_AUDIO = "log.jsonl", ".lock", "tensorboard", "demo_audio"
+BEST = "encoder-best.pth"  # by the probe
 NEW_ENCODER = ".encoder.pth"  # of a save that is not whole yet
 CURVES_SEC = 60.0  # at least, between two drawings of the curves
 COMPUTED = ("lr", "fused", "foreach", "capturable")  # options of Adam that change how it computes, not what
@@ -222,12 +223,19 @@ class RunFolder:
         if keep:
             save_encoder(self._kept, encoder, **described)
 
+    def keep_best(self, encoder: nn.Module, **described: Any) -> None:
+        """Replace ``encoder-best.pth``; if that fails, warn and keep the old one. Arguments as for ``save``."""
+        try:
+            save_encoder(self.path / BEST, encoder, **described)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s; training continues", error)
+
     @property
     def _kept(self) -> Path:
         return self.path / f"encoder-{self.saved_step}.pth"
 
     def _encoders(self) -> list[Path]:
-        return sorted(path for name in (ENCODER, "encoder-[0-9]*.pth") for path in self.path.glob(name))
+        return sorted(path for name in (ENCODER, BEST, "encoder-[0-9]*.pth") for path in self.path.glob(name))
 
     def _require_folder(self) -> None:
         """Refuse to write to another folder of the same name, which may be another run's."""

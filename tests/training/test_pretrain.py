@@ -18,6 +18,7 @@ from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError
 from byola_fast.networks.checkpoint import load_checkpoint
 from byola_fast.networks.encoder_file import load_encoder_weights
+from byola_fast.objectives.collapse import effective_rank, spread
 from byola_fast.runtime import device as device_module
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training import pretrain as trainer
@@ -59,10 +60,8 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     log = read_log(result.out)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert [line["epoch"] for line in log] == [0, 0, 0, 1, 1]  # twelve files, others in place of the broken three
-    names = {"step", "epoch", "loss", "spread", "samples_per_s", "refused", "lr"}
-    assert all(set(line) == names for line in log[:-1])
-    assert set(log[-1]) == {*names, "effective_rank"}
-    assert 1 < log[-1]["effective_rank"] <= 4
+    names = {"step", "epoch", "loss", "spread", "effective_rank", "samples_per_s", "refused", "lr"}
+    assert all(set(line) == names and 1 < line["effective_rank"] <= 4 for line in log)
     assert all(0 < line["loss"] < 8 and 0.2 < line["spread"] < 1.2 and line["refused"] == 0 for line in log)
     assert log[-1]["lr"] == {"byola-v1": 3e-4, "byola-v2": 1e-4}[preset]
     assert (result.loss, result.spread) == (log[-1]["loss"], log[-1]["spread"])
@@ -311,14 +310,25 @@ def test_collapsed_representations_warn(run, monkeypatch, caplog):
     run(steps=8)
     message = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
     assert len(message) == 1
-    assert message[0].startswith("step 5: representations collapse: their spread is 0.010")
+    assert message[0].startswith("step 5: representations collapse: spread 0.010 (1 is healthy")
 
 
 def test_each_collapse_warns_once():
     collapsed = CollapseWatch()
     spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
-    message = [collapsed({"step": step, "spread": spread}) is not None for step, spread in enumerate(spreads)]
-    assert [step for step, said in enumerate(message) if said] == [9, 17]
+    for ranks in ([9.0] * len(spreads), [1.0 if each < 0.1 else 9.0 for each in spreads]):
+        both = zip(spreads if ranks[0] == 9 else [0.8] * len(spreads), ranks, strict=True)
+        lines = [{"step": step, "spread": each, "effective_rank": rank} for step, (each, rank) in enumerate(both)]
+        message = [collapsed(line, largest_rank=64) is not None for line in lines]
+        assert [step for step, said in enumerate(message) if said] == [9, 17]
+    narrow = {"step": 1, "spread": 0.8, "effective_rank": 1.9}
+    assert not any(CollapseWatch()(narrow, largest_rank=4) for _ in range(9))
+
+
+def test_projections_on_a_line_are_not_healthy():
+    line = torch.randn(64, 1) * torch.randn(1, 256)
+    assert spread(line) > 0.7
+    assert effective_rank(line) == pytest.approx(1.0)
 
 
 def test_tensorboard_gets_the_log(run):

@@ -504,7 +504,7 @@ def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, mon
     drawn = []
     pretrain(PretrainConfig(**settings))
     (tmp_path / "run" / "views.png.0123abcd.tmp").touch()
-    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss, name: drawn.append(len(log)))
     pretrain(PretrainConfig(**settings))
     assert drawn == [4]
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -512,7 +512,7 @@ def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, mon
 
 def test_curves_are_drawn_on_the_way(settings, monkeypatch):
     drawn = []
-    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss, name: drawn.append(len(log)))
     monkeypatch.setattr(run_folder, "CURVES_SEC", 0.0)
     pretrain(PretrainConfig(**settings | {"steps": 5, "save_every": 2}))
     assert drawn == [2, 4, 5]
