@@ -22,6 +22,7 @@ BLOCK = 1024
 WARPS = 8  # of a program that normalises
 NORMALIZED = 2048  # values that it normalises at a time
 PROGRAMS_PER_SM = 4  # each of them reads all sums, so not more
+REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # asked for, or the compiler saves some and waits for each sum
 FEW_SUMS = 2048  # maximum number of rows of sums that every program adds up itself
 
 
@@ -209,6 +210,7 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
             SUMS=_block_of(rows),
             BLOCK=NORMALIZED,
             num_warps=WARPS,
+            maxnreg=None if x.dtype == torch.float64 else REGISTERS,
         )
 
 

@@ -20,7 +20,14 @@ from byola_fast.ops._triton import augment_views as views_file
 from byola_fast.ops._triton.augment_views import RUNTIME, clear_margins, make_view, moments
 from byola_fast.ops._triton.bank_push import is_flat, push_sample
 from byola_fast.ops._triton.draw_params import draw_scalars, parameters
-from byola_fast.ops._triton.normalize import NORMALIZED, PROGRAMS_PER_SM, WARPS, moments_of_sums, write_normalized
+from byola_fast.ops._triton.normalize import (
+    NORMALIZED,
+    PROGRAMS_PER_SM,
+    REGISTERS,
+    WARPS,
+    moments_of_sums,
+    write_normalized,
+)
 from byola_fast.ops._triton.shared import EPS, compute_type, indexable, launch, on_device, resident_programs
 
 SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
@@ -335,4 +342,5 @@ def finish_views(x, out, sums, stats, finite, rows, cursor, rng, post_norm, push
         PUSH_BLOCK=2048,
         BLOCK=NORMALIZED,
         num_warps=WARPS,
+        maxnreg=None if x.dtype == torch.float64 else REGISTERS,
     )
