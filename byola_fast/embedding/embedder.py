@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from byola_fast.audio.reading import resample
 from byola_fast.networks.checkpoint import CheckpointError
-from byola_fast.networks.encoder_file import open_encoder, shown
+from byola_fast.networks.encoder_file import describe_encoder, open_encoder, shown
 from byola_fast.networks.encoders import feature_width
+from byola_fast.networks.model_card import fetch, save_for_hub
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
 from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
@@ -59,6 +60,7 @@ class Embedder(nn.Module):
         sample_rate: of the waveforms, in Hz.
         feature_d: width of the embeddings.
         stats: (mean, std).
+        about: what the file of its weights says besides, such as where it comes from.
         has_frames: whether the encoder gives frame-level embeddings.
         hop: samples from one frame-level embedding to the next: 1280 for AudioNTT2020, 640 for AudioNTT2022.
         frame_period_ms: the same in ms: 80 and 40.
@@ -137,6 +139,7 @@ class Embedder(nn.Module):
         if not math.isfinite(mean) or not 0 <= std < math.inf:
             raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")
         self.to_lms, self.stats = to_lms, (mean, std)
+        self.about: dict[str, Any] = {}
         self.encoder = encoder.to(memory_format=torch.channels_last)  # twice as fast
         self.sample_rate, self.feature_d = to_lms.sample_rate, feature_width(encoder)
         self.has_frames = hasattr(encoder, "forward_frames") and hasattr(encoder, "frame_stride")
@@ -213,6 +216,18 @@ class Embedder(nn.Module):
             raise ValueError(f"wav: expected shape (..., samples), not empty, got {tuple(wav.shape)}")
         return wav if sample_rate is None else resample(wav, sample_rate, self.sample_rate)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in the layout of the Hugging Face Hub, which ``load_encoder`` loads.
+
+        It holds ``model.safetensors``, with front end and statistics inside, ``config.json`` and a model card,
+        ``README.md``. ``hf upload USER/NAME FOLDER`` puts it on the Hub; then ``load_encoder("hf-hub:USER/NAME")``.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        described = describe_encoder(self.encoder, self.to_lms)
+        save_for_hub(folder, self.encoder, self.about | described, self.stats)
+
     def get_extra_state(self) -> Tensor:
         """Return what ``state_dict`` holds besides tensors: statistics and front end, as numbers."""
         return torch.tensor([*self.stats, *_as_numbers(self.to_lms).values()], dtype=torch.float64, device="cpu")
@@ -252,7 +267,9 @@ def load_encoder(
     Args:
         path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
             online encoder is taken), or a state dict of published layout (``features.N.*``, ``fc.N.*``; bare, wrapped
-            or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes.
+            or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes. Or a folder of
+            ``save_pretrained``, or one on the Hugging Face Hub, ``"hf-hub:user/name"``, which needs huggingface_hub.
+            Nothing else asks the network.
         encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
             A file never causes an import, whatever class it names.
         device: by default the CPU.
@@ -280,6 +297,7 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
+    path = fetch(path)
     with torch.device("cpu"):  # whatever torch's default is: meta takes no weights
         (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:
@@ -310,6 +328,7 @@ def load_encoder(
         if not to_lms.center:
             raise CheckpointError(f"{path}: config: expected center True, as embeddings have times, got False")
     embedder = Embedder(network, stats=stats, to_lms=to_lms)
+    embedder.about = config
     load_weights()  # after every check
     network.requires_grad_(False)
     return embedder.eval().to(torch.device("cpu" if device is None else device))

@@ -32,7 +32,8 @@ from byola_fast.training.config import PretrainConfig
 from byola_fast.training.cuda_graph import Step, graph_step, use_graph
 from byola_fast.training.curves import draw_training
 from byola_fast.training.probe import Probe
-from byola_fast.training.run_folder import DEMO_AUDIO, RunFolder, RunState
+from byola_fast.training.provenance import now, provenance
+from byola_fast.training.run_folder import DEMO_AUDIO, RESULTS, RunFolder, RunState
 from byola_fast.training.schedules import learning_rate, set_learning_rate
 from byola_fast.training.stage_times import StageTimes
 from byola_fast.training.watch import Watch
@@ -193,8 +194,13 @@ def _train(
     # what a resumed run compares
     about = {"clips": clips, "listing": batches.listing, "total": total, "torch": str(torch.__version__)}
 
+    if world.first:
+        data = {"data": config.audio_dir or ("demo" if config.demo else type(source).__name__)}
+        run.provenance = provenance(**data, clips=clips, listing=batches.listing, total_steps=total)
+
     def described() -> dict[str, Any]:
-        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec)
+        origin = run.provenance | {"step": step, "saved": now()}
+        config_now = describe_encoder(encoder, to_lms, unit_sec=config.unit_sec, provenance=origin)
         return {"config": config_now, "stats": _stats_now(aug, stats)}
 
     if world.rank:
@@ -271,6 +277,7 @@ def _train(
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
         _draw(config, run, None if batch is None else to_lms(as_float(batch.wav).flatten(0, -2)), stats)
+        run.compare(config, {name: value for name, value in (run.last_line or {}).items() if name in RESULTS})
     last = run.last_line or {}
     return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)
 

@@ -53,7 +53,9 @@ def write_recordings(folder: Path) -> Path:
 
 
 def read_log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """Return the lines of a log, without what they say of their start."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "run"} for line in lines]
 
 
 def tensors(content: Any, prefix: str = "") -> dict[str, Any]:

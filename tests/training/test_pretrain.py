@@ -13,7 +13,7 @@ import soundfile
 import torch
 from helpers.runs import TINY, read_log, write_recordings
 
-from byola_fast import BYOL, AudioNTT2020, Augment
+from byola_fast import BYOL, AudioNTT2020, Augment, load_encoder
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError
 from byola_fast.networks.checkpoint import load_checkpoint
@@ -55,7 +55,16 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     result = run(pictures=True, preset=preset, steps=5)
     assert (result.steps, result.stopped_by) == (5, 0)
     assert {path.name for path in result.out.iterdir()} == {
-        *("log.jsonl", "checkpoint.pt", "encoder.pth", "training.png", "views.png", "config.yaml", ".lock"),
+        *(
+            "log.jsonl",
+            "checkpoint.pt",
+            "encoder.pth",
+            "training.png",
+            "views.png",
+            "config.yaml",
+            "README.md",
+            ".lock",
+        ),
     }
     log = read_log(result.out)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
@@ -87,6 +96,24 @@ def test_what_is_written_can_be_loaded(run):
     aug.load_state_dict(whole["augment"])
     assert len(aug.bank) == 16
     assert aug.rng.tolist() == [0, 4]
+
+
+def test_a_run_says_where_it_comes_from(run, recordings):
+    for steps in (2, 3):
+        out = run(steps=steps).out
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["run" in line for line in lines] == [True, False, True]
+    told = load_encoder(out / "encoder.pth").about["provenance"]
+    assert told.items() >= lines[2]["run"].items()
+    assert (told["clips"], told["step"], told["total_steps"]) == (12, 3, 3)
+    assert (told["torch"], told["data"]) == (str(torch.__version__), str(recordings))
+    assert len(told["listing"]) == 64
+    assert told["saved"] >= told["begun"]
+    assert f"# torch: {torch.__version__}\n" in (out / "config.yaml").read_text()
+    card = (out / "README.md").read_text()
+    assert f"| listing | {told['listing']} |" in card
+    assert "| step | 3 |" in card
+    assert "| spread | " in card
 
 
 def test_the_same_seed_gives_the_same_losses_for_any_workers(run):
@@ -334,9 +361,16 @@ def test_projections_on_a_line_are_not_healthy():
 def test_tensorboard_gets_the_log(run):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps in (2, 3):  # the second goes on
-        out = run(tensorboard=True, steps=steps).out
+        out = run(tensorboard=True, steps=steps, pictures=True).out
     events = reader.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
+    assert events.Images("training")[0].width == 880
+    settings = list((out / "tensorboard" / "settings").iterdir())
+    assert len(settings) == 1  # of the whole run
+    compared = reader.EventAccumulator(str(settings[0]))
+    compared.Reload()
+    assert compared.Scalars("final/loss")[-1].value == pytest.approx(read_log(out)[-1]["loss"])
+    assert {"_hparams_/session_start_info"} <= set(compared.summary_metadata)
     assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [
         (line["step"], line["loss"]) for line in read_log(out)
     ]

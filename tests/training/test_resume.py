@@ -326,7 +326,7 @@ def run_killed_in_save(config: dict[str, Any], write: int) -> None:
 
     def killed(source: str, target: str) -> None:
         done.append(Path(target).name)
-        if len(done) == 5 + write:  # each save names four files
+        if len(done) == 6 + write:  # each save names five files, the model card last
             os.kill(os.getpid(), signal.SIGKILL)
         whole(source, target)
 
@@ -344,7 +344,8 @@ def test_killed_in_any_write_of_a_save_the_encoder_becomes_the_checkpoints(setti
     assert pretrain(PretrainConfig(**config)).steps == 4
     assert_encoder_is_the_checkpoints(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("log.jsonl", "checkpoint.pt", "encoder.pth", "encoder-2.pth", "encoder-4.pth", "config.yaml", ".lock")
+        *("log.jsonl", "checkpoint.pt", "encoder.pth", "encoder-2.pth", "encoder-4.pth", "config.yaml", ".lock"),
+        "README.md",
     }
 
 
