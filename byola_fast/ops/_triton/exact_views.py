@@ -31,7 +31,6 @@ from byola_fast.ops._triton.draw_params import (
     draw_scalars,
     parameters,
 )
-from byola_fast.ops._triton.normalize import moments_of_sums
 from byola_fast.ops._triton.shared import EPS, approximate, launch, resident_programs, round_up, tap_weight
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -44,6 +43,7 @@ SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 8
 MOST_SHARED = 48 * 1024  # bytes that a kernel can declare
 MOST_OUTPUTS = 32  # of a lane, because its loops are unrolled
 SUMS = 512  # rows of sums, and flags, that a program adds up at a time
+HALVES_FIRST = False
 RUNTIME = ["sample_offset", "batch", "pool_rows", "bank_rows", "pool_offset", "mel_base", "mel_slope", "frame_base"]
 RUNTIME += ["frame_slope", "rows_of_sums"]
 
@@ -250,10 +250,10 @@ def exact_views_kernel(
     else:
         tile = scratch + program.to(tl.int64) * ((TALL + 1) * stride)
     cells = tl.arange(0, ROWS * COLUMNS)
-    for start in tl.static_range(0, mels + stride, ROWS * COLUMNS):  # a column and a row of zeros
-        cell = start + cells
-        place = tl.where(cell < mels, cell * stride + frames, TALL * stride + cell - mels)
-        put(tile + place * CELL, tl.zeros((ROWS * COLUMNS,), tl.float32), cell < mels + stride, SHARED)
+    for step in tl.static_range(0, mels + stride, ROWS * COLUMNS):  # a column and a row of zeros
+        cell = step + cells
+        zero = tl.where(cell < mels, cell * stride + frames, TALL * stride + cell - mels)
+        put(tile + zero * CELL, tl.zeros((ROWS * COLUMNS,), tl.float32), cell < mels + stride, SHARED)
     own_sums = sums + program  # in memory, because registers are short
     tl.store(own_sums, tl.full((), 0, tl.float64))
     tl.store(own_sums + tl.num_programs(0), tl.full((), 0, tl.float64))
@@ -338,7 +338,7 @@ def exact_views_kernel(
         corner = row_of(none, h, top, first_f, FIRST, TAPS, mels, ZEROS) * stride
         corner += column_of(none, w, left, FIRST, TAPS, frames)
         pivot = get(tile + corner * CELL, SHARED) * LN_2 + head
-        step = (tail - head) * (1 / (out_frames - 1))
+        slope = (tail - head) * (1 / (out_frames - 1))
         columns, column_weights, faders = (), (), ()
         for block in tl.static_range(OUT_BLOCKS):
             t = block * COLUMNS + lane % COLUMNS
@@ -348,7 +348,7 @@ def exact_views_kernel(
             for k in tl.static_range(TAPS):
                 columns = columns + (tile + column_of(base, w, left, k, TAPS, frames) * CELL,)
                 column_weights = column_weights + (tap_weight(fraction, k, TAPS),)
-            faders = faders + (head + step * t.to(tl.float32),)
+            faders = faders + (head + slope * t.to(tl.float32),)
         # Each lane finds the taps of one of its warp's RUN rows, and the warp asks it. A row's taps are those of the
         # row before, or one further (h <= out_mels).
         first_row = lane // COLUMNS * RUN
@@ -425,6 +425,16 @@ def exact_views_kernel(
         tl.debug_barrier()  # the next view overwrites the tile
 
 
+@triton.jit
+def moments_of_views(total, squares, count):
+    """Return mean and 1 / std; divisions by the count need not wait for the sums, and the root is of a float32."""
+    inverse, inverse_less = 1 / count, 1 / tl.maximum(count - 1, 1)
+    mean = total * inverse
+    variance = (squares - total * mean) * inverse_less
+    std = tl.sqrt(tl.where(variance < 0, 0, variance).to(tl.float32))  # not tl.maximum, which would lose NaN
+    return mean.to(tl.float32), 1 / tl.where(std < EPS, EPS, std)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def finish_exact_views_kernel(
     views,  # (2 B, views_numel)
@@ -450,6 +460,7 @@ def finish_exact_views_kernel(
     HAS_STATS: tl.constexpr,
     BLOCK: tl.constexpr,
     SUMS: tl.constexpr,
+    HALVES_FIRST: tl.constexpr,
 ):
     unit = tl.program_id(0)
     view = (unit >= batch).to(tl.int32)
@@ -464,7 +475,7 @@ def finish_exact_views_kernel(
     if NORMALIZE:
         for n in tl.static_range(0, views_numel, BLOCK):
             values = values + (tl.load(target + n + lane),)
-    if PUSH:
+    if PUSH and HALVES_FIRST:
         halves = load_half(source, view, x_f, mels, frames)
     if NORMALIZE:
         total = tl.zeros((SUMS,), tl.float64)
@@ -474,13 +485,12 @@ def finish_exact_views_kernel(
             total += tl.load(sums + row, row < rows_of_sums, other=0)
             squares += tl.load(sums + rows_of_sums + row, row < rows_of_sums, other=0)
         total_all, squares_all = tl.reduce((total, squares), 0, add)
-        count = tl.full((), 2 * views_numel, tl.float64) * batch
-        mean_all, std_all = moments_of_sums(count, total_all, squares_all)
-        mean_all = mean_all.to(tl.float32)
-        scale_all = 1 / std_all.to(tl.float32)
+        mean_all, scale_all = moments_of_views(total_all, squares_all, 2 * views_numel * batch.to(tl.float64))
         for k in tl.static_range(len(values)):
             tl.store(target + k * BLOCK + lane, (values[k].to(tl.float32) - mean_all) * scale_all)
     if PUSH:
+        if not HALVES_FIRST:
+            halves = load_half(source, view, x_f, mels, frames)
         before = tl.zeros((SUMS,), tl.int32)
         taken = tl.zeros((SUMS,), tl.int32)
         for first in range(0, batch, SUMS):
@@ -489,18 +499,20 @@ def finish_exact_views_kernel(
             taken += flag
             before += tl.where(row < sample, flag, 0)
         accepted, place = tl.reduce((taken, before), 0, add)
-        next_row = (tl.load(cursor) % bank_rows).to(tl.int32)
-        next_row = tl.where(next_row < 0, next_row + bank_rows, next_row)  # a damaged checkpoint may hold any value
+        next_row = tl.load(cursor)
+        if (next_row < 0) | (next_row >= bank_rows):  # a damaged checkpoint may hold any value
+            next_row %= bank_rows
+            next_row = tl.where(next_row < 0, next_row + bank_rows, next_row)
         filled = tl.load(cursor + 1)
         refused = tl.load(cursor + 2)
         tl.debug_barrier()  # every warp has read the cursor
         if tl.atomic_add(done, 1) == 2 * batch - 1:
-            tl.store(cursor, ((next_row + accepted % bank_rows) % bank_rows).to(tl.int64))
+            tl.store(cursor, (next_row + accepted) % bank_rows)
             tl.store(cursor + 1, tl.minimum(filled + accepted, bank_rows))
             tl.store(cursor + 2, refused + batch - accepted)
         mine = tl.load(finite + sample) & tl.load(finite + batch + sample)
         if (mine != 0) & (accepted - place <= bank_rows):  # a batch larger than the ring: its last samples
-            bank_row = bank + ((next_row + place % bank_rows) % bank_rows).to(tl.int64) * (mels * frames)
+            bank_row = bank + ((next_row.to(tl.int32) + place) % bank_rows).to(tl.int64) * (mels * frames)
             PIECE: tl.constexpr = 2 * STAGED_ROWS
             for start in tl.static_range(0, mels, PIECE):
                 f = tl.minimum(start + view * STAGED_ROWS + tl.arange(0, STAGED_ROWS), mels - 1)[:, None]
@@ -611,6 +623,7 @@ def exact_views_(
             HAS_STATS=stats is not None,
             BLOCK=math.gcd(1024, out_mels * out_frames),
             SUMS=SUMS,
+            HALVES_FIRST=HALVES_FIRST,
             num_warps=WARPS,
             maxnreg=80 if spills else REGISTERS,
         )
