@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.augment_views import REGISTERS, TAPS, ask, moments, prefetch
+from byola_fast.ops._triton.augment_views import REGISTERS, TAPS, ask, moments
 from byola_fast.ops._triton.draw_params import (
     SLOT_CROP,
     SLOT_FADER,
@@ -31,21 +31,19 @@ from byola_fast.ops._triton.draw_params import (
     draw_scalars,
     parameters,
 )
-from byola_fast.ops._triton.shared import EPS, approximate, launch, resident_programs, round_up, tap_weight
+from byola_fast.ops._triton.shared import EPS, approximate, launch, round_up, tap_weight
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-WARPS, PROGRAMS_PER_SM = 8, 4
+WARPS = 8
 ROWS, COLUMNS = tl.constexpr(8), tl.constexpr(32)  # at the taps a warp makes a row, and a lane one of its columns
 STAGED_ROWS = tl.constexpr(32)
 MARGIN = 4  # columns behind the tile: one of zeros, and stores of 16 bytes stay aligned
-SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
 MOST_SHARED = 48 * 1024  # bytes that a kernel can declare
 MOST_OUTPUTS = 32  # of a lane, because its loops are unrolled
-SUMS = 512  # rows of sums, and flags, that a program adds up at a time
-HALVES_FIRST = False
+SUMS, MOST_SUMS = 512, 2048  # sums that each program of the second launch adds up: at least, at most
 RUNTIME = ["sample_offset", "batch", "pool_rows", "bank_rows", "pool_offset", "mel_base", "mel_slope", "frame_base"]
-RUNTIME += ["frame_slope", "rows_of_sums"]
+RUNTIME += ["frame_slope"]
 
 
 @triton.constexpr_function
@@ -196,14 +194,14 @@ def exact_views_kernel(
     x,  # (B, F, T)
     pool,  # (P, F, T)
     bank,  # (N, F, T), or absent
-    bank_count,  # () int64, or absent
+    cursor,  # (3,) int64, or absent
     stats,  # (2,) mean and std, or absent
     rng,  # (2,) int64
     out,  # (2, B, out_mels, out_frames)
-    sums,  # (2, programs): sum, sum of squares
+    sums,  # (2, 2 B): sum, sum of squares
     finite,  # (2, B) int32: whether the memory takes a view's half of the sample, or absent
-    done,  # (1,) int32, set to 0 for the second kernel, or absent
-    scratch,  # (programs, F rounded up + 1, stride) under the interpreter
+    start,  # (1,) int32: the memory's next row, for the second kernel, which moves the cursor; or absent
+    scratch,  # (2 B, F rounded up + 1, stride) under the interpreter
     sample_offset,
     batch,
     pool_rows,
@@ -240,215 +238,201 @@ def exact_views_kernel(
     ZEROS: tl.constexpr = None if canvas_mels == mels else TALL  # the row of zeros, if crops leave the input's rows
     SELECT: tl.constexpr = HAS_BANK and bank.dtype == pool.dtype
     mean, scale = moments(stats, HAS_STATS, tl.float32)
-    program = tl.program_id(0)
+    unit = tl.program_id(0)
+    view = (unit >= batch).to(tl.int32)
+    sample = unit - view * batch
     if PUSH:
-        if program == 0:
-            tl.store(done, 0)
+        if unit == 0:
+            row = tl.load(cursor) % bank_rows
+            tl.store(start, tl.where(row < 0, row + bank_rows, row).to(tl.int32))  # a damaged checkpoint may hold any
     if SHARED:
         SIZE: tl.constexpr = 4 * ((TALL + 1) * stride)
-        tile = tl.inline_asm_elementwise(declaration(SIZE), "=r,r", [program], dtype=tl.int32, is_pure=False, pack=1)
+        tile = tl.inline_asm_elementwise(declaration(SIZE), "=r,r", [unit], dtype=tl.int32, is_pure=False, pack=1)
     else:
-        tile = scratch + program.to(tl.int64) * ((TALL + 1) * stride)
+        tile = scratch + unit.to(tl.int64) * ((TALL + 1) * stride)
     cells = tl.arange(0, ROWS * COLUMNS)
     for step in tl.static_range(0, mels + stride, ROWS * COLUMNS):  # a column and a row of zeros
         cell = step + cells
         zero = tl.where(cell < mels, cell * stride + frames, TALL * stride + cell - mels)
         put(tile + zero * CELL, tl.zeros((ROWS * COLUMNS,), tl.float32), cell < mels + stride, SHARED)
-    own_sums = sums + program  # in memory, because registers are short
-    tl.store(own_sums, tl.full((), 0, tl.float64))
-    tl.store(own_sums + tl.num_programs(0), tl.full((), 0, tl.float64))
-    for unit in range(program, 2 * batch, tl.num_programs(0)):
-        view = (unit >= batch).to(tl.int32)
-        sample = unit - view * batch
-        source = x + sample.to(tl.int64) * x_b
-        largest = tl.zeros((STAGED_ROWS, COLUMNS), tl.float32)
-        if PUSH:
-            searched = load_half(source, view, x_f, mels, frames)
-        if SHARED:
-            size_h, size_w, place_h, place_w, ratio, other, begin, end = draw_by_lane(rng, sample + sample_offset, view)
-        else:
-            size_h, size_w, place_h, place_w, ratio, other, begin, end = draw_scalars(rng, sample + sample_offset, view)
-        i, j, h, w, lam, partner, head, tail = parameters(
-            size_h, size_w, place_h, place_w, ratio, other, begin, end,
-            sample.to(tl.int64), pool_rows, pool_offset, mel_base, mel_slope, frame_base, frame_slope,
-            tl.full((), canvas_mels, tl.int32), tl.full((), canvas_frames, tl.int32), mixup_ratio, fader_gain,
-            bank_count, HAS_BANK,
-        )  # fmt: skip
-        top = i - (canvas_mels - mels) // 2
-        left = j - (canvas_frames - frames) // 2
-        alone = partner < 0
-        partner = tl.maximum(partner, 0)
-        pool_row = pool + tl.minimum(partner, pool_rows - 1) * pool_b
-        other_row, other_f, other_mean, other_scale = pool_row, pool_f, mean, scale
-        if HAS_BANK:
-            from_bank = tl.load(bank_count) > 0
-            bank_row = bank + tl.minimum(partner, bank_rows - 1) * (mels * frames)
-            other_mean = tl.where(from_bank, 0, mean)  # rows of the bank are normalised already
-            other_scale = tl.where(from_bank, 1, scale)
-            if SELECT:
-                other_row = tl.where(from_bank, bank_row, pool_row)
-                other_f = tl.where(from_bank, frames, pool_f)
-        scale_2 = scale * LOG2_E
-        other_scale = other_scale * LOG2_E
-        first_f = tl.maximum(top, 0)
-        end_f = tl.minimum(top + h, mels)
-        first_c = tl.maximum(left, 0)
-        end_c = tl.minimum(left + w, frames)
-        if SHARED:
-            prefetch(source, first_f * x_f, (end_f - 1) * x_f + frames - 1, cells)
+    source = x + sample.to(tl.int64) * x_b
+    largest = tl.zeros((STAGED_ROWS, COLUMNS), tl.float32)
+    if PUSH:
+        searched = load_half(source, view, x_f, mels, frames)
+    if SHARED:
+        size_h, size_w, place_h, place_w, ratio, other, begin, end = draw_by_lane(rng, sample + sample_offset, view)
+    else:
+        size_h, size_w, place_h, place_w, ratio, other, begin, end = draw_scalars(rng, sample + sample_offset, view)
+    i, j, h, w, lam, partner, head, tail = parameters(
+        size_h, size_w, place_h, place_w, ratio, other, begin, end,
+        sample.to(tl.int64), pool_rows, pool_offset, mel_base, mel_slope, frame_base, frame_slope,
+        tl.full((), canvas_mels, tl.int32), tl.full((), canvas_frames, tl.int32), mixup_ratio, fader_gain,
+        cursor + 1, HAS_BANK,
+    )  # fmt: skip
+    top = i - (canvas_mels - mels) // 2
+    left = j - (canvas_frames - frames) // 2
+    alone = partner < 0
+    partner = tl.maximum(partner, 0)
+    pool_row = pool + tl.minimum(partner, pool_rows - 1) * pool_b
+    other_row, other_f, other_mean, other_scale = pool_row, pool_f, mean, scale
+    if HAS_BANK:
+        from_bank = tl.load(cursor + 1) > 0
+        bank_row = bank + tl.minimum(partner, bank_rows - 1) * (mels * frames)
+        other_mean = tl.where(from_bank, 0, mean)  # rows of the bank are normalised already
+        other_scale = tl.where(from_bank, 1, scale)
+        if SELECT:
+            other_row = tl.where(from_bank, bank_row, pool_row)
+            other_f = tl.where(from_bank, frames, pool_f)
+    scale_2 = scale * LOG2_E
+    other_scale = other_scale * LOG2_E
+    first_f = tl.maximum(top, 0)
+    end_f = tl.minimum(top + h, mels)
+    first_c = tl.maximum(left, 0)
+    end_c = tl.minimum(left + w, frames)
+    if PUSH:
+        for n in tl.static_range(len(searched)):
+            largest = largest_of(largest, tl.abs(searched[n].to(tl.float32) - mean))
+    FOURS: tl.constexpr = COLUMNS // 4
+    most = tl.reduce(largest.reshape(STAGED_ROWS, FOURS, 4), 2, largest_of).reshape(ROWS, COLUMNS)  # of a thread
+
+    for start in range(first_f, end_f, STAGED_ROWS):
+        r = start + tl.arange(0, STAGED_ROWS)[:, None]
+        f = tl.minimum(r, end_f - 1)  # no mask: a row past the crop is its last one again
+        place = tile + ((r - first_f) * stride + tl.arange(0, COLUMNS)[None, :]) * CELL
+        values, others = (), ()
+        for block in tl.static_range(BLOCKS):
+            c = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            values = values + (tl.load(source + f * x_f + c),)
             if SELECT or not HAS_BANK:
-                prefetch(other_row, first_f * other_f, (end_f - 1) * other_f + frames - 1, cells)
-        if PUSH:
-            for n in tl.static_range(len(searched)):
-                largest = largest_of(largest, tl.abs(searched[n].to(tl.float32) - mean))
-        FOURS: tl.constexpr = COLUMNS // 4
-        most = tl.reduce(largest.reshape(STAGED_ROWS, FOURS, 4), 2, largest_of).reshape(ROWS, COLUMNS)  # of a thread
-
-        for start in range(first_f, end_f, STAGED_ROWS):
-            r = start + tl.arange(0, STAGED_ROWS)[:, None]
-            f = tl.minimum(r, end_f - 1)  # no mask: a row past the crop is its last one again
-            place = tile + ((r - first_f) * stride + tl.arange(0, COLUMNS)[None, :]) * CELL
-            values, others = (), ()
-            for block in tl.static_range(BLOCKS):
-                c = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-                values = values + (tl.load(source + f * x_f + c),)
-                if SELECT or not HAS_BANK:
-                    z = tl.load(other_row + f * other_f + c)
-                else:
-                    if from_bank:
-                        z = tl.load(bank_row + f * frames + c).to(tl.float32)
-                    else:
-                        z = tl.load(pool_row + f * pool_f + c).to(tl.float32)
-                others = others + (z,)
-            for block in tl.static_range(BLOCKS):
-                if (block * COLUMNS < end_c) & ((block + 1) * COLUMNS > first_c):
-                    value = (values[block].to(tl.float32) - mean) * scale_2
-                    z = (others[block].to(tl.float32) - other_mean) * other_scale
-                    mixed = (exp2(value, SHARED) * (1 - lam) + EPS) + exp2(z, SHARED) * lam
-                    put_four(place + block * (COLUMNS * CELL), tl.where(alone, value, log2(mixed, SHARED)), SHARED)
-        tl.debug_barrier()
-
-        lane = cells
-        if SHARED:  # the compiler may not keep what follows from it in registers from one view to the next
-            lane = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [cells], dtype=tl.int32, is_pure=False, pack=1)
-        # The first output. Sums are taken around it, because in float32 the squares of a large mean would drown a small
-        # variance.
-        FIRST: tl.constexpr = TAPS // 2 - 1
-        none = tl.full((), 0, tl.int32)
-        corner = row_of(none, h, top, first_f, FIRST, TAPS, mels, ZEROS) * stride
-        corner += column_of(none, w, left, FIRST, TAPS, frames)
-        pivot = get(tile + corner * CELL, SHARED) * LN_2 + head
-        slope = (tail - head) * (1 / (out_frames - 1))
-        columns, column_weights, faders = (), (), ()
-        for block in tl.static_range(OUT_BLOCKS):
-            t = block * COLUMNS + lane % COLUMNS
-            position = (t * (w - 1)).to(tl.uint32)
-            base = (position // (out_frames - 1)).to(tl.int32)
-            fraction = (position.to(tl.int32) - base * (out_frames - 1)).to(tl.float32) * (1 / (out_frames - 1))
-            for k in tl.static_range(TAPS):
-                columns = columns + (tile + column_of(base, w, left, k, TAPS, frames) * CELL,)
-                column_weights = column_weights + (tap_weight(fraction, k, TAPS),)
-            faders = faders + (head + slope * t.to(tl.float32),)
-        # Each lane finds the taps of one of its warp's RUN rows, and the warp asks it. A row's taps are those of the
-        # row before, or one further (h <= out_mels).
-        first_row = lane // COLUMNS * RUN
-        own = (first_row + tl.minimum(lane % COLUMNS, RUN - 1)).reshape(ROWS, COLUMNS)
-        position = (own * (h - 1)).to(tl.uint32)
-        base = (position // (out_mels - 1)).to(tl.int32)
-        rest = position.to(tl.int32) - base * (out_mels - 1)
-        fractions = rest.to(tl.float32) * (1 / (out_mels - 1))
-        moves = (rest < h - 1).to(tl.int32)
-        newest = row_of(base, h, top, first_f, TAPS - 1, TAPS, mels, ZEROS) * (stride * CELL)
-        target = (
-            out
-            + (view.to(tl.int64) * batch + sample) * (out_mels * out_frames)
-            + (first_row * out_frames + lane % COLUMNS)
-        )
-        total = tl.zeros((ROWS * COLUMNS,), tl.float32)
-        squares = tl.zeros((ROWS * COLUMNS,), tl.float32)
-        window = ()  # rows of each block, resized along time
-        for k in tl.static_range(TAPS - 1):
-            place = ask(row_of(base, h, top, first_f, k, TAPS, mels, ZEROS) * (stride * CELL), 0)
-            for block in tl.static_range(OUT_BLOCKS):
-                y = column_weights[block * TAPS] * get(columns[block * TAPS] + place, SHARED)
-                for n in tl.static_range(1, TAPS):
-                    y += column_weights[block * TAPS + n] * get(columns[block * TAPS + n] + place, SHARED)
-                window = window + (y,)
-        for turn in tl.static_range(RUN):
-            place = ask(newest, turn)
-            moved = ask(moves, turn) != 0
-            weights = ()
-            if TAPS == 2:
-                fraction = ask(fractions, turn)
-                weights = (tap_weight(fraction, 0, TAPS), fraction)
+                z = tl.load(other_row + f * other_f + c)
             else:
-                for k in tl.static_range(TAPS):
-                    weights = weights + (ask(tap_weight(fractions, k, TAPS), turn),)
-            read = ()
-            for n in tl.static_range(OUT_BLOCKS * TAPS):
-                read = read + (get(columns[n] + place, SHARED),)
-            newer = ()
-            for block in tl.static_range(OUT_BLOCKS):
-                y = column_weights[block * TAPS] * read[block * TAPS]
-                for n in tl.static_range(1, TAPS):
-                    y += column_weights[block * TAPS + n] * read[block * TAPS + n]
-                newer = newer + (y,)
-            if turn > 0:
-                rolled = ()
-                for n in tl.static_range((TAPS - 1) * OUT_BLOCKS):
-                    rolled = rolled + (tl.where(moved, window[n + OUT_BLOCKS], window[n]),)
-                window = rolled
-            window = window + newer
-            for block in tl.static_range(OUT_BLOCKS):
-                y = weights[0] * window[block]
-                for k in tl.static_range(1, TAPS):
-                    y += weights[k] * window[k * OUT_BLOCKS + block]
-                y = y * LN_2 + faders[block]
-                tl.store(target + (turn * out_frames + block * COLUMNS), y)
-                total += y - pivot
-                squares += (y - pivot) * (y - pivot)
-        rows = total.reshape(ROWS, COLUMNS), squares.reshape(ROWS, COLUMNS), most
-        total_row, squares_row, most = tl.reduce(rows, 1, add_and_largest)
-        wide = total_row.to(tl.float64), squares_row.to(tl.float64), most
-        total_all, squares_all, most = tl.reduce(wide, 0, add_and_largest)
-        if PUSH:
-            if HAS_STATS:
-                std = tl.load(stats + 1).to(tl.float32)
-                most = most / tl.where(std < EPS, EPS, std)
-            held = most.to(bank.dtype.element_ty).to(tl.float32)
-            tl.store(finite + unit, (held - held == 0).to(tl.int32))
-        NUMEL: tl.constexpr = out_mels * out_frames
-        wide_pivot = pivot.to(tl.float64)
-        squares_all += wide_pivot * (2 * total_all + NUMEL * wide_pivot)
-        tl.atomic_add(own_sums, total_all + NUMEL * wide_pivot, sem="relaxed")  # by one thread, always in this order
-        tl.atomic_add(own_sums + tl.num_programs(0), squares_all, sem="relaxed")
-        tl.debug_barrier()  # the next view overwrites the tile
+                if from_bank:
+                    z = tl.load(bank_row + f * frames + c).to(tl.float32)
+                else:
+                    z = tl.load(pool_row + f * pool_f + c).to(tl.float32)
+            others = others + (z,)
+        for block in tl.static_range(BLOCKS):
+            if (block * COLUMNS < end_c) & ((block + 1) * COLUMNS > first_c):
+                value = (values[block].to(tl.float32) - mean) * scale_2
+                z = (others[block].to(tl.float32) - other_mean) * other_scale
+                mixed = (exp2(value, SHARED) * (1 - lam) + EPS) + exp2(z, SHARED) * lam
+                put_four(place + block * (COLUMNS * CELL), tl.where(alone, value, log2(mixed, SHARED)), SHARED)
+    tl.debug_barrier()
+
+    # The first output. Sums are taken around it, because in float32 the squares of a large mean would drown a small
+    # variance.
+    FIRST: tl.constexpr = TAPS // 2 - 1
+    none = tl.full((), 0, tl.int32)
+    corner = row_of(none, h, top, first_f, FIRST, TAPS, mels, ZEROS) * stride
+    corner += column_of(none, w, left, FIRST, TAPS, frames)
+    pivot = get(tile + corner * CELL, SHARED) * LN_2 + head
+    slope = (tail - head) * (1 / (out_frames - 1))
+    columns, column_weights, faders = (), (), ()
+    for block in tl.static_range(OUT_BLOCKS):
+        t = block * COLUMNS + cells % COLUMNS
+        position = (t * (w - 1)).to(tl.uint32)
+        base = (position // (out_frames - 1)).to(tl.int32)
+        fraction = (position.to(tl.int32) - base * (out_frames - 1)).to(tl.float32) * (1 / (out_frames - 1))
+        for k in tl.static_range(TAPS):
+            columns = columns + (tile + column_of(base, w, left, k, TAPS, frames) * CELL,)
+            column_weights = column_weights + (tap_weight(fraction, k, TAPS),)
+        faders = faders + (head + slope * t.to(tl.float32),)
+    # Each lane finds the taps of one of its warp's RUN rows, and the warp asks it. A row's taps are those of the
+    # row before, or one further (h <= out_mels).
+    first_row = cells // COLUMNS * RUN
+    own = (first_row + tl.minimum(cells % COLUMNS, RUN - 1)).reshape(ROWS, COLUMNS)
+    position = (own * (h - 1)).to(tl.uint32)
+    base = (position // (out_mels - 1)).to(tl.int32)
+    rest = position.to(tl.int32) - base * (out_mels - 1)
+    fractions = rest.to(tl.float32) * (1 / (out_mels - 1))
+    moves = (rest < h - 1).to(tl.int32)
+    newest = row_of(base, h, top, first_f, TAPS - 1, TAPS, mels, ZEROS) * (stride * CELL)
+    target = (
+        out
+        + (view.to(tl.int64) * batch + sample) * (out_mels * out_frames)
+        + (first_row * out_frames + cells % COLUMNS)
+    )
+    total = tl.zeros((ROWS * COLUMNS,), tl.float32)
+    squares = tl.zeros((ROWS * COLUMNS,), tl.float32)
+    window = ()  # rows of each block, resized along time
+    for k in tl.static_range(TAPS - 1):
+        place = ask(row_of(base, h, top, first_f, k, TAPS, mels, ZEROS) * (stride * CELL), 0)
+        for block in tl.static_range(OUT_BLOCKS):
+            y = column_weights[block * TAPS] * get(columns[block * TAPS] + place, SHARED)
+            for n in tl.static_range(1, TAPS):
+                y += column_weights[block * TAPS + n] * get(columns[block * TAPS + n] + place, SHARED)
+            window = window + (y,)
+    for turn in tl.static_range(RUN):
+        place = ask(newest, turn)
+        moved = ask(moves, turn) != 0
+        weights = ()
+        if TAPS == 2:
+            fraction = ask(fractions, turn)
+            weights = (tap_weight(fraction, 0, TAPS), fraction)
+        else:
+            for k in tl.static_range(TAPS):
+                weights = weights + (ask(tap_weight(fractions, k, TAPS), turn),)
+        read = ()
+        for n in tl.static_range(OUT_BLOCKS * TAPS):
+            read = read + (get(columns[n] + place, SHARED),)
+        newer = ()
+        for block in tl.static_range(OUT_BLOCKS):
+            y = column_weights[block * TAPS] * read[block * TAPS]
+            for n in tl.static_range(1, TAPS):
+                y += column_weights[block * TAPS + n] * read[block * TAPS + n]
+            newer = newer + (y,)
+        if turn > 0:
+            rolled = ()
+            for n in tl.static_range((TAPS - 1) * OUT_BLOCKS):
+                rolled = rolled + (tl.where(moved, window[n + OUT_BLOCKS], window[n]),)
+            window = rolled
+        window = window + newer
+        for block in tl.static_range(OUT_BLOCKS):
+            y = weights[0] * window[block]
+            for k in tl.static_range(1, TAPS):
+                y += weights[k] * window[k * OUT_BLOCKS + block]
+            y = y * LN_2 + faders[block]
+            tl.store(target + (turn * out_frames + block * COLUMNS), y)
+            total += y - pivot
+            squares += (y - pivot) * (y - pivot)
+    rows = total.reshape(ROWS, COLUMNS), squares.reshape(ROWS, COLUMNS), most
+    total_row, squares_row, most = tl.reduce(rows, 1, add_and_largest)
+    wide = total_row.to(tl.float64), squares_row.to(tl.float64), most
+    total_all, squares_all, most = tl.reduce(wide, 0, add_and_largest)
+    if PUSH:
+        if HAS_STATS:
+            std = tl.load(stats + 1).to(tl.float32)
+            most = most / tl.where(std < EPS, EPS, std)
+        held = most.to(bank.dtype.element_ty).to(tl.float32)
+        tl.store(finite + unit, (held - held == 0).to(tl.int32))
+    NUMEL: tl.constexpr = out_mels * out_frames
+    wide_pivot = pivot.to(tl.float64)
+    squares_all += wide_pivot * (2 * total_all + NUMEL * wide_pivot)
+    tl.store(sums + unit, total_all + NUMEL * wide_pivot)
+    tl.store(sums + 2 * batch + unit, squares_all)
 
 
 @triton.jit
-def moments_of_views(total, squares, count):
-    """Return mean and 1 / std; divisions by the count need not wait for the sums, and the root is of a float32."""
-    inverse, inverse_less = 1 / count, 1 / tl.maximum(count - 1, 1)
-    mean = total * inverse
-    variance = (squares - total * mean) * inverse_less
-    std = tl.sqrt(tl.where(variance < 0, 0, variance).to(tl.float32))  # not tl.maximum, which would lose NaN
-    return mean.to(tl.float32), 1 / tl.where(std < EPS, EPS, std)
+def reciprocal(count):
+    """Return 1 / ``count`` in float64 by Newton's steps, as the compiler calls a function for a division."""
+    guess = (1 / count.to(tl.float32)).to(tl.float64)
+    guess *= 2 - count * guess
+    return guess * (2 - count * guess)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def finish_exact_views_kernel(
     views,  # (2 B, views_numel)
-    sums,  # (2, rows_of_sums)
+    sums,  # (2, 2 B)
     x,  # (B, F, T)
     stats,  # (2,) or absent
     finite,  # (2, B) int32
-    done,  # (1,) int32, 0
+    start,  # (1,) int32
     bank,  # (N, F, T)
     cursor,  # (3,) int64
     rng,  # (2,) int64
     batch,
     bank_rows,
-    rows_of_sums,
     x_b,
     x_f: tl.constexpr,
     mels: tl.constexpr,
@@ -460,68 +444,59 @@ def finish_exact_views_kernel(
     HAS_STATS: tl.constexpr,
     BLOCK: tl.constexpr,
     SUMS: tl.constexpr,
-    HALVES_FIRST: tl.constexpr,
 ):
     unit = tl.program_id(0)
     view = (unit >= batch).to(tl.int32)
     sample = unit - view * batch
-    lane = tl.arange(0, BLOCK)
-    target = views + unit.to(tl.int64) * views_numel
-    source = x + sample.to(tl.int64) * x_b
+    row = tl.arange(0, SUMS)
     if ADVANCE:
         if unit == 0:
             tl.atomic_add(rng + 1, tl.full((), 1, tl.int64), sem="relaxed")  # by one thread
-    values, halves = (), ()
     if NORMALIZE:
+        lane = tl.arange(0, BLOCK)
+        target = views + unit.to(tl.int64) * views_numel
+        values = ()  # on their way during the sums
         for n in tl.static_range(0, views_numel, BLOCK):
             values = values + (tl.load(target + n + lane),)
-    if PUSH and HALVES_FIRST:
-        halves = load_half(source, view, x_f, mels, frames)
-    if NORMALIZE:
-        total = tl.zeros((SUMS,), tl.float64)
-        squares = tl.zeros((SUMS,), tl.float64)
-        for first in range(0, rows_of_sums, SUMS):
-            row = first + tl.arange(0, SUMS)
-            total += tl.load(sums + row, row < rows_of_sums, other=0)
-            squares += tl.load(sums + rows_of_sums + row, row < rows_of_sums, other=0)
-        total_all, squares_all = tl.reduce((total, squares), 0, add)
-        mean_all, scale_all = moments_of_views(total_all, squares_all, 2 * views_numel * batch.to(tl.float64))
-        for k in tl.static_range(len(values)):
-            tl.store(target + k * BLOCK + lane, (values[k].to(tl.float32) - mean_all) * scale_all)
+        total = tl.load(sums + row, row < 2 * batch, other=0)
+        squares = tl.load(sums + 2 * batch + row, row < 2 * batch, other=0)
     if PUSH:
-        if not HALVES_FIRST:
-            halves = load_half(source, view, x_f, mels, frames)
-        before = tl.zeros((SUMS,), tl.int32)
-        taken = tl.zeros((SUMS,), tl.int32)
-        for first in range(0, batch, SUMS):
-            row = first + tl.arange(0, SUMS)
-            flag = tl.load(finite + row, row < batch, other=0) & tl.load(finite + batch + row, row < batch, other=0)
-            taken += flag
-            before += tl.where(row < sample, flag, 0)
-        accepted, place = tl.reduce((taken, before), 0, add)
-        next_row = tl.load(cursor)
-        if (next_row < 0) | (next_row >= bank_rows):  # a damaged checkpoint may hold any value
-            next_row %= bank_rows
-            next_row = tl.where(next_row < 0, next_row + bank_rows, next_row)
-        filled = tl.load(cursor + 1)
-        refused = tl.load(cursor + 2)
-        tl.debug_barrier()  # every warp has read the cursor
-        if tl.atomic_add(done, 1) == 2 * batch - 1:
-            tl.store(cursor, (next_row + accepted) % bank_rows)
+        flag = tl.load(finite + row, row < batch, other=0) & tl.load(finite + batch + row, row < batch, other=0)
+        accepted, place = tl.reduce((flag, tl.where(row < sample, flag, 0)), 0, add)
+        own = tl.load(finite + sample) & tl.load(finite + batch + sample)
+        first = tl.load(start)
+        mean, std = tl.full((), 0, tl.float32), tl.full((), 1, tl.float32)
+        if HAS_STATS:
+            mean, std = tl.load(stats).to(tl.float32), tl.load(stats + 1).to(tl.float32)
+            std = tl.where(std < EPS, EPS, std)
+    if NORMALIZE:
+        total_all, squares_all = tl.reduce((total, squares), 0, add)
+        count = 2 * views_numel * batch.to(tl.float64)
+        mean_all = total_all * reciprocal(count)
+        variance = (squares_all - total_all * mean_all) * reciprocal(count - 1)
+        variance = tl.where(variance < 0, 0, variance).to(tl.float32)  # not tl.maximum, which would lose NaN
+        std_all = tl.sqrt(variance)
+        scale_all = 1 / tl.where(std_all < EPS, EPS, std_all)
+        for k in tl.static_range(len(values)):
+            y = (values[k].to(tl.float32) - mean_all.to(tl.float32)) * scale_all
+            tl.store(target + k * BLOCK + lane, y)
+    if PUSH:
+        if unit == 0:
+            filled, refused = tl.load(cursor + 1), tl.load(cursor + 2)
+            tl.debug_barrier()  # every warp has read the cursor
+            tl.store(cursor, ((first + accepted) % bank_rows).to(tl.int64))
             tl.store(cursor + 1, tl.minimum(filled + accepted, bank_rows))
             tl.store(cursor + 2, refused + batch - accepted)
-        mine = tl.load(finite + sample) & tl.load(finite + batch + sample)
-        if (mine != 0) & (accepted - place <= bank_rows):  # a batch larger than the ring: its last samples
-            bank_row = bank + ((next_row.to(tl.int32) + place) % bank_rows).to(tl.int64) * (mels * frames)
+        if (own != 0) & (accepted - place <= bank_rows):  # a batch larger than the ring: its last samples
+            target_row = bank + ((first + place) % bank_rows).to(tl.int64) * (mels * frames)
+            halves = load_half(x + sample.to(tl.int64) * x_b, view, x_f, mels, frames)
             PIECE: tl.constexpr = 2 * STAGED_ROWS
-            for start in tl.static_range(0, mels, PIECE):
-                f = tl.minimum(start + view * STAGED_ROWS + tl.arange(0, STAGED_ROWS), mels - 1)[:, None]
+            for step in tl.static_range(0, mels, PIECE):
+                f = (step + view * STAGED_ROWS + tl.arange(0, STAGED_ROWS))[:, None]
                 for column in tl.static_range(0, frames, COLUMNS):
-                    value = halves[start // PIECE * (frames // COLUMNS) + column // COLUMNS].to(tl.float32)
-                    if HAS_STATS:
-                        std = tl.load(stats + 1).to(tl.float32)
-                        value = (value - tl.load(stats).to(tl.float32)) / tl.where(std < EPS, EPS, std)
-                    tl.store(bank_row + f * frames + (column + tl.arange(0, COLUMNS))[None, :], value)
+                    value = halves[step // PIECE * (frames // COLUMNS) + column // COLUMNS].to(tl.float32)
+                    to = target_row + f * frames + (column + tl.arange(0, COLUMNS))[None, :]
+                    tl.store(to, (value - mean) / std if HAS_STATS else value, f < mels)
 
 
 def fits(x: Tensor, pool: Tensor, out: Tensor, canvas: list[int], mixup: str) -> bool:
@@ -529,6 +504,7 @@ def fits(x: Tensor, pool: Tensor, out: Tensor, canvas: list[int], mixup: str) ->
     (mels, frames), (out_mels, out_frames) = x.shape[1:], out.shape[2:]
     return (
         mixup == "log"
+        and 2 * len(x) <= MOST_SUMS
         and x.dtype != torch.float64
         and x.stride(2) == pool.stride(2) == 1
         and frames % COLUMNS.value == out_frames % COLUMNS.value == out_mels % ROWS.value == 0
@@ -550,21 +526,19 @@ def exact_views_(
     out_mels, out_frames = out.shape[2:]
     shared = approximate(x)
     push = advance and bank is not None
-    programs = min(2 * batch, resident_programs(x, PROGRAMS_PER_SM))
-    sums = x.new_empty(2, programs, dtype=torch.float64)
-    finite = x.new_empty(2 * batch + 1 if push else 1, dtype=torch.int32)  # and the counter of programs
-    scratch = sums if shared else x.new_empty(programs * tile_size(mels, frames), dtype=torch.float32)
+    sums = x.new_empty(2, 2 * batch, dtype=torch.float64)
+    finite = x.new_empty(2 * batch + 1 if push else 1, dtype=torch.int32)  # and the next row
+    scratch = sums if shared else x.new_empty(2 * batch * tile_size(mels, frames), dtype=torch.float32)
     moments_or_none = rng if stats is None else stats.contiguous()
     rows = x if bank is None else bank
     sizes = {"x_f": x.stride(1), "mels": mels, "frames": frames}
-    spills = x.is_cuda and torch.cuda.get_device_capability(x.device) >= SPILLING
     launch(
         exact_views_kernel,
-        programs,
+        2 * batch,
         x,
         pool,
         rows,
-        rng if cursor is None else cursor[1],
+        rng if cursor is None else cursor,
         moments_or_none,
         rng,
         out,
@@ -596,7 +570,7 @@ def exact_views_(
         TAPS=TAPS[interpolation],
         SHARED=shared,
         num_warps=WARPS,
-        maxnreg=80 if spills else REGISTERS,
+        maxnreg=REGISTERS,
     )
     if post_norm or advance:
         launch(
@@ -613,7 +587,6 @@ def exact_views_(
             rng,
             batch,
             max(len(rows), 1),
-            programs,
             x.stride(0),
             **sizes,
             views_numel=out_mels * out_frames,
@@ -622,8 +595,7 @@ def exact_views_(
             ADVANCE=advance,
             HAS_STATS=stats is not None,
             BLOCK=math.gcd(1024, out_mels * out_frames),
-            SUMS=SUMS,
-            HALVES_FIRST=HALVES_FIRST,
+            SUMS=max(SUMS, triton.next_power_of_2(2 * batch)),
             num_warps=WARPS,
-            maxnreg=80 if spills else REGISTERS,
+            maxnreg=REGISTERS,
         )
