@@ -14,7 +14,8 @@ from byola_fast.audio.reading import resample
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import describe_encoder, open_encoder, shown
 from byola_fast.networks.encoders import feature_width
-from byola_fast.networks.model_card import fetch, save_for_hub
+from byola_fast.networks.hub import fetch
+from byola_fast.networks.model_card import save_for_hub
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
 from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel

@@ -1,4 +1,4 @@
-"""Encoders in the layout of the Hugging Face Hub: a model card, configuration and weights in a folder."""
+"""Saved folders in the layout of the Hugging Face Hub: weights, configuration and a model card."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import save_encoder
+from byola_fast.networks.hub import HUB, MODEL
 from byola_fast.runtime.files import as_text, write_whole
 from byola_fast.spectrograms.log_mel import FRONT_END
 
-HUB = "hf-hub:"  # timm's prefix of a name on the Hub
-MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CONFIG, CARD = "config.json", "README.md"
 MARK = "<!-- Written by byola_fast. Without this line it is yours, and is not replaced. -->"
 
 
@@ -92,27 +92,3 @@ def save_for_hub(folder: str | Path, encoder: nn.Module, config: Mapping[str, An
         write_card(folder, config, stats, f"{HUB}USER/{folder.resolve().name}")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
-
-
-def fetch(path: Any) -> Any:
-    """Return the file of a name on the Hub, downloaded once, or of a saved folder; anything else unchanged.
-
-    Args:
-        path: ``hf-hub:user/name``, or ``hf-hub:user/name@revision``. Only these ask the network.
-
-    Raises:
-        ImportError: huggingface_hub is missing. CheckpointError: no such model, or none of this package.
-    """
-    if not isinstance(path, str) or not path.startswith(HUB):
-        saved = isinstance(path, str | Path) and Path(path, MODEL).is_file()
-        return Path(path, MODEL) if saved else path
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(f"{path}: needs huggingface_hub: pip install huggingface_hub") from error
-    name, _, revision = path.removeprefix(HUB).partition("@")
-    try:
-        return Path(hf_hub_download(name, MODEL, revision=revision or None, library_name="byola_fast"))
-    except Exception as error:  # of the network, the Hub, the cache, or the name
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"{path}: no {MODEL} can be had from the Hub: {reason}") from error
