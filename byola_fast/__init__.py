@@ -13,6 +13,7 @@ from byola_fast.audio.reading import read_audio
 from byola_fast.doctor import doctor
 from byola_fast.embedding.embedder import Embedder, FrameEmbeddings, load_encoder
 from byola_fast.embedding.export import export_encoder
+from byola_fast.embedding.standardize import standardize
 from byola_fast.networks.ema import EMA, CosineDecay
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.networks.encoders import AudioNTT2020, AudioNTT2022, make_encoder
@@ -56,4 +57,5 @@ __all__ = [
     "pretrain",
     "read_audio",
     "save_encoder",
+    "standardize",
 ]

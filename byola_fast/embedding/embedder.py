@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from byola_fast.audio.reading import resample
 from byola_fast.networks.checkpoint import CheckpointError
-from byola_fast.networks.encoder_file import describe_encoder, open_encoder, shown
+from byola_fast.networks.encoder_file import describe_encoder, find_weights, open_encoder, shown
 from byola_fast.networks.encoders import feature_width
-from byola_fast.networks.hub import fetch
 from byola_fast.networks.model_card import save_for_hub
 from byola_fast.ops import _checks as check
 from byola_fast.ops.reference import EPS, compute_dtype
@@ -256,7 +255,7 @@ def _as_numbers(to_lms: LogMel) -> dict[str, float]:
 
 
 def load_encoder(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     encoder: nn.Module | type[nn.Module] | str | None = None,
     device: str | torch.device | None = None,
@@ -267,10 +266,11 @@ def load_encoder(
 
     Args:
         path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
-            online encoder is taken), or a state dict of published layout (``features.N.*``, ``fc.N.*``; bare, wrapped
-            or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the shapes. Or a folder of
-            ``save_pretrained``, or one on the Hugging Face Hub, ``"hf-hub:user/name"``, which needs huggingface_hub.
-            Nothing else asks the network.
+            online encoder is taken), a run's folder, or a state dict of published layout (``features.N.*``,
+            ``fc.N.*``; bare, wrapped or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the
+            shapes. Or a folder of ``save_pretrained``, here or on the Hugging Face Hub: ``"hf-hub:user/name"``, which
+            needs huggingface_hub; nothing else asks the network. By default the weights that come with the package;
+            ``byola_fast/weights/README.md`` is their card.
         encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
             A file never causes an import, whatever class it names.
         device: by default the CPU.
@@ -298,7 +298,7 @@ def load_encoder(
     >>> embedder(wav).shape
     torch.Size([3, 32])
     """
-    path = fetch(path)
+    path = find_weights(path)
     with torch.device("cpu"):  # whatever torch's default is: meta takes no weights
         (network, config, saved_stats), load_weights = open_encoder(path, encoder)
     if stats is None:

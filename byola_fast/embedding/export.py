@@ -32,14 +32,15 @@ class ExportConfig:
     """Settings of an export.
 
     Attributes:
-        weights: file of an encoder: encoder.pth, encoder.safetensors, a checkpoint.pt, or published weights.
+        weights: file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, a run's folder, or published
+            weights; by default those that come with the package.
         out: file to write; its suffix is the format: .onnx (ONNX Runtime and others) or .pt2 (torch.export).
         frames: export frame-level embeddings, (B, T', d), instead of one per clip, (B, d).
         stats: JSON file from "byola-fast stats", for weights without statistics.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
     """
 
-    weights: str
+    weights: str | None = None
     out: str = "encoder.onnx"
     frames: bool = False
     stats: str | None = None

@@ -47,7 +47,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process. "auto" and "cuda" choose the GPU of the local rank.
+    """Return the device of this process. "auto" and "cuda" choose the GPU of the local rank; "auto" takes no MPS.
 
     Raises:
         ValueError: an unknown or unavailable device.
@@ -57,7 +57,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: expected one that is available, got {name!r}, but torch finds no CUDA")

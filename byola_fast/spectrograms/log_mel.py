@@ -13,6 +13,7 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.device import without_autocast
+from byola_fast.spectrograms.mel_bank import mel_filter_bank
 
 
 @dataclass(kw_only=True)
@@ -90,7 +91,8 @@ class LogMel(FixedDtype):
 
     Backends: ``ops.log_mel``; ``torch.export`` takes plain PyTorch.
 
-    Source: Niizumi et al., arXiv:2103.06695, section IV; the filter bank is ``torchaudio.functional.melscale_fbanks``.
+    Source: Niizumi et al., arXiv:2103.06695, section IV; the filter bank is ``torchaudio.functional.melscale_fbanks``,
+    computed here where torchaudio cannot be loaded.
 
     >>> to_lms = LogMel()
     >>> to_lms(torch.zeros(2, 15200)).shape
@@ -141,21 +143,12 @@ class LogMel(FixedDtype):
 
     def _compute(self) -> None:
         """Compute the buffers, whatever torch's default dtype and device are, and move them to their device."""
-        import torchaudio  # here, so that importing byola_fast needs torch alone
-
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             with torch.device("cpu"):
-                bank = torchaudio.functional.melscale_fbanks(
-                    self.n_fft // 2 + 1,
-                    self.f_min,
-                    self.f_max,
-                    self.n_mels,
-                    self.sample_rate,
-                    norm=self.norm,
-                    mel_scale=self.mel_scale,
-                ).T.contiguous()
+                band = (self.f_min, self.f_max, self.n_mels)
+                bank = mel_filter_bank(self.n_fft, *band, self.sample_rate, self.norm, self.mel_scale)
                 window = torch.hann_window(self.win_length)
         finally:
             torch.set_default_dtype(default)

@@ -29,7 +29,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
             manifest (CSV or JSONL: file_name and, if wanted, start and end in seconds), several of these, or a store
             made by ``byola-fast pack``, which is read many times as fast.
         out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings resumes.
-        demo: train for about a minute on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
+        demo: train for twenty seconds on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
         resume: require a run in OUT to resume. Without this flag, a run found there resumes too.
         restart: start over and replace the run in OUT.
         objective: "byol" (the method); for comparison "simclr", "moco" or "cola" (two segments of each clip); or your
@@ -62,7 +62,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         n_memory: number of past inputs kept as mixing partners, 24 KB each; 0 mixes within the batch.
         post_norm: normalise both views jointly to mean 0 and std 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one, a different one for each process.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one, another for each process.
         dtype: "float32", or "bfloat16" (autocast); by default bfloat16 on a GPU.
         compile: use torch.compile, which takes a minute at first; by default on a GPU.
         cuda_graph: replay the whole step as one CUDA graph; by default on a single GPU.
@@ -213,8 +213,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         return {name: getattr(self, name) for name in names} | {"ema_decay": decay}
 
 
-# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 15 s.
-DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
+# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 5 s.
+DEMO = {"epochs": 1000, "steps": 16, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
 
 # Settings that a resumed run may change: its length, paths, and what changes rounding at most.
 MAY_CHANGE = {

@@ -425,6 +425,7 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
             given |= config.view_settings()
             panels = explain_views(lms[:PICTURED_FROM].cpu(), names, samples=3, **given)
-            draw_views(run.path / "views.png", panels, title=f"views of the last batch ({config.preset})")
+            title, front_end = f"views of the last batch ({config.preset})", LogMel(**config.front_end())
+            draw_views(run.path / "views.png", panels, title=title, to_lms=front_end)
     except Exception as error:  # a picture is worth no run
         logger.warning("no training.png and views.png: %s", error)

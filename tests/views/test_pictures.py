@@ -13,7 +13,7 @@ import soundfile
 import torch
 from helpers.tolerances import assert_close
 
-from byola_fast import ops
+from byola_fast import LogMel, ops
 from byola_fast.audio.reading import AudioError
 from byola_fast.training import pretrain
 from byola_fast.training.config import PretrainConfig
@@ -65,6 +65,15 @@ def test_views_are_drawn_with_both_boxes(tmp_path):
     picture = looks_drawn(tmp_path / "views.png", 1430, 1012)
     for colour in ((1.0, 0.302, 0.369), (0.208, 0.769, 1.0)):  # of view 1 and view 2: the box and the frame
         assert (np.abs(picture - colour).max(2) < 0.02).sum() > 500
+
+
+def test_axes_in_hertz_and_seconds_and_a_hatched_canvas(tmp_path):
+    _, drawn = panels(4, samples=1)
+    draw_views(tmp_path / "views.svg", drawn, to_lms=LogMel(n_mels=16, hop_length=640))  # 24 frames of 40 ms
+    text = tmp_path.joinpath("views.svg").read_text()
+    for words in ("Hz", "s", "500", "2k", "0.4", "0.8", "log-mel, in std from the mean"):
+        assert f">{words}<" in text or f"<!-- {words} -->" in text
+    assert text.count('<pattern id="h') == 1  # the hatch of both canvases
 
 
 @pytest.mark.slow
