@@ -331,6 +331,8 @@ def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: 
 def _own_source(given: Any, config: PretrainConfig) -> Source:
     needs = ["seconds"] if config.sample_by == "duration" else []
     source: Source = given if hasattr(given, "gather") else OwnSource(given, *needs)  # a store checks itself
+    if (rate := getattr(given, "sample_rate", config.sample_rate)) != config.sample_rate:
+        raise ValueError(f"sample_rate: expected {rate} Hz, the rate of the source, got {config.sample_rate}")
     if source.num_samples != round(config.unit_sec * config.sample_rate):
         wanted = f"{round(config.unit_sec * config.sample_rate)}, {config.unit_sec} s at {config.sample_rate} Hz"
         raise ValueError(f"source: num_samples: expected {wanted}, got {source.num_samples}")
