@@ -4,7 +4,7 @@
                 -> encoder -> BYOL loss -> EMA
 
 ``augment(lms)`` makes two views of a batch in one call. ``Augment`` adds the memory of past inputs. ``ops`` has the
-single steps. ``load_encoder`` loads a trained encoder. Importing needs torch alone.
+single steps. ``pretrain`` trains an encoder, ``load_encoder`` loads one. Importing needs torch alone.
 """
 
 import byola_fast.runtime.interrupts  # noqa: F401  # first: Ctrl-C may come during the others
@@ -22,6 +22,8 @@ from byola_fast.objectives.learner import Learner
 from byola_fast.objectives.registry import make_learner
 from byola_fast.spectrograms.log_mel import LogMel
 from byola_fast.spectrograms.statistics import RunningStats
+from byola_fast.training.config import PretrainConfig
+from byola_fast.training.pretrain import PretrainResult, pretrain
 from byola_fast.views.augment import Augment, augment
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams
@@ -41,6 +43,8 @@ __all__ = [
     "Learner",
     "LogMel",
     "MemoryBank",
+    "PretrainConfig",
+    "PretrainResult",
     "RunningStats",
     "augment",
     "describe_encoder",
@@ -50,6 +54,7 @@ __all__ = [
     "make_encoder",
     "make_learner",
     "ops",
+    "pretrain",
     "read_audio",
     "save_encoder",
     "standardize",

@@ -30,6 +30,7 @@ from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.published import from_published
+from byola_fast.training.run_folder import CONFIG
 from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, others = _split(argv)
         if argv[:1] == ["pretrain"]:
+            options = [*_own_config(options, others), *options]
             options = [_published(option) for option in options]
         parser = _make_parser(demo="--demo" in options)
         if not argv:
@@ -157,6 +159,14 @@ def _new_flag(flag: str, value: str) -> tuple[str, str]:
     return ("--features" if value in ("trained", "random", "melstats") else flag), value
 
 
+def _own_config(options: list[str], others: list[str]) -> list[str]:
+    """Return the run's own settings, for ``pretrain --out RUN --resume`` without a folder."""
+    given = dict(option.partition("=")[::2] for option in options)
+    own = Path(given.get("--out", PretrainConfig.out)) / CONFIG
+    asked = "--resume" in given and not others and not {"--config", "--audio_dir", "--demo"} & given.keys()
+    return [f"--config={own}"] if asked and own.is_file() else []
+
+
 def _published(option: str) -> str:
     """Replace the file of ``--config`` by its content under our names."""
     import yaml
@@ -175,7 +185,7 @@ def _make_parser(demo: bool) -> Any:
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
-    train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
+    train.add_argument("AUDIO_DIR", nargs="*", help="folders of audio files, files, manifests, or a packed store")
     message = "YAML file of settings under the flags' names or those of published config.yaml files"
     train.add_argument("--config", action="config", help=message)
     _add_settings(train, PretrainConfig)
@@ -184,13 +194,13 @@ def _make_parser(demo: bool) -> Any:
     commands.add_subcommand("pretrain", train, help="pre-train an encoder on a folder of audio")
 
     store = ArgumentParser(description="Decode a folder of audio once, into a store that is read fast.", **options)
-    store.add_argument("AUDIO_DIR", help="folder of audio files, or one file")
+    store.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, or manifests")
     store.add_argument("OUT", help="folder of the store; what was packed there before stays until the new one is whole")
     _add_settings(store, PackConfig, skip={"audio_dir", "out"})
     commands.add_subcommand("pack", store, help="decode a folder of audio once, into a store that is read fast")
 
     mean_std = ArgumentParser(description="Compute mean and std of the log-mels of random segments.", **options)
-    mean_std.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    mean_std.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, manifests, or a packed store")
     _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
     commands.add_subcommand("stats", mean_std, help="compute mean and std of a corpus, for pretrain --stats")
 
@@ -245,6 +255,8 @@ def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None
 
 def _run(command: str, settings: Any) -> int:
     values = dict(settings.as_dict())
+    if len(values.get("AUDIO_DIR") or ()) == 1:
+        (values["AUDIO_DIR"],) = values["AUDIO_DIR"]
     if command == "pretrain":
         values["audio_dir"] = values.pop("AUDIO_DIR") or values["audio_dir"]
         values.pop("config")

@@ -158,7 +158,7 @@ def test_published_keys_are_taken_and_printed(recordings, tmp_path, capsys, fail
     again.write_text(yaml.safe_dump(printed))
     with pytest.raises(SystemExit):
         main(["pretrain", "--config", str(again), "--print_config"])
-    place = {"AUDIO_DIR": None, "audio_dir": str(recordings)}
+    place = {"AUDIO_DIR": [], "audio_dir": str(recordings)}
     assert yaml.safe_load(capsys.readouterr().out) == printed | place
 
     for key, value, words in (

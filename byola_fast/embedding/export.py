@@ -83,7 +83,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
             f"embedder: expected eval mode, float32, on the CPU, got {mode}, {weight.dtype}, {weight.device}"
         )
     if path.suffix == ".onnx" and find_spec("onnxscript") is None:
-        raise ImportError('ONNX needs onnxscript: pip install "byola_fast[export]"')
+        raise ImportError("ONNX needs onnxscript: pip install onnx onnxscript")
     shortest = shortest_export(embedder)
     about: dict[str, Any] = {"sample_rate": embedder.sample_rate, "feature_d": embedder.feature_d}
     if embedder.has_frames:

@@ -66,7 +66,7 @@ class LogMel(FixedDtype):
         hop_length: step between frames, in samples.
         n_mels: number of mel bins, F.
         f_min: lower edge of the lowest mel bin, in Hz, at least 0.
-        f_max: upper edge of the highest mel bin, in Hz, at most ``sample_rate / 2``.
+        f_max: upper edge of the highest mel bin, in Hz, at most ``sample_rate / 2``; by default 7800 or that, if less.
         mel_scale: ``"slaney"`` (librosa's default, which BYOL-A's published weights were trained with) or ``"htk"``.
         norm: ``"slaney"`` (every triangle has the same area) or ``None`` (every triangle peaks at 1).
             ``mel_scale="htk", norm=None`` are torchaudio's own defaults.
@@ -112,7 +112,7 @@ class LogMel(FixedDtype):
         hop_length: int = FrontEnd.hop_length,
         n_mels: int = FrontEnd.n_mels,
         f_min: float = FrontEnd.f_min,
-        f_max: float = FrontEnd.f_max,
+        f_max: float | None = None,
         mel_scale: str = FrontEnd.mel_scale,
         norm: str | None = FrontEnd.norm,
         center: bool = True,
@@ -124,6 +124,7 @@ class LogMel(FixedDtype):
                 raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
         if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length: expected 1 to n_fft = {n_fft}, got {win_length}")
+        f_max = min(FrontEnd.f_max, sample_rate / 2) if f_max is None else f_max
         if not 0 <= f_min < f_max <= sample_rate / 2:
             raise ValueError(
                 f"f_min, f_max: expected 0 <= f_min < f_max <= sample_rate / 2 = {sample_rate / 2:g} Hz, "

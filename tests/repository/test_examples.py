@@ -29,7 +29,8 @@ from examples import (
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"}
+DATA = {"hugging_face_datasets.py", "webdataset_shards.py"}  # tests/training/test_own_data.py runs them
+CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"} | DATA
 CHECKED |= {"similar_sounds.py", "sound_map.py", "fine_tune.py", "event_detection.py"}  # with an encoder that is there
 
 
@@ -58,9 +59,9 @@ def test_byol_in_fifty_lines_learns():
 
 def test_your_own_encoder(tmp_path, monkeypatch, capsys):
     recordings = write_recordings(tmp_path / "audio")
-    settings = TINY | {"feature_d": 16, "unit_sec": 0.3}
+    settings = {name: value for name, value in TINY.items() if name != "feature_d"} | {"unit_sec": 0.3}
     embedding = own_encoder.main(str(recordings), str(tmp_path / "run"), **settings)
-    assert embedding.shape == (2, 16)
+    assert embedding.shape == (2, 128)
     weights = str(tmp_path / "run" / "encoder.pth")
     monkeypatch.chdir(tmp_path)
     named = ["--encoder", "examples.own_encoder:SmallNet", "--workers=0"]
