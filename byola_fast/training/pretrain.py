@@ -112,10 +112,10 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
 
     # Data: random segments of every clip in each epoch, and this process's part of each global batch.
     source = _open_source(config, world, run)
-    segments = find_learner(config.objective).segments
+    segments = find_learner(str(config.objective)).segments
     batches = Batches(
         source,
-        config.batch_size,
+        int(config.batch_size or 0),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
@@ -136,7 +136,7 @@ def _train(config: PretrainConfig, world: World, run: RunFolder) -> PretrainResu
     # Networks check the last settings; statistics take a while and come after them.
     encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
     shape = _check_shape(config, encoder, to_lms, source)
-    learner: Learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
+    learner: Learner = make_learner(str(config.objective), encoder, **config.learner(total)).to(device)
     network = _prepare(learner, config, world)
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile)
     stats, broken = (saved["stats"], {}) if saved else world.broadcast(lambda: _take_stats(source, to_lms, config))
@@ -278,7 +278,7 @@ def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source
     if config.demo:
         folder = run.path / DEMO_AUDIO
         world.broadcast(lambda: len(write_demo_corpus(folder, seed=config.seed)))
-    source = open_source(folder, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+    source = open_source(folder, unit_sec=float(config.unit_sec or 0), sample_rate=config.sample_rate, seed=config.seed)
     if isinstance(source, SegmentStore) and world.device.type == "cuda" and config.store_on_gpu is not False:
         free, _all = torch.cuda.mem_get_info(world.device)
         if config.store_on_gpu or 2 * int(source.lengths.sum()) < free / 4:
@@ -342,7 +342,7 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
     if not shown:
         return
     try:
-        draw_training(run.path / "training.png", shown, find_learner(config.objective).loss_name)
+        draw_training(run.path / "training.png", shown, find_learner(str(config.objective)).loss_name)
         if lms is not None and config.mixup == "log":  # the picture has no panel for the other mixers
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}
