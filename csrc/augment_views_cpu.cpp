@@ -11,7 +11,7 @@
 #include "resize.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -207,6 +207,6 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
   return sums;
 }
 
-}  // namespace byola
+BYOLA_OPS(augment_views, m) { m.impl("augment_views_out", TORCH_BOX(&augment_views_out_cpu)); }
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu)); }
+}  // namespace byola::BYOLA_SIMD

@@ -5,7 +5,7 @@
 #include "philox.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 // rng (2,), bank_count () -> lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2)
 std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(const Tensor& rng, const std::optional<Tensor>& bank_count,
@@ -63,6 +63,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw_params_cpu(const Tensor& rng, co
   return {lam, bank_index, crop, fader};
 }
 
-}  // namespace byola
+BYOLA_OPS(draw_params, m) { m.impl("draw_params", TORCH_BOX(&draw_params_cpu)); }
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("draw_params", TORCH_BOX(&byola::draw_params_cpu)); }
+}  // namespace byola::BYOLA_SIMD

@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(const Tensor& grad, const 
   return {to_x, to_z};
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("log_mixup_exp", TORCH_BOX(&byola::log_mixup_exp_cpu));
-  m.impl("log_mixup_exp_backward", TORCH_BOX(&byola::log_mixup_exp_backward_cpu));
+BYOLA_OPS(log_mixup_exp, m) {
+  m.impl("log_mixup_exp", TORCH_BOX(&log_mixup_exp_cpu));
+  m.impl("log_mixup_exp_backward", TORCH_BOX(&log_mixup_exp_backward_cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

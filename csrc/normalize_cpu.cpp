@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -100,10 +100,10 @@ void normalize__cpu(Tensor x, const Tensor& sums) {
   torch::stable::copy_(x, normalize_cpu(x, sums));
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("sample_sums", TORCH_BOX(&byola::sample_sums_cpu));
-  m.impl("normalize", TORCH_BOX(&byola::normalize_cpu));
-  m.impl("normalize_", TORCH_BOX(&byola::normalize__cpu));
+BYOLA_OPS(normalize, m) {
+  m.impl("sample_sums", TORCH_BOX(&sample_sums_cpu));
+  m.impl("normalize", TORCH_BOX(&normalize_cpu));
+  m.impl("normalize_", TORCH_BOX(&normalize__cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

@@ -6,7 +6,7 @@
 
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr int kMaxTaps = 4;
 constexpr const char* kFits = "size, canvas: expected at least 1 and the input's (F, T), and fewer than 2^31";
@@ -232,4 +232,4 @@ class CropResizer {
   std::vector<char> used_;
 };
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

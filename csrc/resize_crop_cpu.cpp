@@ -3,7 +3,7 @@
 #include "resize.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 // x (B, F, T), crop (B, 4) -> (B, *size)
 Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas,
@@ -86,9 +86,9 @@ Tensor resize_crop_backward_cpu(const Tensor& grad, const Tensor& crop, const Si
   return to_x;
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("resize_crop", TORCH_BOX(&byola::resize_crop_cpu));
-  m.impl("resize_crop_backward", TORCH_BOX(&byola::resize_crop_backward_cpu));
+BYOLA_OPS(resize_crop, m) {
+  m.impl("resize_crop", TORCH_BOX(&resize_crop_cpu));
+  m.impl("resize_crop_backward", TORCH_BOX(&resize_crop_backward_cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

@@ -1,4 +1,5 @@
-// Vectors of floats for AVX-512, AVX2 with FMA, or any machine, chosen at compile time; exp and log on them.
+// Vectors of floats for AVX-512, AVX2 with FMA, or any machine; exp and log on them. Every kernel is compiled once for
+// each instruction set, in a namespace of its name (BYOLA_SIMD); see ops/_native/cpu.py and library.cpp.
 // No torch header. Never compile with -ffast-math: NaN and inf must propagate.
 #pragma once
 
@@ -6,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef BYOLA_SIMD
+#define BYOLA_SIMD portable
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define BYOLA_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -15,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 // Lanes of one type in plain C++, for float64 and for machines without AVX2. lookup_near and lookup_far read
 // window[index]; lookup_near needs every index below 2 * width.
@@ -305,4 +309,4 @@ inline Floats log_positive(Floats x) {
 
 #endif
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

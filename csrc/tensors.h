@@ -13,12 +13,15 @@
 
 #include "storage.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+// Opens the function that registers the ops of FILE_cpu.cpp. No static initialiser may do that: it would run on every
+// CPU, and here the compiler may use any instruction of the set.
+#define BYOLA_OPS(file, m) inline void add_##file(torch::stable::detail::StableLibrary& m)
 #define BYOLA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "byola_fast: ", __VA_ARGS__)
 
 // Call f with a value of the C++ type of a floating-point dtype.
@@ -91,4 +94,4 @@ struct Spectrograms {
 // Minimum number of samples per thread, for samples of `elements` elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(elements, 1)); }
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

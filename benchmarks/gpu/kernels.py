@@ -171,6 +171,7 @@ def _variants() -> dict[str, Variant]:
             | {"SUMS": 1024, "FLAGS": 1024, "PUSH_BLOCK": 2048, "BLOCK": 2048, "x_t": 1},
             odd=("rows_of_sums", "batch", "n_memory", "pushing"),
             warps=8,
+            max_registers=64,
         ),
         "draw_params": Variant(
             "draw_params.draw_params_kernel",
@@ -188,7 +189,11 @@ def _variants() -> dict[str, Variant]:
         "ema_update": ema(tl.float32),
         "ema_update, bf16 online": ema(tl.bfloat16),
         "normalize": Variant(
-            "normalize.normalize_kernel", _names("x y", "fp32") | {"sums": "fp64"}, f32 | {"SUMS": 512, "BLOCK": 1024}
+            "normalize.normalize_kernel",
+            _names("x y", "fp32") | {"sums": "fp64"},
+            f32 | {"SUMS": 512, "BLOCK": 2048},
+            warps=8,
+            max_registers=64,
         ),
         "sample_sums": Variant("normalize.sample_sums_kernel", {"x": "fp32", "sums": "fp64"}, {"BLOCK": 1024}),
         "batch_stats": Variant("normalize.batch_stats_kernel", {"stats": "fp32", "sums": "fp64"}, {"SUMS": 256}),

@@ -32,7 +32,7 @@ def test_every_op_has_a_reference_and_a_fake():
 def test_cpp_kernels_match_the_table():
     for name, op in _schemas.OPS.items():
         assert _dispatch.backend_in_use("CPU", name)[0] == ("cpp" if op.cpu else "reference")
-    assert cpu.module() is not None  # once loaded, no stubs remain under the key
+    assert cpu.library() is not None  # once loaded, no stubs remain under the key
     with_kernel = {
         name
         for name in registered_ops()

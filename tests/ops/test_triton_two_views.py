@@ -10,7 +10,7 @@ from helpers.tolerances import assert_close
 
 from byola_fast import ops
 from byola_fast.ops import _triton
-from byola_fast.ops._triton import augment_views, two_views
+from byola_fast.ops._triton import augment_views, normalize, two_views
 
 if not (torch.cuda.is_available() or _triton.interpreted()):
     reason = "kernels need a GPU or TRITON_INTERPRET=1; test_triton_interpreted.py runs this file under the interpreter"
@@ -117,6 +117,7 @@ def test_of_many_tiles(interpolation, monkeypatch):
     monkeypatch.setattr(augment_views, "resident_programs", lambda x, per_sm: 2)
     monkeypatch.setattr(two_views, "resident_programs", lambda x, per_sm: 2)
     monkeypatch.setattr(two_views, "NORMALIZED", 256)
+    monkeypatch.setattr(normalize, "NORMALIZED", 512)
     check(batch=5, shape=(13, 43), interpolation=interpolation, bad=(3,), post_norm=False)
     check(batch=5, shape=(12, 48), interpolation=interpolation)
 
