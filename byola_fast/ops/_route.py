@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -34,11 +35,31 @@ def needs_reference() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def op(name: str) -> Callable[..., Any]:
-    """Return an op of the dispatcher, or its reference where only plain PyTorch serves."""
+def op(name: str, *inputs: Tensor | None) -> Callable[..., Any]:
+    """Return an op of the dispatcher, or its reference where only plain PyTorch serves.
+
+    Args:
+        inputs: the tensors that get gradients. If none asks for one, the call does not enter autograd, whose part of an
+            op is Python and takes longer than small inputs do.
+    """
     if needs_reference():
         return getattr(reference, f"{name}_reference")
-    return getattr(torch.ops.byola_fast, name)
+    found = getattr(torch.ops.byola_fast, name)
+    if not inputs or torch.compiler.is_compiling():
+        return found
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return found
+    return functools.partial(_without_autograd, found.default)
+
+
+def is_without_autograd(found: Callable[..., Any]) -> bool:
+    """Return whether ``op`` returned an op that does not enter autograd."""
+    return type(found) is functools.partial
+
+
+def _without_autograd(found: Callable[..., Any], *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return found(*args)
 
 
 def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:

@@ -56,9 +56,9 @@ TABLE = (
        "Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, "
        "str mixup) -> (Tensor, Tensor)", made_of="resize_crop_backward and plain PyTorch"),
     Op("sample_sums(Tensor x) -> Tensor", cpu=True, triton="normalize"),
-    Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", triton="normalize"),
+    Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", cpu=True, triton="normalize"),
     Op("running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, "
-       "SymInt max_updates) -> Tensor", triton="normalize"),
+       "SymInt max_updates) -> Tensor", cpu=True, triton="normalize"),
     Op("normalize(Tensor x, Tensor sums) -> Tensor", cpu=True, triton="normalize"),
     Op("normalize_(Tensor(a!) x, Tensor sums) -> ()", cpu=True, triton="normalize"),
     Op("bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()", cpu=True, triton="bank_push"),
@@ -132,6 +132,17 @@ library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
 library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
 library.impl("_ema_have_clash", _ema_checks.have_clash, "CompositeExplicitAutograd")
 library.impl("_ema_require_separate_memory", _ema_checks.require_separate_memory, "CompositeExplicitAutograd")
+# not public: the checks of _checks.py in one pass, where the C++ kernels are loaded
+library.define("_all_weights(Tensor x) -> bool")
+library.define("_all_inside(Tensor boxes, int mels, int frames) -> bool")
+library.impl("_all_weights", reference.all_weights_reference, "CompositeExplicitAutograd")
+library.impl("_all_inside", reference.all_inside_reference, "CompositeExplicitAutograd")
+
+# not public: a whole call on the CPU; see _two_views.py
+library.define(
+    "_two_views_(Tensor x, Tensor settings, Tensor(a!) rng, Tensor? stats, Tensor(b!)? rows, Tensor(c!)? cursor, "
+    "Tensor(d!)? mean, Tensor(e!)? variance, Tensor(f!)? count, Tensor(g!)? updates, Tensor(h!) out) -> ()"
+)
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
