@@ -28,8 +28,8 @@ Mixup parse_mixup(const std::string& name) {
 
 constexpr int64_t kMostSharedBytes = int64_t(1) << 24;  // a buffer from a larger memory costs more than it saves
 
-// Memory that will be read, or written, soon; fetched a few lines at a time, because the hardware cannot predict which
-// partner comes next.
+// Memory that will be read or written soon, fetched to the second-level cache a few lines at a time: more at once would
+// hold up loads. The hardware's own prefetch cannot know the partner that comes next, nor keep up with the rest.
 struct Ahead {
   const char *next = nullptr, *end = nullptr;
 
@@ -37,7 +37,7 @@ struct Ahead {
   static Ahead of(const T* start, int64_t count) {
     return {reinterpret_cast<const char*>(start), reinterpret_cast<const char*>(start + count)};
   }
-  void fetch(int lines) {
+  void fetch(int64_t lines) {
     for (; lines > 0 && next < end; --lines, next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
@@ -78,13 +78,6 @@ struct Rows {
     const int64_t n = c1 - c;
     return {load_lanes<V>(from[0] + c, n), load_lanes<V>(from[1] + c, n), load_lanes<V>(from[2] + c, n),
             load_lanes<V>(from[3] + c, n)};
-  }
-  // A crop's rows of a sample.
-  Ahead ahead(int64_t sample, const int64_t box[4], const Sizes& canvas) const {
-    if (!in_place || sample < 0) return {};
-    const Box rows = clamp_box(box[0], box[2], canvas[0]);
-    const int64_t top = std::clamp<int64_t>(rows.start - (canvas[0] - source.mels) / 2, 0, source.mels - 1);
-    return Ahead::of(source.row<Real>(sample, top), std::min(rows.extent, source.mels - top) * source.mel_stride);
   }
 };
 
@@ -148,14 +141,18 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
 
     const auto compute_powers = [&](int64_t b, Real* powers, Real* memory) {
       const V4 shift = inputs.shift, scale = inputs.scale;
+      Ahead next_input, next_powers = Ahead::of(powers + 8 * stride, sample_powers);
+      if (inputs.in_place) next_input = Ahead::of(source.row<Real>(b, 0) + 8 * source.mel_stride, sample_powers);
       for (int64_t start = 0; start < mels; start += 4) {
         int64_t f[4];  // past the end, the last row again
         const Real* from[4];
         Real* to[4];
         for (int k = 0; k < 4; ++k) f[k] = std::min(start + k, mels - 1), to[k] = powers + f[k] * stride;
         inputs.point(from, b, f, 0, frames, memory, stride);
-        for (int64_t c = 0; c < frames; c += V::width)
+        for (int64_t c = 0; c < frames; c += V::width) {
           exp_or_zero((inputs.load(from, c, frames) - shift) * scale).store(to, c);
+          next_input.fetch(V::width / 4), next_powers.fetch(V::width / 4);
+        }
       }
     };
 
@@ -190,43 +187,49 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             draw_normals(normals, mels * frames, uint64_t(data<int64_t>(words)[0]), uint32_t(data<int64_t>(words)[1]),
                          uint32_t(sample_offset + b), uint32_t(view));
 
-          // What the next view reads, fetched while this one is mixed.
-          Ahead next_partner, next_input;
+          // What the next view reads and its first outputs, fetched while this one is mixed.
+          Ahead next_partner, next_input, next_out;
           if (view == 0 || b + 1 < end) {
             const int64_t next = view == 0 ? row + batch : row + 1 - batch;
+            const int64_t* box = data<int64_t>(boxes) + 4 * next;
+            const int64_t top = std::clamp<int64_t>(box[0] - (canvas[0] - mels) / 2, 0, mels - 1);
+            const int64_t count = std::clamp<int64_t>(box[2], 0, mels - top);
             const int64_t sample = std::min(data<int64_t>(index)[next], partner_rows.count - 1);
             if (shared && sample >= 0)
-              next_partner = Ahead::of(shared_powers + sample * sample_powers, sample_powers);
-            else if (mixup == Mixup::kLog || mixup == Mixup::kLinear)
-              next_partner = partners.ahead(sample, data<int64_t>(boxes) + 4 * next, canvas);
-            if (view == 1 && shared) next_input = Ahead::of(powers + sample_powers, sample_powers);
-            if (view == 1 && !shared && inputs.in_place)
+              next_partner = Ahead::of(shared_powers + sample * sample_powers + top * stride, count * stride);
+            else if (sample >= 0 && partners.in_place && (mixup == Mixup::kLog || mixup == Mixup::kLinear))
+              next_partner = Ahead::of(partner_rows.row<Real>(sample, top), count * partner_rows.mel_stride);
+            if (view == 1 && shared)
+              next_input = Ahead::of(powers + sample_powers, sample_powers);
+            else if (view == 1 && inputs.in_place)
               next_input = Ahead::of(source.row<Real>(b + 1, 0), mels * source.mel_stride);
+            next_out = Ahead::of(mutable_data<S>(out) + next * elements, std::min<int64_t>(16 * size[1], elements));
           }
+          const auto fetch = [&](int64_t lines) {
+            next_partner.fetch(lines), next_input.fetch(lines), next_out.fetch(lines / 2);
+          };
           const auto mix = [&](const int64_t* f, int64_t c0, int64_t c1, Real* const* to) {
-            next_partner.fetch(40);
-            next_input.fetch(40);
             const Real *of_powers[4], *x[4], *z[4];
             for (int k = 0; k < 4; ++k) of_powers[k] = powers + f[k] * stride;
             const V4 x_shift = inputs.shift, x_scale = inputs.scale, z_shift = partners.shift, z_scale = partners.scale;
             const V4 weight = of_x, z_weight = of_z, epsilon = eps;
             if (mixup == Mixup::kGaussian) {
               for (int k = 0; k < 4; ++k) z[k] = normals + f[k] * frames;
-              for (int64_t c = c0; c < c1; c += V::width) {
+              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) {
                 const V4 noise = exp_or_zero(z_weight * V4::load(z, c));
                 log_positive(fma(weight, V4::load(of_powers, c), noise + epsilon)).store(to, c);
               }
             } else if (mixup == Mixup::kNone || partner < 0) {
               inputs.point(x, b, f, c0, c1, memory, stride);
-              for (int64_t c = c0; c < c1; c += V::width) ((inputs.load(x, c, c1) - x_shift) * x_scale).store(to, c);
+              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) ((inputs.load(x, c, c1) - x_shift) * x_scale).store(to, c);
             } else if (shared) {
               for (int k = 0; k < 4; ++k) z[k] = shared_powers + partner * sample_powers + f[k] * stride;
-              for (int64_t c = c0; c < c1; c += V::width)
+              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2))
                 log_positive(fma(weight, V4::load(of_powers, c), fma(z_weight, V4::load(z, c), epsilon))).store(to, c);
             } else {
               partners.point(z, partner, f, c0, c1, memory, stride);
               if (mixup == Mixup::kLinear) inputs.point(x, b, f, c0, c1, memory + 4 * stride, stride);
-              for (int64_t c = c0; c < c1; c += V::width) {
+              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) {
                 const V4 other = (partners.load(z, c, c1) - z_shift) * z_scale;
                 if (mixup == Mixup::kLinear)
                   fma(weight, (inputs.load(x, c, c1) - x_shift) * x_scale, z_weight * other).store(to, c);
@@ -252,7 +255,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             const auto put = [&](int64_t k, V& totals, V& total_squares) BYOLA_INLINE {
               const V y = sum(k, of_fade);
               store_lanes(y, to + k * row_size, n);
-              __builtin_prefetch(to + (k + count) * row_size, 1, 3);  // of the next rows
+              __builtin_prefetch(to + (k + count) * row_size, 1, 2);  // of the next rows
               V off = y - around;
               if (n < V::width) off = off.first_lanes(n);
               totals = totals + off;
@@ -269,6 +272,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             (even_squares + odd_squares).add_to(squares);
           };
           resizer.run(data<int64_t>(boxes) + 4 * row, mix, emit);
+          fetch(elements);
 
           Real pivots[V::width];
           pivot.store(pivots);
