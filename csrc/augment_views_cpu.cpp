@@ -7,6 +7,7 @@
 // Reads x and two partners per sample; writes two views and 48 bytes of sums. The only buffer of the batch's size is that
 // of exp(x), kept between calls.
 #include <cmath>
+#include <tuple>
 
 #include "philox.h"
 #include "resize.h"
@@ -26,7 +27,13 @@ Mixup parse_mixup(const std::string& name) {
   return Mixup::kNone;
 }
 
-constexpr int64_t kMostSharedBytes = int64_t(1) << 24;  // a buffer from a larger memory costs more than it saves
+// exp of a batch's samples, kept between calls; not larger, because from a slower memory it would save nothing.
+constexpr int64_t kMostSharedBytes = int64_t(1) << 24;
+template <typename Real>
+Memory<Real>& shared_memory() {
+  static thread_local Memory<Real> memory;
+  return memory;
+}
 
 // Memory that will be read or written soon, fetched to the second-level cache a few lines at a time: more at once would
 // hold up loads. The hardware's own prefetch cannot know the partner that comes next, nor keep up with the rest.
@@ -37,8 +44,15 @@ struct Ahead {
   static Ahead of(const T* start, int64_t count) {
     return {reinterpret_cast<const char*>(start), reinterpret_cast<const char*>(start + count)};
   }
-  void fetch(int64_t lines) {
-    for (; lines > 0 && next < end; --lines, next += 64) __builtin_prefetch(next, 0, 2);
+  template <int Lines>
+  BYOLA_INLINE void fetch() {
+    if (next >= end) return;
+#pragma GCC unroll 8
+    for (int k = 0; k < Lines; ++k) __builtin_prefetch(next + 64 * k, 0, 2);
+    next += 64 * Lines;
+  }
+  void fetch_all() {
+    while (next < end) fetch<4>();
   }
 };
 
@@ -51,10 +65,8 @@ struct Rows {
   Four<V> shift, scale;
 
   Rows(const Spectrograms& rows, const PreNorm& norm)
-      : source(rows),
-        in_place(rows.dtype == dtype_of<Real>() && rows.frame_stride == 1),
-        shift(Four<V>::set(Real(norm.mean))),
-        scale(Four<V>::set(Real(norm.scale))) {}
+      : source(rows), in_place(rows.dtype == dtype_of<Real>() && rows.frame_stride == 1),
+        shift(Four<V>::set(Real(norm.mean))), scale(Four<V>::set(Real(norm.scale))) {}
 
   // Pointers to column 0 of four mel rows; columns c0 to c1 - 1 may be read. `memory` holds four rows, `stride` apart.
   void point(const Real* to[4], int64_t sample, const int64_t f[4], int64_t c0, int64_t c1, Real* memory,
@@ -73,6 +85,11 @@ struct Rows {
       });
       to[k] = memory + k * stride;
     }
+  }
+  // Some rows of a sample, unless they lie in place far apart.
+  Ahead ahead(int64_t sample, int64_t top, int64_t count) const {
+    if (!in_place || source.mel_stride > 2 * source.frames) return {};
+    return Ahead::of(source.row<Real>(sample, top), count * source.mel_stride);
   }
   BYOLA_INLINE Four<V> load(const Real* const from[4], int64_t c, int64_t c1) const {
     const int64_t n = c1 - c;
@@ -135,14 +152,16 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
     const Rows<V> inputs(source, norm), partners(partner_rows, from_bank ? PreNorm{} : norm);
     const int64_t stride = (frames + V::width - 1) / V::width * V::width, sample_powers = mels * stride;
     const bool needs_exp = mixup == Mixup::kLog || mixup == Mixup::kGaussian;
-    const bool own_partners = partner_rows.start == x.data_ptr() && partner_rows.count == batch && batch > 1;
-    const bool shared = mixup == Mixup::kLog && own_partners &&
-                        batch * sample_powers * int64_t(sizeof(Real)) <= kMostSharedBytes;
+    const auto layout = [](const Spectrograms& s) {
+      return std::tuple(s.start, s.dtype, s.count, s.sample_stride, s.mel_stride, s.frame_stride);
+    };
+    const bool own_partners = layout(partner_rows) == layout(source) && !from_bank && batch > 1;
+    const bool shared =
+        mixup == Mixup::kLog && own_partners && batch * sample_powers * int64_t(sizeof(Real)) <= kMostSharedBytes;
 
     const auto compute_powers = [&](int64_t b, Real* powers, Real* memory) {
       const V4 shift = inputs.shift, scale = inputs.scale;
-      Ahead next_input, next_powers = Ahead::of(powers + 8 * stride, sample_powers);
-      if (inputs.in_place) next_input = Ahead::of(source.row<Real>(b, 0) + 8 * source.mel_stride, sample_powers);
+      Ahead next_input = inputs.ahead(b, 8, mels), next_powers = Ahead::of(powers + 8 * stride, sample_powers);
       for (int64_t start = 0; start < mels; start += 4) {
         int64_t f[4];  // past the end, the last row again
         const Real* from[4];
@@ -151,13 +170,12 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
         inputs.point(from, b, f, 0, frames, memory, stride);
         for (int64_t c = 0; c < frames; c += V::width) {
           exp_or_zero((inputs.load(from, c, frames) - shift) * scale).store(to, c);
-          next_input.fetch(V::width / 4), next_powers.fetch(V::width / 4);
+          next_input.template fetch<V::width / 4>(), next_powers.template fetch<V::width / 4>();
         }
       }
     };
 
-    static thread_local Memory<Real> shared_memory;
-    Real* shared_powers = shared ? scratch(shared_memory, batch * sample_powers) : nullptr;
+    Real* shared_powers = shared ? scratch(shared_memory<Real>(), batch * sample_powers) : nullptr;
     if (shared)
       torch::stable::parallel_for(0, batch, grain(elements), [&](int64_t begin, int64_t end) {
         static thread_local Memory<Real> memory;
@@ -197,16 +215,15 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             const int64_t sample = std::min(data<int64_t>(index)[next], partner_rows.count - 1);
             if (shared && sample >= 0)
               next_partner = Ahead::of(shared_powers + sample * sample_powers + top * stride, count * stride);
-            else if (sample >= 0 && partners.in_place && (mixup == Mixup::kLog || mixup == Mixup::kLinear))
-              next_partner = Ahead::of(partner_rows.row<Real>(sample, top), count * partner_rows.mel_stride);
-            if (view == 1 && shared)
-              next_input = Ahead::of(powers + sample_powers, sample_powers);
-            else if (view == 1 && inputs.in_place)
-              next_input = Ahead::of(source.row<Real>(b + 1, 0), mels * source.mel_stride);
+            else if (sample >= 0 && (mixup == Mixup::kLog || mixup == Mixup::kLinear))
+              next_partner = partners.ahead(sample, top, count);
+            if (view == 1)
+              next_input = shared ? Ahead::of(powers + sample_powers, sample_powers) : inputs.ahead(b + 1, 0, mels);
             next_out = Ahead::of(mutable_data<S>(out) + next * elements, std::min<int64_t>(16 * size[1], elements));
           }
-          const auto fetch = [&](int64_t lines) {
-            next_partner.fetch(lines), next_input.fetch(lines), next_out.fetch(lines / 2);
+          const auto fetch = [&]() BYOLA_INLINE {
+            next_partner.template fetch<V::width / 2>(), next_input.template fetch<V::width / 2>();
+            next_out.template fetch<V::width / 4>();
           };
           const auto mix = [&](const int64_t* f, int64_t c0, int64_t c1, Real* const* to) {
             const Real *of_powers[4], *x[4], *z[4];
@@ -215,26 +232,28 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             const V4 weight = of_x, z_weight = of_z, epsilon = eps;
             if (mixup == Mixup::kGaussian) {
               for (int k = 0; k < 4; ++k) z[k] = normals + f[k] * frames;
-              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) {
+              for (int64_t c = c0; c < c1; c += V::width, fetch()) {
                 const V4 noise = exp_or_zero(z_weight * V4::load(z, c));
                 log_positive(fma(weight, V4::load(of_powers, c), noise + epsilon)).store(to, c);
               }
             } else if (mixup == Mixup::kNone || partner < 0) {
               inputs.point(x, b, f, c0, c1, memory, stride);
-              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) ((inputs.load(x, c, c1) - x_shift) * x_scale).store(to, c);
+              for (int64_t c = c0; c < c1; c += V::width, fetch())
+                ((inputs.load(x, c, c1) - x_shift) * x_scale).store(to, c);
             } else if (shared) {
               for (int k = 0; k < 4; ++k) z[k] = shared_powers + partner * sample_powers + f[k] * stride;
-              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2))
+              for (int64_t c = c0; c < c1; c += V::width, fetch())
                 log_positive(fma(weight, V4::load(of_powers, c), fma(z_weight, V4::load(z, c), epsilon))).store(to, c);
             } else {
               partners.point(z, partner, f, c0, c1, memory, stride);
               if (mixup == Mixup::kLinear) inputs.point(x, b, f, c0, c1, memory + 4 * stride, stride);
-              for (int64_t c = c0; c < c1; c += V::width, fetch(V::width / 2)) {
-                const V4 other = (partners.load(z, c, c1) - z_shift) * z_scale;
+              for (int64_t c = c0; c < c1; c += V::width, fetch()) {
+                const V4 loaded = partners.load(z, c, c1), other = from_bank ? loaded : (loaded - z_shift) * z_scale;
                 if (mixup == Mixup::kLinear)
                   fma(weight, (inputs.load(x, c, c1) - x_shift) * x_scale, z_weight * other).store(to, c);
                 else
-                  log_positive(fma(weight, V4::load(of_powers, c), fma(z_weight, exp_or_zero(other), epsilon))).store(to, c);
+                  log_positive(fma(weight, V4::load(of_powers, c), fma(z_weight, exp_or_zero(other), epsilon)))
+                      .store(to, c);
               }
             }
           };
@@ -272,7 +291,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
             (even_squares + odd_squares).add_to(squares);
           };
           resizer.run(data<int64_t>(boxes) + 4 * row, mix, emit);
-          fetch(elements);
+          next_partner.fetch_all(), next_input.fetch_all(), next_out.fetch_all();
 
           Real pivots[V::width];
           pivot.store(pivots);

@@ -53,7 +53,8 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
         for (int j = 0; j < 4; ++j) store_lanes(parts[j], to + k + j * V::width, V::width);
       }
       for (; k < last; k += V::width)
-        store_lanes(mix(load_lanes<V>(a + k, last - k), load_lanes<V>(c + k, last - k), of_x, of_z, eps), to + k, last - k);
+        store_lanes(mix(load_lanes<V>(a + k, last - k), load_lanes<V>(c + k, last - k), of_x, of_z, eps), to + k,
+                    last - k);
     });
   });
   return y;

@@ -175,8 +175,10 @@ class CropResizer {
       }
     };
     if constexpr (V::is_simd) {
-      if (frame_taps_.ratio_within(1, 1)) return in_blocks([&](int64_t t) { return NarrowTaps<V, Taps>(frame_taps_, t); });
-      if (frame_taps_.ratio_within(9, 5)) return in_blocks([&](int64_t t) { return NearTaps<V, Taps>(frame_taps_, t); });
+      if (frame_taps_.ratio_within(1, 1))
+        return in_blocks([&](int64_t t) { return NarrowTaps<V, Taps>(frame_taps_, t); });
+      if (frame_taps_.ratio_within(9, 5))
+        return in_blocks([&](int64_t t) { return NearTaps<V, Taps>(frame_taps_, t); });
     }
     in_blocks([&](int64_t t) { return FarTaps<V, Taps>(frame_taps_, t); });
   }

@@ -16,7 +16,7 @@ struct AxisTaps {
   using Real = typename V::Element;
   int taps = 2;
   int64_t size = 0, extent = 0;
-  Memory<int32_t> whole;         // floor of the position of each output; the last one's past the size
+  Memory<int32_t> whole;          // floor of the position of each output; the last one's past the size
   Memory<Real> weight[kMaxTaps];  // 0 past the size
 
   void prepare(int64_t outputs, int64_t inputs, bool bicubic) {
