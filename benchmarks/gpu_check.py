@@ -39,9 +39,11 @@ from benchmarks.gpu.missing import missing_packages, unloadable_tests
 from benchmarks.measure import cores, machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_CUDA = "(cuda or triton_kernels or triton_ema_update) and not under_the_interpreter"  # for pytest -k
+# for pytest -k
+ON_CUDA = "(cuda or triton_kernels or triton_two_views or triton_ema_update) and not under_the_interpreter"
 ALL_TESTS = ["-p", "no:cacheprovider", "-m", "slow or not slow"]  # pyproject.toml leaves the slow ones out
-SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "ema_update")  # tests/ops/test_NAME.py
+# tests/ops/test_NAME.py
+SANITIZED = ("log_mixup_exp", "resize_crop", "bank_push", "triton_kernels", "triton_two_views", "ema_update")
 LIMIT_S = 180.0  # time limit of a stage
 LIMITS_S = {"views": 240.0, "training": 360.0, "trainer": 300.0, "tests": 420.0, "sanitizers": 590.0}
 GROUP_S = 530.0  # time limit of a group of stages; then the rest of it fails

@@ -13,7 +13,7 @@ import torch
 from byola_fast.audio.decoding import MORE_FORMATS, decoders, has_ffmpeg
 from byola_fast.ops import _schemas
 from byola_fast.ops._dispatch import backend_in_use, strict
-from byola_fast.ops._native import build, cpu
+from byola_fast.ops._native import cpu
 from byola_fast.views.augment import augment
 
 PACKAGES = ("torch", "torchaudio", "triton", "numpy", "soundfile", "soxr", "av", "ninja", "pybind11")
@@ -75,7 +75,7 @@ def doctor() -> Report:
     notes = [f"system: {platform.platform()}"]
     more = "" if has_ffmpeg() else f"; without FFmpeg, joined files are read in part ({MORE_FORMATS})"
     notes.append(f"audio: {decoders()}{more}")
-    notes.append(f"compiled kernels: {build.cache_folder() / cpu.build_name()}")
+    notes.append(f"compiled kernels: {cpu.place().parent}")
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     notes.append(f"environment: {', '.join(variables) or 'no relevant variable is set'}")
     if torch.cuda.is_available():
@@ -87,10 +87,8 @@ def doctor() -> Report:
     for key in devices:
         for op in _schemas.OPS:
             backends[key, op], reasons[key, op] = backend_in_use(key, op)
-    kernels = cpu.module()
-    if kernels is not None:
-        info = kernels.build_info()
-        devices["CPU"] += f"; C++ kernels for {info['simd']}, built by compiler {info['compiler']}"
+    if (kernels := cpu.in_use()) is not None:
+        devices["CPU"] += f"; C++ kernels for {kernels}"
     return Report(versions, devices, backends, reasons, strict(), notes)
 
 

@@ -13,7 +13,7 @@
 #include "resize.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -45,7 +45,7 @@ struct Ahead {
     return {reinterpret_cast<const char*>(start), reinterpret_cast<const char*>(start + count)};
   }
   template <int Lines>
-  BYOLA_INLINE void fetch() {
+  BYOLA_IN_PLACE void fetch() {
     if (next >= end) return;
 #pragma GCC unroll 8
     for (int k = 0; k < Lines; ++k) __builtin_prefetch(next + 64 * k, 0, 2);
@@ -91,7 +91,7 @@ struct Rows {
     if (!in_place || source.mel_stride > 2 * source.frames) return {};
     return Ahead::of(source.row<Real>(sample, top), count * source.mel_stride);
   }
-  BYOLA_INLINE Four<V> load(const Real* const from[4], int64_t c, int64_t c1) const {
+  BYOLA_IN_PLACE Four<V> load(const Real* const from[4], int64_t c, int64_t c1) const {
     const int64_t n = c1 - c;
     return {load_lanes<V>(from[0] + c, n), load_lanes<V>(from[1] + c, n), load_lanes<V>(from[2] + c, n),
             load_lanes<V>(from[3] + c, n)};
@@ -141,7 +141,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
 
   const Tensor boxes = as_contiguous<int64_t>(crop), index = as_contiguous<int64_t>(bank_index);
   const Tensor words = as_contiguous<int64_t>(rng), ends = as_contiguous<double>(fader);
-  Tensor sums = torch::stable::new_empty(x, {2, batch, 3}, ScalarType::Double);
+  Tensor sums = new_on_cpu({2, batch, 3}, ScalarType::Double);
 
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
@@ -221,7 +221,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
               next_input = shared ? Ahead::of(powers + sample_powers, sample_powers) : inputs.ahead(b + 1, 0, mels);
             next_out = Ahead::of(mutable_data<S>(out) + next * elements, std::min<int64_t>(16 * size[1], elements));
           }
-          const auto fetch = [&]() BYOLA_INLINE {
+          const auto fetch = [&]() BYOLA_IN_PLACE {
             next_partner.template fetch<V::width / 2>(), next_input.template fetch<V::width / 2>();
             next_out.template fetch<V::width / 4>();
           };
@@ -265,13 +265,13 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
           double total[V::width] = {}, squares[V::width] = {};
           V pivot = V::set(0);
           S* target = mutable_data<S>(out) + row * elements;
-          const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_INLINE {
+          const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_IN_PLACE {
             const V of_fade = V::load(fade + t);
             const int64_t row_size = size[1], n = row_size - t;
             S* to = target + o * row_size + t;
             if (o == 0 && t == 0) pivot = sum(0, of_fade);
             const V around = pivot;
-            const auto put = [&](int64_t k, V& totals, V& total_squares) BYOLA_INLINE {
+            const auto put = [&](int64_t k, V& totals, V& total_squares) BYOLA_IN_PLACE {
               const V y = sum(k, of_fade);
               store_lanes(y, to + k * row_size, n);
               __builtin_prefetch(to + (k + count) * row_size, 1, 2);  // of the next rows
@@ -309,6 +309,6 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
   return sums;
 }
 
-}  // namespace byola
+BYOLA_OPS(augment_views, m) { m.impl("augment_views_out", TORCH_BOX(&augment_views_out_cpu)); }
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("augment_views_out", TORCH_BOX(&byola::augment_views_out_cpu)); }
+}  // namespace byola::BYOLA_SIMD

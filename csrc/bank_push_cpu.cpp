@@ -1,7 +1,7 @@
 // Pre-normalise a batch and append its finite samples to the ring of past inputs. Reads x once, writes it once.
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -61,6 +61,6 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
   });
 }
 
-}  // namespace byola
+BYOLA_OPS(bank_push, m) { m.impl("bank_push_", TORCH_BOX(&bank_push__cpu)); }
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("bank_push_", TORCH_BOX(&byola::bank_push__cpu)); }
+}  // namespace byola::BYOLA_SIMD

@@ -11,7 +11,7 @@
 // A butterfly that is not inlined passes its 16 vectors through memory.
 #define BYOLA_INLINE inline __attribute__((always_inline))
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 template <typename V>
 struct Complex {
@@ -187,4 +187,4 @@ struct Fft {
   }
 };
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

@@ -14,7 +14,7 @@
 #include "fft.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -210,6 +210,6 @@ Tensor log_mel_cpu(const Tensor& wav, const Tensor& window, const Tensor& filter
   return lms;
 }
 
-}  // namespace byola
+BYOLA_OPS(log_mel, m) { m.impl("log_mel", TORCH_BOX(&log_mel_cpu)); }
 
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) { m.impl("log_mel", TORCH_BOX(&byola::log_mel_cpu)); }
+}  // namespace byola::BYOLA_SIMD

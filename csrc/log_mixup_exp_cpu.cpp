@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -25,7 +25,7 @@ void over_samples(int64_t batch, int64_t elements, F f) {
 
 // x, z (B, ...), lam (B,) -> (B, ...)
 Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
-  const Tensor xs = torch::stable::contiguous(x), zs = torch::stable::contiguous(z);
+  const Tensor xs = compact(x), zs = compact(z);
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
   BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
   Tensor y = torch::stable::new_empty(x, x.sizes());
@@ -37,12 +37,12 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
     const Tensor weights = as_contiguous<Real>(lam);
     over_samples(batch, elements, [&](int64_t b, int64_t first, int64_t last) {
       const V of_z = V::set(data<Real>(weights)[b]), of_x = V::set(1) - of_z, eps = V::set(kEps);
-      const auto mix = [&](auto a, auto c, auto weight, auto z_weight, auto epsilon) BYOLA_INLINE {
+      const auto mix = [&](auto a, auto c, auto weight, auto z_weight, auto epsilon) BYOLA_IN_PLACE {
         return log_positive(fma(weight, exp_or_zero(a), fma(z_weight, exp_or_zero(c), epsilon)));
       };
       const S *a = data<S>(xs), *c = data<S>(zs);
       S* to = mutable_data<S>(y);
-      const auto four = [](const S* p) BYOLA_INLINE {
+      const auto four = [](const S* p) BYOLA_IN_PLACE {
         return Four<V>{load_lanes<V>(p, V::width), load_lanes<V>(p + V::width, V::width),
                        load_lanes<V>(p + 2 * V::width, V::width), load_lanes<V>(p + 3 * V::width, V::width)};
       };
@@ -62,8 +62,8 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
 
 std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& z,
                                                       const Tensor& lam) {
-  const Tensor gs = torch::stable::contiguous(grad), xs = torch::stable::contiguous(x);
-  const Tensor zs = torch::stable::contiguous(z);
+  const Tensor gs = compact(grad), xs = compact(x);
+  const Tensor zs = compact(z);
   BYOLA_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
               "grad: expected the dtype and shape of x");
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
@@ -89,9 +89,9 @@ std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(const Tensor& grad, const 
   return {to_x, to_z};
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("log_mixup_exp", TORCH_BOX(&byola::log_mixup_exp_cpu));
-  m.impl("log_mixup_exp_backward", TORCH_BOX(&byola::log_mixup_exp_backward_cpu));
+BYOLA_OPS(log_mixup_exp, m) {
+  m.impl("log_mixup_exp", TORCH_BOX(&log_mixup_exp_cpu));
+  m.impl("log_mixup_exp_backward", TORCH_BOX(&log_mixup_exp_backward_cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 enum Slot : uint32_t { kCrop = 0, kRatio = 1, kPartner = 2, kFader = 3, kNoise = 1u << 16 };
 
@@ -19,4 +19,4 @@ inline std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t seed) 
   return c;
 }
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

@@ -6,7 +6,7 @@
 #include "taps.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr const char* kFits = "size, canvas: expected at least 1 and the input's (F, T), and fewer than 2^31";
 
@@ -171,7 +171,7 @@ class CropResizer {
     const auto in_blocks = [&](auto taps_of) {
       for (int64_t t = 0; t < size_[1]; t += V::width) {
         const auto taps = taps_of(t);
-        emit(o, count, t, [&](int64_t k, V start) BYOLA_INLINE -> V { return taps(rows[k], start); });
+        emit(o, count, t, [&](int64_t k, V start) BYOLA_IN_PLACE -> V { return taps(rows[k], start); });
       }
     };
     if constexpr (V::is_simd) {
@@ -192,4 +192,4 @@ class CropResizer {
   std::vector<char> needed_;
 };
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

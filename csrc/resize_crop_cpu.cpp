@@ -3,7 +3,7 @@
 #include "resize.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 // x (B, F, T), crop (B, 4) -> (B, *size)
 Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, const Sizes& canvas,
@@ -28,7 +28,7 @@ Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, c
               load_strided<V>(from + c * source.frame_stride, source.frame_stride, c1 - c).store(rows[k] + c);
           }
         };
-        const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_INLINE {
+        const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_IN_PLACE {
           S* to = target + o * size[1] + t;
           for (int64_t k = 0; k < count; ++k) store_lanes(sum(k, V::set(0)), to + k * size[1], size[1] - t);
         };
@@ -89,9 +89,9 @@ Tensor resize_crop_backward_cpu(const Tensor& grad, const Tensor& crop, const Si
   return to_x;
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("resize_crop", TORCH_BOX(&byola::resize_crop_cpu));
-  m.impl("resize_crop_backward", TORCH_BOX(&byola::resize_crop_backward_cpu));
+BYOLA_OPS(resize_crop, m) {
+  m.impl("resize_crop", TORCH_BOX(&resize_crop_cpu));
+  m.impl("resize_crop_backward", TORCH_BOX(&resize_crop_backward_cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

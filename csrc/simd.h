@@ -1,5 +1,6 @@
-// Vectors of floats for AVX-512, AVX2 with FMA, or any machine, chosen at compile time; exp and log on them, and on four
-// of them at once.
+// Vectors of floats for AVX-512, AVX2 with FMA, or any machine; exp and log on them, and on four of them at once. Every
+// kernel is compiled once for each instruction set, in a namespace of its name (BYOLA_SIMD); see ops/_native/cpu.py and
+// library.cpp.
 // No torch header. Never compile with -ffast-math: NaN and inf must propagate.
 #pragma once
 
@@ -7,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef BYOLA_SIMD
+#define BYOLA_SIMD portable
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define BYOLA_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -17,9 +21,9 @@
 #endif
 
 // Vectors stay in registers only if what works on them is inlined, which compilers judge by size.
-#define BYOLA_INLINE __attribute__((always_inline))
+#define BYOLA_IN_PLACE __attribute__((always_inline))
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 // Lanes of one type in plain C++, for float64 and for machines without AVX2.
 template <typename T, int Width>
@@ -29,7 +33,7 @@ struct Lanes {
   using Element = T;
   struct Index {
     int32_t v[Width];
-    static Index load(const int32_t* p, int32_t base) {  // p[k] - base
+    static Index load(const int32_t* p, int32_t base = 0) {  // p[k] - base
       Index r;
       for (int k = 0; k < Width; ++k) r.v[k] = p[k] - base;
       return r;
@@ -56,7 +60,7 @@ struct Lanes {
   void store(T* p, int64_t n) const {
     for (int k = 0; k < n && k < Width; ++k) p[k] = v[k];
   }
-  static Lanes gather(const T* window, Index index) {
+  static Lanes lookup_far(const T* window, Index index) {
     Lanes r;
     for (int k = 0; k < Width; ++k) r.v[k] = window[index.v[k]];
     return r;
@@ -126,7 +130,7 @@ struct Floats {
   using Element = float;
   struct Index {
     __m512i v;
-    static Index load(const int32_t* p, int32_t base) {
+    static Index load(const int32_t* p, int32_t base = 0) {
       return {_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(base))};
     }
   };
@@ -138,7 +142,7 @@ struct Floats {
   static Floats set(float x) { return {_mm512_set1_ps(x)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  static Floats gather(const float* window, Index index) { return {_mm512_i32gather_ps(index.v, window, 4)}; }
+  static Floats lookup_far(const float* window, Index index) { return {_mm512_i32gather_ps(index.v, window, 4)}; }
   static Floats permute(Floats x, Index index) { return {_mm512_permutexvar_ps(index.v, x.v)}; }
   static Floats from_ints(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   Floats first_lanes(int64_t n) const { return {_mm512_maskz_mov_ps(first(n), v)}; }
@@ -188,7 +192,7 @@ struct Floats {
   using Element = float;
   struct Index {
     __m256i v;
-    static Index load(const int32_t* p, int32_t base) {
+    static Index load(const int32_t* p, int32_t base = 0) {
       return {_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(base))};
     }
   };
@@ -203,9 +207,9 @@ struct Floats {
   static Floats set(float x) { return {_mm256_set1_ps(x)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
-  static Floats gather(const float* window, Index index) { return {_mm256_i32gather_ps(window, index.v, 4)}; }
+  static Floats lookup_far(const float* window, Index index) { return {_mm256_i32gather_ps(window, index.v, 4)}; }
   static Floats permute(Floats x, Index index) { return {_mm256_permutevar8x32_ps(x.v, index.v)}; }
-  static Floats from_ints(const int32_t* p) { return {_mm256_cvtepi32_ps(Index::load(p, 0).v)}; }
+  static Floats from_ints(const int32_t* p) { return {_mm256_cvtepi32_ps(Index::load(p).v)}; }
   Floats first_lanes(int64_t n) const { return {_mm256_and_ps(v, _mm256_castsi256_ps(first(n)))}; }
   void add_to(double* sums) const {
     const __m128 low = _mm256_castps256_ps128(v), high = _mm256_extractf128_ps(v, 1);
@@ -307,7 +311,7 @@ struct Four {
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; scale exp(r) by a minimax polynomial of degree 5.
 template <typename F>
-BYOLA_INLINE inline F reduced_exp(F x, F n, float scale) {
+BYOLA_IN_PLACE inline F reduced_exp(F x, F n, float scale) {
   F r = fma(n, F::set(-0.693359375f), x);  // ln 2 in two parts; n times the first part is exact
   r = fma(n, F::set(2.12194440e-4f), r);
   F p = fma(F::set(scale * 0x1.10627cp-7f), r, F::set(scale * 0x1.572a08p-5f));
@@ -320,7 +324,7 @@ BYOLA_INLINE inline F reduced_exp(F x, F n, float scale) {
 // exp(x), but 0 below 2^-125: for sums with eps, which such terms do not change. Error below 3 ulp; overflows to inf.
 // x / ln 2 + 1.5 2^23 + 126 rounds to an integer whose low bits are n + 126, so one shift makes 2^(n - 1) of it.
 template <typename F>
-BYOLA_INLINE inline F flushed_exp(F x) {
+BYOLA_IN_PLACE inline F flushed_exp(F x) {
   x = F::clamp(x, -87.5f, 89.0f);
   const F magic = F::set(12582912.0f + 126.0f), shifted = fma(x, F::set(1.44269504f), magic);
   return reduced_exp(x, shifted - magic, 2.0f) * F::shifted_to_exponent(shifted);
@@ -330,7 +334,7 @@ BYOLA_INLINE inline F flushed_exp(F x) {
 // x >= 2^-125, +inf and NaN, as (1 - lam) exp(x) + lam exp(z) + eps is. Below 3 ulp. 1 + r is a product with a positive
 // power of two, so that inf and NaN pass through it.
 template <typename F>
-BYOLA_INLINE inline F log_of_large(F x) {
+BYOLA_IN_PLACE inline F log_of_large(F x) {
   F e, scale;
   F::exponent(x, e, scale);
   const F r = fma(x * scale, F::set(0.25f), F::set(-1.0f));
@@ -359,14 +363,14 @@ inline Floats exp(Floats x) {
 #endif
 
 template <typename V>
-BYOLA_INLINE inline Four<V> exp_or_zero(Four<V> x) {
+BYOLA_IN_PLACE inline Four<V> exp_or_zero(Four<V> x) {
   if constexpr (V::is_simd) return flushed_exp(x);
   return {exp_or_zero(x.a), exp_or_zero(x.b), exp_or_zero(x.c), exp_or_zero(x.d)};
 }
 template <typename V>
-BYOLA_INLINE inline Four<V> log_positive(Four<V> x) {
+BYOLA_IN_PLACE inline Four<V> log_positive(Four<V> x) {
   if constexpr (V::is_simd) return log_of_large(x);
   return {log_positive(x.a), log_positive(x.b), log_positive(x.c), log_positive(x.d)};
 }
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

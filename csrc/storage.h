@@ -10,7 +10,7 @@
 
 #include "simd.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
@@ -92,4 +92,4 @@ inline T* scratch(Memory<T>& memory, int64_t size) {
   return memory.data();
 }
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

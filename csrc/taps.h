@@ -5,7 +5,7 @@
 
 #include "storage.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr int kMaxTaps = 4;
 
@@ -84,9 +84,9 @@ struct FarTaps {
 #pragma GCC unroll 4
     for (int k = 0; k < Taps; ++k) weight[k] = V::load(&axis.weight[k][o]);
   }
-  BYOLA_INLINE V operator()(const Real* row, V sum) const {
+  BYOLA_IN_PLACE V operator()(const Real* row, V sum) const {
 #pragma GCC unroll 4
-    for (int k = 0; k < Taps; ++k) sum = fma(weight[k], V::gather(row + window + k, index), sum);
+    for (int k = 0; k < Taps; ++k) sum = fma(weight[k], V::lookup_far(row + window + k, index), sum);
     return sum;
   }
 };
@@ -94,7 +94,7 @@ struct FarTaps {
 template <typename V, int Taps>
 struct NarrowTaps : FarTaps<V, Taps> {
   using FarTaps<V, Taps>::FarTaps;
-  BYOLA_INLINE V operator()(const typename V::Element* row, V sum) const {
+  BYOLA_IN_PLACE V operator()(const typename V::Element* row, V sum) const {
 #pragma GCC unroll 4
     for (int k = 0; k < Taps; ++k)
       sum = fma(this->weight[k], V::permute(V::load(row + this->window + k), this->index), sum);
@@ -123,7 +123,7 @@ struct NearTaps<Floats, Taps> {
       weight[k] = Floats::load(&axis.weight[k][o]);
     }
   }
-  BYOLA_INLINE Floats operator()(const float* row, Floats sum) const {
+  BYOLA_IN_PLACE Floats operator()(const float* row, Floats sum) const {
     const __m512 low = _mm512_loadu_ps(row + window), high = _mm512_loadu_ps(row + window + 16);
 #pragma GCC unroll 4
     for (int k = 0; k < Taps; ++k) sum = fma(weight[k], {_mm512_permutex2var_ps(low, index[k], high)}, sum);
@@ -154,7 +154,7 @@ struct NearTaps<Floats, Taps> {
       high_weight[k / 2] = _mm256_permute2f128_ps(a, b, 0x31);
     }
   }
-  BYOLA_INLINE Floats operator()(const float* row, Floats start) const {
+  BYOLA_IN_PLACE Floats operator()(const float* row, Floats start) const {
     __m256 a = _mm256_blend_ps(start.v, _mm256_setzero_ps(), 0xF0);
     __m256 b = _mm256_blend_ps(start.v, _mm256_setzero_ps(), 0x0F);
 #pragma GCC unroll 2
@@ -169,4 +169,4 @@ struct NearTaps<Floats, Taps> {
 
 #endif
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import reprlib
 from collections.abc import Callable, Mapping
@@ -30,6 +31,13 @@ from byola_fast.runtime.state import mismatch
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 
+logger = logging.getLogger("byola_fast")
+
+IN_THE_BOX = Path(__file__).parents[1] / "weights" / "encoder.safetensors"
+HUB = "hf-hub:"  # timm's prefix of a name on the Hub
+MODEL = "model.safetensors"  # in a saved folder, as on the Hub
+OF_A_FOLDER = (MODEL, "encoder.safetensors", "encoder.pth", "checkpoint.pt")  # of a saved folder or a run's
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 FIRST = "features.0.weight"
 WRAPPERS = ("state_dict", "model")  # keys that files nest their weights under
 
@@ -46,6 +54,56 @@ class EncoderFile(NamedTuple):
     encoder: nn.Module
     config: dict[str, Any]
     stats: tuple[float, float] | None
+
+
+def find_weights(path: str | Path | None) -> Path:
+    """Return a file of weights: of a run's or a saved folder its encoder, without a path those that come with us.
+
+    Args:
+        path: a file, a folder, or ``hf-hub:user/name`` or ``hf-hub:user/name@revision``, which is downloaded once. Only
+            these ask the network.
+
+    Raises:
+        CheckpointError: a folder without an encoder; no such model on the Hub; no path, and this copy of the package
+            has no weights. ImportError: huggingface_hub is missing.
+    """
+    if path is None:
+        if not IN_THE_BOX.is_file():
+            raise CheckpointError(
+                f"no weights given, and this copy of byola_fast comes without {IN_THE_BOX}; give some"
+            )
+        logger.info("no weights given: taking those that come with byola_fast, %s", IN_THE_BOX)
+        return IN_THE_BOX
+    if isinstance(path, str) and path.startswith(HUB):
+        return _download(path)
+    if not Path(path).is_dir():
+        return Path(path)
+    found = next((file for name in OF_A_FOLDER if (file := Path(path, name)).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path}: expected a file of weights, or a folder with {' or '.join(OF_A_FOLDER)}")
+    return found
+
+
+def _download(path: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(f"{path}: needs huggingface_hub: pip install huggingface_hub") from error
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    try:
+        return Path(hf_hub_download(name, MODEL, revision=revision or None, library_name="byola_fast"))
+    except Exception as error:  # of the network, the Hub, the cache, or the name
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path}: no {MODEL} can be had from the Hub: {reason}") from error
+
+
+def names_weights(path: str | Path, folders: bool = True) -> bool:
+    """Return whether a path is a file of weights by its suffix or, with ``folders``, a folder that holds an encoder.
+
+    >>> names_weights("runs/mine/encoder.pth"), names_weights("sounds/kick.wav")
+    (True, False)
+    """
+    return Path(path).suffix in SUFFIXES or (folders and any(Path(path, name).is_file() for name in OF_A_FOLDER))
 
 
 def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 from byola_fast.ops._native import cpu
@@ -23,11 +25,17 @@ def ulps(actual, expected):
     return np.abs(actual.astype(np.float64) - expected) / spacing
 
 
+def apply(function, x):
+    """Replace float32 values by a function of the library."""
+    function.argtypes = ctypes.c_void_p, ctypes.c_int64
+    function(x.ctypes.data, x.size)
+
+
 def check_math():
-    kernels = cpu.module()
+    kernels = cpu.library()
     x = np.concatenate([every_binade(), -every_binade(), np.linspace(-104, 88.72, 400_001).astype(np.float32)])
     y = x.copy()
-    kernels.exp_(y)
+    apply(kernels.byola_exp, y)
     with np.errstate(over="ignore"):
         exact = np.exp(x.astype(np.float64))
     finite = exact <= np.finfo(np.float32).max
@@ -37,12 +45,12 @@ def check_math():
     # from 2^-125 on: the argument contains eps = 2^-23
     x = np.concatenate([every_binade()[4000:], np.linspace(0.5, 2, 400_001).astype(np.float32)])
     y = x.copy()
-    kernels.log_positive_(y)
+    apply(kernels.byola_log_positive, y)
     assert ulps(y, np.log(x.astype(np.float64))).max() <= MOST_ULP
 
     special = np.array([np.nan, np.inf, -np.inf, 0], dtype=np.float32)
-    kernels.exp_(special)
+    apply(kernels.byola_exp, special)
     np.testing.assert_array_equal(special, np.array([np.nan, np.inf, 0, 1], dtype=np.float32))
     special = np.array([np.nan, np.inf, 1], dtype=np.float32)
-    kernels.log_positive_(special)
+    apply(kernels.byola_log_positive, special)
     np.testing.assert_array_equal(special, np.array([np.nan, np.inf, 0], dtype=np.float32))

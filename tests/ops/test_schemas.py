@@ -32,13 +32,13 @@ def test_every_op_has_a_reference_and_a_fake():
 def test_cpp_kernels_match_the_table():
     for name, op in _schemas.OPS.items():
         assert _dispatch.backend_in_use("CPU", name)[0] == ("cpp" if op.cpu else "reference")
-    assert cpu.module() is not None  # once loaded, no stubs remain under the key
+    assert cpu.library() is not None  # once loaded, no stubs remain under the key
     with_kernel = {
         name
         for name in registered_ops()
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"byola_fast::{name}", "CPU")
     }
-    assert with_kernel == set(_schemas.CPU_OPS)
+    assert {name for name in with_kernel if not name.startswith("_")} == set(_schemas.CPU_OPS)
 
 
 def test_cuda_kernels_match_the_table():

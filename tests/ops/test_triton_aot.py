@@ -8,8 +8,10 @@ import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import kernels
 from byola_fast.ops import _triton
@@ -24,12 +26,16 @@ BUDGETS = {
     "two_views": (80, 128, 3),
     "two_views, bf16": (80, 128, 3),
     "two_views, bicubic": (80, 128, 3),
-    "finish_views": (56, 128, 4),
+    "finish_views": (64, 128, 4),
+    "exact_views": (64, 28 * 1024, 4),
+    "exact_views, bf16": (64, 28 * 1024, 4),
+    "exact_views, bicubic": (64, 28 * 1024, 4),
+    "finish_exact_views": (64, 256, 4),
     "draw_params": (40, 0, 12),
     "write_inputs": (32, 0, 16),
     "ema_update": (56, 64, 4),
     "ema_update, bf16 online": (56, 8192, 4),
-    "normalize": (56, 64, 8),
+    "normalize": (64, 64, 4),
     "sample_sums": (64, 64, 8),
     "batch_stats": (56, 64, 8),
     "running_stats": (56, 64, 8),
@@ -107,7 +113,17 @@ def test_programs_per_sm_of_log_mel_are_those_its_launcher_assumes():
     assert [kernels.measure("log_mel, int16, 256", a).programs for a in kernels.ARCHITECTURES] == [3, 4, 3]
 
 
+def test_two_views_asks_for_the_registers_it_has_here(monkeypatch):
+    from byola_fast.ops._triton import two_views
+
+    for architecture, limit in kernels.variants()["two_views"].max_registers.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, a=architecture: divmod(a, 10))
+        x = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=None)
+        assert two_views.of_device(x).get("maxnreg", two_views.views_file.REGISTERS) == limit
+
+
 def test_the_views_fill_an_h200_in_one_wave():
     """At least 2 x 256 programs, one per view, run at a time on 132 multiprocessors."""
-    for name in ("augment_views, bilinear", "two_views", "two_views, bf16", "two_views, bicubic"):
+    names = "augment_views, bilinear", "two_views", "two_views, bf16", "two_views, bicubic"
+    for name in (*names, "exact_views", "exact_views, bf16", "exact_views, bicubic", "finish_exact_views"):
         assert kernels.measure(name, 90).programs * 132 >= 2 * 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,10 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def build(checkout, kind, out):
+def build(checkout, kind, out, **environment):
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
+    path = os.environ | {"PYTHONPATH": ""} | environment
+    subprocess.run([sys.executable, "-c", code], cwd=checkout, env=path, check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")
     return zipfile.ZipFile(wheel)
 
@@ -56,3 +58,28 @@ def test_a_wheel_holds_the_sources_of_all_kernels(checkout, tmp_path):
         packed = {Path(name).name for name in wheel.namelist() if name.startswith("byola_fast/csrc/")}
         assert packed == {path.name for path in (ROOT / "csrc").iterdir()}
         assert {"byola_fast/py.typed", "byola_fast/ops/reference.py"} <= set(wheel.namelist())
+        weights = {"encoder.safetensors", "README.md", "heard.tsv"}
+        assert {f"byola_fast/weights/{name}" for name in weights} <= set(wheel.namelist())
+
+
+def test_a_wheel_with_compiled_kernels_needs_no_compiler(checkout, tmp_path):
+    with build(checkout, "wheel", tmp_path, BYOLA_FAST_COMPILE="1") as wheel:
+        wheel.extractall(tmp_path / "installed")
+        assert Path(wheel.filename).name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
+    code = (
+        "import torch, byola_fast; byola_fast.augment(torch.randn(2, 8, 12)); report = byola_fast.doctor();"
+        "print(report.backends['CPU', 'resize_crop'], *(note for note in report.notes if 'kernels' in note))"
+    )
+    environment = {
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "CXX": "/none",
+        "BYOLA_FAST_CACHE": str(tmp_path / "none"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith(
+        f"cpp compiled kernels: {tmp_path / 'installed' / 'byola_fast' / 'kernels'}/cpu-torch"
+    )
+    assert not (tmp_path / "none").exists()

@@ -1,15 +1,14 @@
 """Build the kernels of csrc once, in a cache folder; safe against parallel starts, kills and unwritable folders.
 
-The name of a build's folder contains everything that it depends on: the versions of torch and Python, the CPU's
-instruction set, and a hash of the C library's version, the sources and flags. A file lock guards the build: two
-processes that start together build once, and the system releases the lock once a killed process and its compiler have
-ended. A marker, written last, makes a build valid: the checksum of the library.
+The name of a build's folder contains everything that it depends on: the version of torch, the kind of machine, and a
+hash of the C library's version, the sources and flags. A file lock guards the build: two processes that start together
+build once, and the system releases the lock once a killed process and its ninja have ended. A marker, written last,
+makes a build valid: the checksum of the library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -31,10 +30,17 @@ import torch
 
 from byola_fast.ops._dispatch import BackendError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger("byola_fast")
 
+Command = tuple[list[str], dict[str, str]]  # words and environment
 REMEDY = "set BYOLA_FAST_CACHE to a folder"
 MARKER = "library.sha256"
+STANDARD = "-std=c++17" if torch.__version__.startswith("2.11") else "-std=c++20"  # as torch compiles extensions
 
 
 def source_folder() -> Path:
@@ -54,28 +60,49 @@ def cache_folder() -> Path:
     return Path(folder).absolute()  # the compiler runs elsewhere
 
 
-def versioned_name(device: str, architecture: str, build_flags: list[str], compiled: list[Path]) -> str:
-    """Return the name of a build: everything that it depends on, with headers and sources as a hash."""
-    digest = hashlib.sha256(" ".join([MARKER, *platform.libc_ver(), *build_flags]).encode())
+def versioned_name(
+    device: str, target: str, build_flags: list[str], compiled: list[Path], in_wheel: bool = False
+) -> str:
+    """Return the name of a build: everything that it depends on, with headers and sources as a hash.
+
+    Args:
+        in_wheel: leave out the C library, which the wheel's platform names, and whether torch is built for CUDA.
+    """
+    system = () if in_wheel else platform.libc_ver()
+    digest = hashlib.sha256(" ".join([MARKER, *system, *build_flags]).encode())
     headers = [path for path in source_folder().iterdir() if path.suffix in (".h", ".cuh")]
     for path in sorted([*headers, *compiled]):
         digest.update(path.name.encode() + path.read_bytes())
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    machine = platform.machine()
-    return f"{device}-torch{torch.__version__}-{python}-{machine}-{architecture}-{digest.hexdigest()[:12]}"
+    version = torch.__version__.partition("+")[0] if in_wheel else torch.__version__
+    return f"{device}-torch{version}-{target}-{digest.hexdigest()[:12]}"
 
 
-def build_once(build: str, language: str, arguments: dict[str, Any], environment: Callable[[], dict[str, str]]) -> Path:
-    """Return the shared library ``arguments["name"]`` of a build; build it if the cache has none.
+def in_wheel(build: str, name: str) -> Path | None:
+    """Return a library that was compiled into the installed wheel, or None."""
+    folder = Path(__file__).parents[2] / "kernels" / build
+    return folder / name if _finished(folder, name) else None
+
+
+def copy_into_wheel(library: Path, package: Path, build: str) -> None:
+    """Copy a library to where ``in_wheel`` finds it; ``package`` is the folder of the package that is built."""
+    folder = package / "kernels" / build
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(library, folder)
+    (folder / MARKER).write_bytes(_checksum(library))
+
+
+def build_once(build: str, language: str, name: str, prepare: Callable[[Path], Command]) -> Path:
+    """Return the shared library ``name`` of a build; build it if the cache has none.
 
     Args:
         build: name of its folder in the cache.
         language: of the kernels, for the message that announces a compilation.
-        arguments: of ``torch.utils.cpp_extension.load``.
-        environment: returns the environment to build in, or raises ``BackendError``; called only to build.
+        name: of the library's file.
+        prepare: returns the command that builds the library in a folder, or raises ``BackendError``.
     """
+    if fcntl is None:
+        raise BackendError("the kernels are compiled on Linux and macOS alone")
     folder = cache_folder() / build
-    name = f"{arguments['name']}.so"
     if _finished(folder, name):
         return folder / name
     folder = writable(folder, name)
@@ -84,7 +111,7 @@ def build_once(build: str, language: str, arguments: dict[str, Any], environment
             if not _finished(folder, name):
                 for old in (MARKER, name):
                     (folder / old).unlink(missing_ok=True)
-                _build(folder, language, arguments, environment(), lock)
+                _build(folder, language, prepare(folder), lock)
                 (folder / MARKER).write_bytes(_checksum(folder / name))
     except OSError as error:
         raise BackendError(f"cannot build in {folder}: {error.strerror or error}; {REMEDY}") from error
@@ -169,8 +196,8 @@ def _locked(path: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _build(folder: Path, language: str, arguments: dict[str, Any], environment: dict[str, str], lock: IO[str]) -> None:
-    """Build in a subprocess, because ``load`` also loads the library, and here the stubs must be removed first."""
+def torchs_command(folder: Path, arguments: dict[str, Any], environment: dict[str, str]) -> Command:
+    """Return a command that runs ``torch.utils.cpp_extension.load``; it also loads the library, hence the process."""
     (folder / "lock").unlink(missing_ok=True)  # torch's; some versions wait for it even if its owner is dead
     arguments = arguments | {"build_directory": str(folder)}
     if len(words := shlex.split(environment.get("CXX", ""))) > 1:  # torch takes it for one word
@@ -182,14 +209,55 @@ def _build(folder: Path, language: str, arguments: dict[str, Any], environment: 
         "import json, shlex, sys; from torch.utils import cpp_extension as torchs; "
         "torchs.TORCH_LIB_PATH = shlex.quote(torchs.TORCH_LIB_PATH); torchs.load(**json.loads(sys.argv[1]))"
     )
+    return [sys.executable, "-c", code, json.dumps(arguments)], environment
+
+
+def ninjas_command(folder: Path, library: str, sources: dict[Path, list[str]], environment: dict[str, str]) -> Command:
+    """Return a command that compiles and links C++ sources, each with flags of its own, in this order.
+
+    ``torch.utils.cpp_extension`` has one set of flags for all sources, and takes two seconds to start.
+    """
+    torchs = Path(torch.__file__).parent
+    includes = [torchs / "include", torchs / "include" / "torch" / "csrc" / "api" / "include", source_folder()]
+    common = [f"-I{path}" for path in includes] + [STANDARD, "-fPIC"]
+    libraries = [f"-L{torchs / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    compiler = environment.get("CXX", "c++")
+    lines = [
+        f"rule compile\n  command = {_escaped(compiler)} {_words(common)} $flags -c $in -o $out",
+        f"rule link\n  command = {_escaped(compiler)} -shared $in {_words(libraries)} -o $out",
+    ]
+    objects = []
+    for path, flags in sources.items():
+        objects.append(f"{path.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {_path(path)}\n  flags = {_words(flags)}")
+    lines.append(f"build {library}: link {' '.join(objects)}")
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    jobs = ["-j", environment["MAX_JOBS"]] if environment.get("MAX_JOBS") else []  # as torch does
+    return ["ninja", *jobs], environment
+
+
+def _escaped(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _words(words: list[str]) -> str:
+    return _escaped(shlex.join(words))
+
+
+def _path(path: Path) -> str:
+    return _escaped(str(path)).replace(" ", "$ ").replace(":", "$:")
+
+
+def _build(folder: Path, language: str, command: Command, lock: IO[str]) -> None:
     started = time.perf_counter()
-    message = (
-        f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (about half a minute)"
-    )
+    message = f"byola_fast: compiling the {language} kernels for this machine, once, into {folder} (15 to 30 seconds)"
     print(message, file=sys.stderr, flush=True)
-    command = [sys.executable, "-c", code, json.dumps(arguments)]
-    # ninja inherits stdin too, and with it the lock: it goes on if this process or Python's child is killed
-    done = subprocess.run(command, env=environment, cwd=folder, stdin=lock, capture_output=True, text=True)
+    # ninja inherits stdin, and with it the lock: it goes on if this process is killed
+    words, environment = command
+    executable = shutil.which(words[0], path=environment["PATH"]) or words[0]
+    done = subprocess.run(
+        [executable, *words[1:]], env=environment, cwd=folder, stdin=lock, capture_output=True, text=True
+    )
     (folder / "build.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +68,9 @@ def sources() -> list[Path]:
 
 def build_name() -> str:
     """Return the name of the build for this torch, Python, GPUs and these sources."""
-    return build.versioned_name("cuda", re.sub(r"[^\w.]+", "_", architectures()), flags(), sources())
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"  # its headers are used
+    target = "-".join([python, platform.machine(), re.sub(r"[^\w.]+", "_", architectures())])
+    return build.versioned_name("cuda", target, flags(), sources())
 
 
 def prepare() -> Path:
@@ -86,7 +90,9 @@ def prepare() -> Path:
         "extra_cuda_cflags": flags(),
         "is_python_module": False,
     }
-    return build.build_once(build_name(), "CUDA", arguments, build_environment)
+    return build.build_once(
+        build_name(), "CUDA", f"{NAME}.so", lambda folder: build.torchs_command(folder, arguments, build_environment())
+    )
 
 
 def register(library: Path) -> None:

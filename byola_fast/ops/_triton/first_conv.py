@@ -124,6 +124,21 @@ def window(q, out_rows, out_columns):
     return image, line - image * out_rows, q - line * out_columns
 
 
+@triton.jit
+def first_maximum(best, place, value, d: tl.constexpr):
+    """Return the maximum of a window's values up to ``value``, the d-th, and where it is; NaN is the largest."""
+    larger = (value > best) | (value != value)
+    return tl.where(larger, value, best), tl.where(larger, d, place)
+
+
+@triton.jit
+def store_maximum(best, place, out, which, at, some):
+    """Write relu of a window's maximum and its place (0 to 3; 4 if clipped to 0)."""
+    clipped = best <= 0  # NaN is not
+    tl.store(out + at, tl.where(clipped, 0, best), some)
+    tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def first_forward_kernel(
     x,
@@ -175,13 +190,8 @@ def first_forward_kernel(
             if d == 0:
                 best = value
             else:
-                larger = (value > best) | (value != value)
-                best = tl.where(larger, value, best)
-                place = tl.where(larger, d, place)
-        clipped = best <= 0  # NaN is not
-        at = q.to(tl.int64)[:, None] * channels + c[None, :]
-        tl.store(out + at, tl.where(clipped, 0, best), some)
-        tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
+                best, place = first_maximum(best, place, value, d)
+        store_maximum(best, place, out, which, q.to(tl.int64)[:, None] * channels + c[None, :], some)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from byola_fast.ops._triton.first_conv import RUNTIME, window
+from byola_fast.ops._triton.first_conv import RUNTIME, first_maximum, store_maximum, window
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -138,13 +138,8 @@ def pool_kernel(
         if d == 0:
             best = value
         else:
-            larger = (value > best) | (value != value)
-            best = tl.where(larger, value, best)
-            place = tl.where(larger, d, place)
-    clipped = best <= 0  # NaN is not
-    at = q.to(tl.int64)[:, None] * channels + c[None, :]
-    tl.store(out + at, tl.where(clipped, 0, best), some)
-    tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
+            best, place = first_maximum(best, place, value, d)
+    store_maximum(best, place, out, which, q.to(tl.int64)[:, None] * channels + c[None, :], some)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -3,7 +3,8 @@
 
 ``sample_sums`` reads its input once. ``normalize`` reads sums and input and writes its output, 8 bytes per element in
 float32, mostly in the L2 cache, because the views were written just before. Every program adds up all sums, in the same
-order, because few sums take less time than another launch. More than ``FEW_SUMS`` rows are added up once, beforehand.
+order and while its first block is on its way, because few sums take less time than another launch. More than
+``FEW_SUMS`` rows are added up once, beforehand.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from byola_fast.ops._triton.shared import compute_type, launch, multiprocessors, on_device
+from byola_fast.ops._triton.shared import compute_type, launch, on_device, resident_programs
 from byola_fast.ops.reference import sums_dtype
 
 EPS = tl.constexpr(2.0**-23)
 BLOCK = 1024
+WARPS = 8  # of a program that normalises
+NORMALIZED = 2048  # values that it normalises at a time
+PROGRAMS_PER_SM = 4  # each of them reads all sums, so not more
+REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # asked for, or the compiler saves some and waits for each sum
 FEW_SUMS = 2048  # maximum number of rows of sums that every program adds up itself
 
 
@@ -64,14 +69,25 @@ def mean_and_std(sums, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def normalize_kernel(x, sums, y, numel, rows, COMPUTE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    mean, std, _count = mean_and_std(sums, rows, SUMS)
+def write_normalized(value, x, y, start, step, numel, mean, std, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write y = (x - mean) / std in blocks from ``start`` on, ``step`` apart; ``value`` is the first block of x."""
     mean = mean.to(COMPUTE)
     scale = 1 / std.to(COMPUTE)
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, tl.num_programs(0).to(tl.int64) * BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        value = tl.load(x + n, n < numel, other=0).to(COMPUTE)
-        tl.store(y + n, (value - mean) * scale, n < numel)
+    lane = tl.arange(0, BLOCK)
+    for first in range(start, numel, step):
+        n = first + lane
+        tl.store(y + n, (value.to(COMPUTE) - mean) * scale, n < numel)
+        value = tl.load(x + n + step, n + step < numel, other=0)
+
+
+@triton.jit
+def normalize_kernel(x, sums, y, numel, rows, COMPUTE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    n = start + tl.arange(0, BLOCK)
+    value = tl.load(x + n, n < numel, other=0)
+    mean, std, _count = mean_and_std(sums, rows, SUMS)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    write_normalized(value, x, y, start, step, numel, mean, std, COMPUTE, BLOCK)
 
 
 @triton.jit
@@ -180,11 +196,11 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
     rows = _rows(sums)
     if len(rows) > FEW_SUMS:
         rows = rows.sum(0, keepdim=True)
-    maximum = 8 * multiprocessors(x.device) if x.is_cuda else 4
+    programs = min(triton.cdiv(x.numel(), NORMALIZED), resident_programs(x, PROGRAMS_PER_SM))
     with on_device(x):
         launch(
             normalize_kernel,
-            min(triton.cdiv(x.numel(), BLOCK), maximum),
+            programs,
             x,
             rows,
             y,
@@ -192,7 +208,9 @@ def _normalize(x: Tensor, sums: Tensor, y: Tensor) -> None:
             len(rows),
             COMPUTE=compute_type(x.dtype),
             SUMS=_block_of(rows),
-            BLOCK=BLOCK,
+            BLOCK=NORMALIZED,
+            num_warps=WARPS,
+            maxnreg=None if x.dtype == torch.float64 else REGISTERS,
         )
 
 

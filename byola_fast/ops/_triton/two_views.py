@@ -17,15 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from byola_fast.ops._triton import augment_views as views_file
+from byola_fast.ops._triton import exact_views
 from byola_fast.ops._triton.augment_views import RUNTIME, clear_margins, make_view, moments
 from byola_fast.ops._triton.bank_push import is_flat, push_sample
 from byola_fast.ops._triton.draw_params import draw_scalars, parameters
-from byola_fast.ops._triton.normalize import moments_of_sums
+from byola_fast.ops._triton.normalize import (
+    NORMALIZED,
+    PROGRAMS_PER_SM,
+    REGISTERS,
+    WARPS,
+    moments_of_sums,
+    write_normalized,
+)
 from byola_fast.ops._triton.shared import EPS, compute_type, indexable, launch, on_device, resident_programs
 
-WARPS = 8
-NORMALIZED = 2048  # values that a program normalises at a time
-NORMALIZE_PROGRAMS_PER_SM = 4
 SPILLING = 10, 0  # from this compute capability on, 64 registers would spill: 80, 3 programs per SM
 DRAWN = ["pool_offset", "mel_base", "mel_slope", "frame_base", "frame_slope", "canvas_mels", "canvas_frames"]
 
@@ -215,8 +220,8 @@ def finish_views_kernel(
         if program >= pushing:
             step = (tl.num_programs(0) - pushing).to(tl.int64) * BLOCK
             start = (program - pushing).to(tl.int64) * BLOCK
-            lane = tl.arange(0, BLOCK)
-            value = tl.load(views + start + lane, start + lane < views_numel, other=0)  # on its way during the sums
+            own = start + tl.arange(0, BLOCK)
+            value = tl.load(views + own, own < views_numel, other=0)  # on its way during the sums
             total = tl.zeros((SUMS,), tl.float64)
             squares = tl.zeros((SUMS,), tl.float64)
             for first in range(0, rows_of_sums, SUMS):
@@ -224,12 +229,7 @@ def finish_views_kernel(
                 total += tl.load(sums + n, n < rows_of_sums, other=0)
                 squares += tl.load(sums + rows_of_sums + n, n < rows_of_sums, other=0)
             mean, std = moments_of_sums(tl.full((), views_numel, tl.float64), tl.sum(total), tl.sum(squares))
-            mean = mean.to(COMPUTE)
-            scale = 1 / std.to(COMPUTE)
-            for first in range(start, views_numel, step):
-                n = first + lane
-                tl.store(views + n, (value.to(COMPUTE) - mean) * scale, n < views_numel)
-                value = tl.load(views + n + step, n + step < views_numel, other=0)
+            write_normalized(value, views, views, start, step, views_numel, mean, std, COMPUTE, BLOCK)
 
 
 def of_device(x: Tensor) -> dict[str, int]:
@@ -264,6 +264,13 @@ def two_views_(
     push = advance and bank is not None
     x = indexable(x)
     pool = x if pool is None else indexable(pool)
+    if exact_views.fits(x, pool, out, canvas, mixup):
+        with on_device(x):
+            exact_views.exact_views_(
+                x, pool, bank, cursor, stats, rng, pool_offset, sample_offset, mel_range, frame_range, canvas,
+                mixup_ratio, fader_gain, interpolation, post_norm, advance, out,
+            )  # fmt: skip
+        return
     shape = views_file.shape_of_launch(x, out, canvas, interpolation)
     sums = x.new_empty(2, shape.programs, dtype=torch.float64)
     finite = x.new_empty(len(x) + 1 if push else 1, dtype=torch.int32)  # and the counter of programs
@@ -309,7 +316,7 @@ def two_views_(
 
 def finish_views(x, out, sums, stats, finite, rows, cursor, rng, post_norm, push, advance):
     numel = out.numel()
-    most = resident_programs(x, NORMALIZE_PROGRAMS_PER_SM)
+    most = resident_programs(x, PROGRAMS_PER_SM)
     normalizing = min(triton.cdiv(numel, NORMALIZED), most) if post_norm else 0
     pushing = len(x) if push else 0
     launch(
@@ -343,4 +350,5 @@ def finish_views(x, out, sums, stats, finite, rows, cursor, rng, post_norm, push
         PUSH_BLOCK=2048,
         BLOCK=NORMALIZED,
         num_warps=WARPS,
+        maxnreg=None if x.dtype == torch.float64 else REGISTERS,
     )
