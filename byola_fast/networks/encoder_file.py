@@ -61,7 +61,8 @@ def find_weights(path: str | Path | None) -> Path:
     Of ``hf-hub:user/name`` it is the file on the Hugging Face Hub, downloaded once.
 
     Raises:
-        CheckpointError: a folder without an encoder; no path, and this copy of the package has no weights.
+        CheckpointError: a folder without an encoder; no such model on the Hub; no path, and this copy of the package
+            has no weights. ImportError: huggingface_hub is missing.
     """
     if path is None:
         if not IN_THE_BOX.is_file():
@@ -132,13 +133,17 @@ def open_encoder(
     if encoder is None:
         encoder = _recognise(tensors, config, path)
     elif not isinstance(encoder, nn.Module):
-        widths = {name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int}
+        widths: dict[str, Any] = {
+            name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int
+        }
+        if encoder in (*ENCODERS, *ENCODERS.values()) and any(name.endswith("output.weight") for name in tensors):
+            widths["whitened"] = True
         encoder = _make(encoder, widths, tensors, path)
     return EncoderFile(encoder, config, stats), partial(fit_weights, encoder, tensors, path)
 
 
 def _make(
-    kind: type[nn.Module] | str, widths: Mapping[str, int], tensors: Mapping[str, Tensor], path: str | Path
+    kind: type[nn.Module] | str, widths: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path
 ) -> nn.Module:
     """Return an encoder with fresh weights; one of ours is compared with the file before memory is allocated."""
     try:
