@@ -9,7 +9,7 @@
 #include "conv_block_winograd.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 namespace {
 
@@ -577,9 +577,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_cpu(const
   return {channels_second(to.to_x, x.scalar_type()), to_weight, to.to_bias, to.to_gamma, to.to_beta};
 }
 
-}  // namespace byola
-
-STABLE_TORCH_LIBRARY_IMPL(byola_fast, CPU, m) {
-  m.impl("conv_block", TORCH_BOX(&byola::conv_block_cpu));
-  m.impl("conv_block_backward", TORCH_BOX(&byola::conv_block_backward_cpu));
+BYOLA_OPS(conv_block, m) {
+  m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
+  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
 }
+
+}  // namespace byola::BYOLA_SIMD

@@ -11,7 +11,7 @@
 
 #include "conv_block_lanes.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr int64_t kMoments = 55, kSums = 10;  // of q; of a channel backward
 constexpr int64_t kFirstChunks = 128;
@@ -164,4 +164,4 @@ void first_to_image(const Real* image, const Plane& plane, Real anchor, const Re
   }
 }
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

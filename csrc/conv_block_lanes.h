@@ -6,7 +6,7 @@
 
 #include "storage.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr int kClipped = 4;
 
@@ -156,4 +156,4 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return (chunk + 1) * total / count; }
 };
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

@@ -16,7 +16,7 @@
 #include "conv_block_lanes.h"
 #include "tensors.h"
 
-namespace byola {
+namespace byola::BYOLA_SIMD {
 
 constexpr int64_t kTiles = 24;  // at a time
 
@@ -421,4 +421,4 @@ class WeightSums {
   Memory<Real> zeros_;
 };
 
-}  // namespace byola
+}  // namespace byola::BYOLA_SIMD

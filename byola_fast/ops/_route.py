@@ -52,6 +52,11 @@ def op(name: str, *inputs: Tensor | None) -> Callable[..., Any]:
     return functools.partial(_without_autograd, found.default)
 
 
+def is_without_autograd(found: Callable[..., Any]) -> bool:
+    """Return whether ``op`` returned an op that does not enter autograd."""
+    return type(found) is functools.partial
+
+
 def _without_autograd(found: Callable[..., Any], *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return found(*args)

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import ema_decay, require_matching_lists
-from byola_fast.ops._route import ema_update_without_grad, needs_reference, op
+from byola_fast.ops._route import ema_update_without_grad, is_without_autograd, needs_reference, op
 from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
 __all__ = [
@@ -380,7 +380,11 @@ def augment_views(
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
-        return op("augment_views", x, stats)(*parameters, size, canvas, interpolation, mixup)
+        made = op("augment_views", x, stats)
+        if not is_without_autograd(made):
+            return made(*parameters, size, canvas, interpolation, mixup)
+        views = x.new_empty((2, batch, *size))  # as the op does, but without its Python
+        return views, op("augment_views_out")(*parameters, canvas, interpolation, mixup, views)
     check_out(out, x, size)
     parameters_read = dict(lam=lam, bank_index=bank_index, crop=crop, fader=fader, rng=rng, bank_count=bank_count)
     check.require_own_memory("out", out, x=x, pool=pool, bank=bank, stats=stats, **parameters_read)

@@ -43,7 +43,9 @@ def warn_of_slow_bfloat16() -> None:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which nothing is cast; the meta device knows no autocast."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return contextlib.nullcontext()  # torch.autocast takes longer than a small front end
+    return torch.autocast(device.type, enabled=False)
 
 
 def pick_device(name: str) -> torch.device:

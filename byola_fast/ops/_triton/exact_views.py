@@ -4,13 +4,11 @@
 
 As in ``augment_views.py``, a program mixes a view into a tile and resizes from it, but with half of the instructions.
 Sizes are constants, so that offsets are part of an instruction, divisions are products and nothing needs a mask. The
-tile lies in shared memory, whose addresses have 32 bits. It holds logarithms to base 2, as the GPU computes them; the
-product-sum that adds the fader converts them. A lane draws one slot of a view's parameters and asks other lanes for
-the rest. Each view searches half of its sample's rows for values that the memory refuses; these loads are on their way
-while the view is drawn, and one reduction takes the maximum and the sums. A program of the second launch loads all that
-it needs, a view and half of a sample, before it adds up the sums.
-
-Under the interpreter the tile lies in scratch memory.
+tile lies in shared memory, whose addresses have 32 bits (under the interpreter in scratch memory). It holds logarithms
+to base 2, as the GPU computes them; adding the fader converts them. A lane draws one slot of a view's parameters and
+asks other lanes for the rest. Each view searches half of its sample's rows for values that the memory refuses: these
+loads are on their way while the view is drawn, and one reduction takes the maximum and the sums. In the second launch
+the view is on its way during the sums. benchmarks/gpu/NOTES.md has the counts.
 """
 
 from __future__ import annotations
@@ -474,8 +472,7 @@ def finish_exact_views_kernel(
         count = 2 * views_numel * batch.to(tl.float64)
         mean_all = total_all * reciprocal(count)
         variance = (squares_all - total_all * mean_all) * reciprocal(count - 1)
-        variance = tl.where(variance < 0, 0, variance).to(tl.float32)  # not tl.maximum, which would lose NaN
-        std_all = tl.sqrt(variance)
+        std_all = tl.sqrt(tl.where(variance < 0, 0, variance).to(tl.float32))  # tl.maximum would lose NaN
         scale_all = 1 / tl.where(std_all < EPS, EPS, std_all)
         for k in tl.static_range(len(values)):
             y = (values[k].to(tl.float32) - mean_all.to(tl.float32)) * scale_all
@@ -515,6 +512,7 @@ def fits(x: Tensor, pool: Tensor, out: Tensor, canvas: list[int], mixup: str) ->
 
 
 def tile_size(mels: int, frames: int) -> int:
+    """Return the number of values in a tile."""
     return (round_up(mels, STAGED_ROWS.value) + 1) * (frames + MARGIN)
 
 

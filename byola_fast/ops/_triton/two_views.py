@@ -6,7 +6,8 @@ The first kernel draws each view's parameters where they are used, makes the vie
 samples that the memory will take, and leaves one row of sums per program. The second adds up these rows, which takes
 less time than a launch, and normalises; other programs of it write the samples to the memory. The memory, its cursor
 and the step change in the second kernel alone, and only after the first, which reads them, has ended. All counts stay
-on the GPU, so that a replayed CUDA graph draws afresh.
+on the GPU, so that a replayed CUDA graph draws afresh. ``exact_views.py`` does the same faster for sizes that fill
+blocks.
 """
 
 from __future__ import annotations
