@@ -18,6 +18,7 @@ import byola_fast
 from byola_fast.audio.pack import PackConfig, run_pack
 from byola_fast.embedding.embed_files import EmbedConfig, run_embed
 from byola_fast.embedding.export import ExportConfig, run_export
+from byola_fast.embedding.whiten import WhitenConfig, run_whiten
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
 from byola_fast.evaluation.recipes import RECIPES, write_task
@@ -53,6 +54,7 @@ CONFIGS = {
     "pack": PackConfig,
     "stats": StatsConfig,
     "embed": EmbedConfig,
+    "whiten": WhitenConfig,
     "export": ExportConfig,
     "eval": EvalConfig,
     "show": ShowConfig,
@@ -210,6 +212,12 @@ def _make_parser(demo: bool) -> Any:
     _add_settings(embed, EmbedConfig, skip={"paths"})
     commands.add_subcommand("embed", embed, help="write embeddings of audio files")
 
+    whitening = ArgumentParser(description="Give the directions of an embedding more equal strength.", **options)
+    whitening.add_argument("WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, published")
+    whitening.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    _add_settings(whitening, WhitenConfig, skip={"weights", "audio_dir"})
+    commands.add_subcommand("whiten", whitening, help="whiten the embeddings of an encoder, for linear probes")
+
     export = ArgumentParser(description="Write a network from waveform to embedding for other runtimes.", **options)
     export.add_argument("WEIGHTS", nargs="?", help="the same as --weights")
     _add_settings(export, ExportConfig)
@@ -285,6 +293,10 @@ def _run(command: str, settings: Any) -> int:
         if written is not None:
             message = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
             say(f"{written.out}: {message}; {written.speed:.0f} x real time", sys.stdout)
+        return 0
+    if command == "whiten":
+        given = {"weights": values.pop("WEIGHTS"), "audio_dir": values.pop("AUDIO_DIR")}
+        say(run_whiten(WhitenConfig(**given, **values)), sys.stdout)
         return 0
     if command == "export":
         say(run_export(ExportConfig(**_with_weights(values))), sys.stdout)

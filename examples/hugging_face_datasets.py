@@ -56,7 +56,7 @@ class DatasetSource:
 def main(files: str, out: str = "runs/parquet", **settings: object) -> byola_fast.PretrainResult:
     dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     config = byola_fast.PretrainConfig(**{"out": out, **settings})  # type: ignore[arg-type]
-    source = DatasetSource(dataset, num_samples=round(config.unit_sec * config.sample_rate), seed=config.seed)
+    source = DatasetSource(dataset, num_samples=config.num_samples, seed=config.seed)
     result = byola_fast.pretrain(config, source=source)
     print(f"{result.steps} steps over {len(source)} clips, loss {result.loss:.3f}")
     return result

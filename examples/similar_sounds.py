@@ -3,8 +3,8 @@
     byola-fast embed my_sounds/ --normalize --out embeddings.npz
     python examples/similar_sounds.py embeddings.npz QUERY.wav
 
-NumPy compares a query with a million sounds (512-d, 2 GB) in a fraction of a second. For many queries, or less memory,
-give the same rows of length 1 to an index; both take and return what ``search`` does:
+NumPy compares a query with a million sounds (512-d, 2 GB) in about a second. For many queries, or less memory,
+give the same rows, of length 1, to an index:
 
     index = faiss.index_factory(512, "HNSW32", faiss.METRIC_INNER_PRODUCT); index.add(rows)
     cosines, numbers = index.search(query[None], 10)
@@ -41,11 +41,11 @@ def search(rows: Rows, query: Rows, count: int = 10) -> list[tuple[int, float]]:
 
 def same_folder(rows: Rows, folders: list[str]) -> float:
     """Return the share of sounds whose nearest neighbour lies in their own folder: how well the search works here."""
-    hits = 0
-    for number, row in enumerate(rows):
-        (best, _), (second, _) = search(rows, row, 2)
+    hits, asked = 0, range(0, len(rows), 1 + len(rows) // 500)
+    for number in asked:
+        (best, _), (second, _) = search(rows, rows[number], 2)
         hits += folders[second if best == number else best] == folders[number]
-    return hits / len(rows)
+    return hits / len(asked)
 
 
 def main(table: str, query: str, count: int = 10) -> list[tuple[str, float]]:

@@ -71,7 +71,7 @@ class ShardSource:
 
 def main(folder: str, out: str = "runs/shards", **settings: object) -> byola_fast.PretrainResult:
     config = byola_fast.PretrainConfig(**{"out": out, **settings})  # type: ignore[arg-type]
-    return byola_fast.pretrain(config, source=ShardSource(folder, round(config.unit_sec * config.sample_rate)))
+    return byola_fast.pretrain(config, source=ShardSource(folder, config.num_samples))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ SYSTEM_ERROR = 2  # libsndfile's code for a failed system call
 LOUDEST = 2.0**20  # of full scale: 120 dB above it; anything louder is damage
 NOT_AUDIO = "not audio that can be decoded"
 NO_TABLE = "an MP3 without a table of its length"
+BYTES = "byola_fast-bytes-"  # begins the names of files that hold what was given as bytes
 MORE_FORMATS = "pip install av reads more"
 KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}  # else a device
 
@@ -106,7 +107,7 @@ class AudioFile:
     def __init__(self, path: str | Path | bytes) -> None:
         self._copy, self._name = None, ""
         if isinstance(path, bytes):  # every decoder opens names
-            self._copy = tempfile.NamedTemporaryFile(prefix="bytes-")  # noqa: SIM115
+            self._copy = tempfile.NamedTemporaryFile(prefix=BYTES)  # noqa: SIM115
             self._copy.write(path)
             self._copy.flush()
             self._name = f"{len(path)} bytes of audio, CRC-32 {crc32(path):08x}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from byola_fast.audio.decoding import BYTES
 from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import SegmentStore
@@ -143,7 +144,9 @@ class OwnSource:
             return getattr(self.source, method)(index, *more)
         except Exception as error:  # whatever a user's own code raises
             line = next(iter(str(error).splitlines()), "")
-            reason = error.reason if isinstance(error, AudioError) else f"{type(error).__name__}: {line}"
+            reason = f"{type(error).__name__}: {line}"
+            if isinstance(error, AudioError):
+                reason = error.reason if error.path.name.startswith(BYTES) else line
             raise AudioError(_name(index), reason) from error
 
 

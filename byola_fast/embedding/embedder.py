@@ -268,8 +268,8 @@ def load_encoder(
         path: a file that training wrote (``encoder.pth``, ``encoder.safetensors``, ``checkpoint.pt``, of which the
             online encoder is taken), a run's folder, or a state dict of published layout (``features.N.*``,
             ``fc.N.*``; bare, wrapped or prefixed). AudioNTT2020 or AudioNTT2022 and their widths are recognised by the
-            shapes. Or a folder of ``save_pretrained``, or one on the Hugging Face Hub, ``"hf-hub:user/name"``, which
-            needs huggingface_hub. Nothing else asks the network. By default the weights that come with the package;
+            shapes. Or a folder of ``save_pretrained``, here or on the Hugging Face Hub: ``"hf-hub:user/name"``, which
+            needs huggingface_hub; nothing else asks the network. By default the weights that come with the package;
             ``byola_fast/weights/README.md`` is their card.
         encoder: for weights of another network: its class, ``"package.module:Class"``, or a module to load them into.
             A file never causes an import, whatever class it names.

@@ -34,7 +34,7 @@ from byola_fast.evaluation.report import (
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 from byola_fast.networks.encoder_file import find_weights
 from byola_fast.networks.encoders import make_encoder
-from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
+from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
@@ -81,6 +81,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
         config = replace(config, weights=str(find_weights(config.weights)))
     _check(config)
     keep_freed_memory()
+    if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu":
+        warn_of_slow_bfloat16()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
     audio = _audio_folder(config)
     task, message = _without_missing(task, audio, config)
@@ -126,7 +128,7 @@ def _check(config: EvalConfig) -> None:
     pick_device(config.device)  # refuses what is not here
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ImportError(f'evaluation needs {" and ".join(missing)}: pip install "byola_fast[eval]"')
+        raise ImportError(f"evaluation needs {' and '.join(missing)}: pip install scikit-learn matplotlib")
 
 
 def _audio_folder(config: EvalConfig) -> Path:

@@ -93,7 +93,7 @@ def _fit(
         from sklearn.preprocessing import StandardScaler
         from threadpoolctl import threadpool_limits  # scikit-learn's own
     except ImportError as error:
-        raise ImportError('evaluation needs scikit-learn: pip install "byola_fast[eval]"') from error
+        raise ImportError("evaluation needs scikit-learn: pip install scikit-learn") from error
 
     scaler = StandardScaler().fit(features[learn])
     x, asked = scaler.transform(features[learn]), scaler.transform(features[ask])

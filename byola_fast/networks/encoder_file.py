@@ -25,6 +25,7 @@ from byola_fast.networks.checkpoint import (
     write_checked,
 )
 from byola_fast.networks.encoders import ENCODERS, make_encoder
+from byola_fast.networks.hub import HUB, MODEL, fetch
 from byola_fast.runtime.files import some_of
 from byola_fast.runtime.plugins import class_name
 from byola_fast.runtime.state import mismatch
@@ -34,9 +35,7 @@ from byola_fast.spectrograms.statistics import RunningStats
 logger = logging.getLogger("byola_fast")
 
 IN_THE_BOX = Path(__file__).parents[1] / "weights" / "encoder.safetensors"
-HUB = "hf-hub:"  # timm's prefix of a name on the Hub
-MODEL = "model.safetensors"  # in a saved folder, as on the Hub
-OF_A_FOLDER = (MODEL, "encoder.safetensors", "encoder.pth", "checkpoint.pt")  # of a saved folder or a run's
+OF_A_FOLDER = (MODEL, "encoder.safetensors", "encoder.pth", "checkpoint.pt")  # of a run's or a saved folder
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 FIRST = "features.0.weight"
 WRAPPERS = ("state_dict", "model")  # keys that files nest their weights under
@@ -59,9 +58,7 @@ class EncoderFile(NamedTuple):
 def find_weights(path: str | Path | None) -> Path:
     """Return a file of weights: of a run's or a saved folder its encoder, without a path those that come with us.
 
-    Args:
-        path: a file, a folder, or ``hf-hub:user/name`` or ``hf-hub:user/name@revision``, which is downloaded once. Only
-            these ask the network.
+    Of ``hf-hub:user/name`` it is the file on the Hugging Face Hub, downloaded once.
 
     Raises:
         CheckpointError: a folder without an encoder; no such model on the Hub; no path, and this copy of the package
@@ -74,8 +71,8 @@ def find_weights(path: str | Path | None) -> Path:
             )
         logger.info("no weights given: taking those that come with byola_fast, %s", IN_THE_BOX)
         return IN_THE_BOX
-    if isinstance(path, str) and path.startswith(HUB):
-        return _download(path)
+    if str(path).startswith(HUB):
+        return fetch(str(path))
     if not Path(path).is_dir():
         return Path(path)
     found = next((file for name in OF_A_FOLDER if (file := Path(path, name)).is_file()), None)
@@ -84,26 +81,14 @@ def find_weights(path: str | Path | None) -> Path:
     return found
 
 
-def _download(path: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(f"{path}: needs huggingface_hub: pip install huggingface_hub") from error
-    name, _, revision = path.removeprefix(HUB).partition("@")
-    try:
-        return Path(hf_hub_download(name, MODEL, revision=revision or None, library_name="byola_fast"))
-    except Exception as error:  # of the network, the Hub, the cache, or the name
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"{path}: no {MODEL} can be had from the Hub: {reason}") from error
-
-
 def names_weights(path: str | Path, folders: bool = True) -> bool:
     """Return whether a path is a file of weights by its suffix or, with ``folders``, a folder that holds an encoder.
 
     >>> names_weights("runs/mine/encoder.pth"), names_weights("sounds/kick.wav")
     (True, False)
     """
-    return Path(path).suffix in SUFFIXES or (folders and any(Path(path, name).is_file() for name in OF_A_FOLDER))
+    known = str(path).startswith(HUB) or Path(path).suffix in SUFFIXES
+    return known or (folders and any(Path(path, name).is_file() for name in OF_A_FOLDER))
 
 
 def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[str, Any]:
@@ -148,13 +133,17 @@ def open_encoder(
     if encoder is None:
         encoder = _recognise(tensors, config, path)
     elif not isinstance(encoder, nn.Module):
-        widths = {name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int}
+        widths: dict[str, Any] = {
+            name: config[name] for name in ("n_mels", "feature_d") if type(config.get(name)) is int
+        }
+        if encoder in (*ENCODERS, *ENCODERS.values()) and any(name.endswith("output.weight") for name in tensors):
+            widths["whitened"] = True
         encoder = _make(encoder, widths, tensors, path)
     return EncoderFile(encoder, config, stats), partial(fit_weights, encoder, tensors, path)
 
 
 def _make(
-    kind: type[nn.Module] | str, widths: Mapping[str, int], tensors: Mapping[str, Tensor], path: str | Path
+    kind: type[nn.Module] | str, widths: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path
 ) -> nn.Module:
     """Return an encoder with fresh weights; one of ours is compared with the file before memory is allocated."""
     try:

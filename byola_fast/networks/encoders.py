@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byola_fast import ops
@@ -25,14 +26,17 @@ class AudioNTT(nn.Module):
 
     Attributes:
         frame_stride: mels and frames of the input per local feature; ``10 * frame_stride`` ms at the default hop.
+        output: linear layer after the pooling, from ``byola_fast.networks.whitening.whiten``; None without.
     """
 
     frame_stride: int
     feature_d: int
+    fc: nn.Sequential
     pretrain_d: int  # the width that training takes by default
 
     def __init__(self, n_mels: int) -> None:
         super().__init__()
+        self.output: nn.Linear | None = None
         if n_mels < self.frame_stride:
             raise ValueError(f"n_mels: expected at least {self.frame_stride}, got {n_mels}")
         self.n_mels = n_mels
@@ -53,11 +57,16 @@ class AudioNTT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return one embedding per sample: ``(B, 1, F, T)`` to ``(B, feature_d)``."""
-        return pool_frames(self.forward_frames(x))
+        return self.pool(self.forward_frames(x))
+
+    def pool(self, frames: Tensor) -> Tensor:
+        """Return the embedding of frame-level features: ``(B, T, feature_d)`` to ``(B, feature_d)``."""
+        pooled = pool_frames(frames)
+        return pooled if self.output is None else self.output(pooled)
 
     def running_pool(self) -> RunningMaxMean:
         """Return an accumulator for the frames of a long sound, which come in pieces."""
-        return RunningMaxMean()
+        return RunningMaxMean(self.output)
 
     def _local(self, x: Tensor) -> Tensor:
         """``(B, 1, F, T)`` to ``(B, T // frame_stride, local_d)``, mels outermost, channels innermost."""
@@ -73,6 +82,11 @@ class AudioNTT(nn.Module):
     def extra_repr(self) -> str:
         return f"n_mels={self.n_mels}, d={self.feature_d}"
 
+    def add_output(self) -> None:
+        """Add a linear layer after the pooling, with dtype and device of the others."""
+        last: Any = self.fc[3]
+        self.output = nn.Linear(self.feature_d, self.feature_d).to(last.weight)
+
     @classmethod
     def has_width(cls, d: int, n_mels: int) -> bool:
         """Return whether the embedding can be d wide."""
@@ -85,7 +99,8 @@ class AudioNTT(nn.Module):
         first, last = shapes.get("fc.0.weight", ()), shapes.get("fc.3.weight", ())
         if cls.frame_stride != 2**blocks or len(first) != 2 or len(last) != 2 or first[1] % CHANNELS or not first[1]:
             return None
-        return {"n_mels": first[1] // CHANNELS * cls.frame_stride} | cls._widths(first, last)
+        more = {"whitened": True} if "output.weight" in shapes else {}
+        return {"n_mels": first[1] // CHANNELS * cls.frame_stride} | cls._widths(first, last) | more
 
     @classmethod
     def _widths(cls, first: tuple[int, ...], last: tuple[int, ...]) -> dict[str, int]:
@@ -140,6 +155,7 @@ class AudioNTT2020(AudioNTT):
     Args:
         n_mels: mel bins F of the input, at least 8.
         d: width of the embedding; 512, 1024 and 2048 make 600,192, 1,649,792 and 5,321,856 parameters (F = 64).
+        whitened: add the linear layer that ``byola_fast.networks.whitening.whiten`` sets.
 
     Attributes:
         feature_d: width of the embedding, d.
@@ -171,12 +187,14 @@ class AudioNTT2020(AudioNTT):
 
     frame_stride, pretrain_d = 8, 2048
 
-    def __init__(self, n_mels: int = 64, d: int = 512) -> None:
+    def __init__(self, n_mels: int = 64, d: int = 512, *, whitened: bool = False) -> None:
         super().__init__(n_mels)
         if d < 1:
             raise ValueError(f"d: expected at least 1, got {d}")
         self.feature_d = d
         self.fc = nn.Sequential(nn.Linear(self.local_d, d), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(d, d), nn.ReLU())
+        if whitened:
+            self.add_output()
 
     def forward_frames(self, x: Tensor) -> Tensor:
         frames: Tensor = self.fc(self._local(x))
@@ -204,6 +222,7 @@ class AudioNTT2022(AudioNTT):
             ``64 * (n_mels // 4)`` (1024 for 64 mels): 3072 is published, 2048 leaves an MLP output of 1024, and 512 and
             1024 leave none (``AudioNTT2020`` has those).
         hidden_d: hidden width of the MLP. The defaults make 6,333,376 parameters.
+        whitened: as ``AudioNTT2020``.
 
     Attributes:
         feature_d: width of the embedding, d.
@@ -235,7 +254,7 @@ class AudioNTT2022(AudioNTT):
 
     frame_stride, pretrain_d = 4, 3072
 
-    def __init__(self, n_mels: int = 64, d: int = 3072, hidden_d: int = 2048) -> None:
+    def __init__(self, n_mels: int = 64, d: int = 3072, hidden_d: int = 2048, *, whitened: bool = False) -> None:
         super().__init__(n_mels)
         if d <= self.local_d:
             raise ValueError(
@@ -252,6 +271,8 @@ class AudioNTT2022(AudioNTT):
             nn.Linear(hidden_d, d - self.local_d),
             nn.ReLU(),
         )
+        if whitened:
+            self.add_output()
 
     def forward_frames(self, x: Tensor) -> Tensor:
         local = self._local(x)
@@ -354,10 +375,14 @@ def pool_frames(frames: Tensor) -> Tensor:
 
 
 class RunningMaxMean:
-    """Pool frames that come in pieces: the ``max + mean`` of ``pool_frames``, with the sum in float64."""
+    """Pool frames that come in pieces: the ``max + mean`` of ``pool_frames``, with the sum in float64.
 
-    def __init__(self) -> None:
-        self.count = 0
+    Args:
+        output: linear layer after the pooling.
+    """
+
+    def __init__(self, output: nn.Linear | None = None) -> None:
+        self.output, self.count = output, 0
         self.largest = self.total = torch.zeros((), device="cpu")
 
     def add(self, frames: Tensor) -> None:
@@ -369,4 +394,7 @@ class RunningMaxMean:
 
     def result(self) -> Tensor:
         """Return ``(d,)`` float32."""
-        return self.largest + (self.total / self.count).float()
+        pooled = self.largest + (self.total / self.count).float()
+        if self.output is None:
+            return pooled
+        return F.linear(pooled, self.output.weight.float(), self.output.bias.float())

@@ -1,4 +1,4 @@
-"""Encoders in the layout of the Hugging Face Hub: a model card, configuration and weights in a folder."""
+"""Saved folders in the layout of the Hugging Face Hub: weights, configuration and a model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from byola_fast.networks.checkpoint import CheckpointError
-from byola_fast.networks.encoder_file import HUB, MODEL, save_encoder
+from byola_fast.networks.encoder_file import save_encoder
+from byola_fast.networks.hub import HUB, MODEL
 from byola_fast.runtime.files import as_text, write_whole
 from byola_fast.spectrograms.log_mel import FRONT_END
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byola_fast.networks.ema import EMA
-from byola_fast.networks.encoders import feature_width
+from byola_fast.networks.encoders import AudioNTT, feature_width
 from byola_fast.objectives.learner import MLP, Learner, Output, detached
 from byola_fast.objectives.losses import bilinear_loss, directions, info_nce_loss, nt_xent_loss
 from byola_fast.runtime.distributed import gather_rows
@@ -22,6 +23,8 @@ class SimCLR(Learner):
         proj_size: width of the projection.
         proj_dim: hidden width of the projector.
         temperature: of the softmax over cosines, above 0.
+        reconstruction: weight of a second loss, the mean squared error of a linear decoder from each frame-level
+            feature to its own patch of the view. It keeps what the first loss lets the encoder drop.
         joint_batch: as ``BYOL``.
         gather: under torch.distributed, use the batches of all ranks as negatives; they must be equally large.
 
@@ -29,7 +32,8 @@ class SimCLR(Learner):
         Views ``(B, 1, F, T)``, B of at least 2.
 
     Raises:
-        As ``BYOL``; ValueError: a temperature that is not above 0.
+        As ``BYOL``; ValueError: a temperature that is not above 0; ``reconstruction`` below 0, or with an encoder that
+        is not the library's.
 
     Numerics:
         Under autocast the loss is computed in float32. With ``gather``, the mean over ranks of losses and gradients
@@ -37,7 +41,7 @@ class SimCLR(Learner):
 
     Source:
         SimCLR, arXiv:2002.05709. Differs: the projector is BYOL's, with BatchNorm, so that only objectives differ; each
-        view passes the networks separately unless ``joint_batch``.
+        view passes the networks separately unless ``joint_batch``. It has no reconstruction.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> simclr = SimCLR(AudioNTT2020(d=32), proj_size=16, proj_dim=64)
@@ -54,20 +58,45 @@ class SimCLR(Learner):
         proj_dim: int = 4096,
         temperature: float = 0.1,
         *,
+        reconstruction: float = 0.0,
         joint_batch: bool = False,
         gather: bool = True,
     ) -> None:
         super().__init__(encoder, MLP(feature_width(encoder), proj_dim, proj_size), joint_batch)
         self.temperature, self.gather = _positive("temperature", temperature), gather
+        self.reconstruction = reconstruction
+        if not 0 <= reconstruction < float("inf"):
+            raise ValueError(f"reconstruction: expected a number of at least 0, got {reconstruction}")
+        if reconstruction:
+            if not isinstance(encoder, AudioNTT):
+                kind = type(encoder).__name__
+                raise ValueError(f"reconstruction: expected AudioNTT2020 or AudioNTT2022 as the encoder, got {kind}")
+            self.decoder = nn.Linear(feature_width(encoder), encoder.frame_stride * encoder.n_mels)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         self._check_views(view1, view2)
-        projection1, projection2 = self._both(self.online, view1, view2)
+        if not self.reconstruction:
+            projection1, projection2 = self._both(self.online, view1, view2)
+            loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
+            return Output(loss, detached(projection1))
+        encoder: Any = self.encoder
+        frames1, frames2 = self._both(encoder.forward_frames, view1, view2)
+        projector = self.online.get_submodule("projector")
+        projection1, projection2 = self._both(projector, encoder.pool(frames1), encoder.pool(frames2))
         loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
-        return Output(loss, detached(projection1))
+        errors = self._error(view1, frames1) + self._error(view2, frames2)
+        return Output(loss + self.reconstruction / 2 * errors, detached(projection1))
+
+    def _error(self, view: Tensor, frames: Tensor) -> Tensor:
+        """Return the mean squared error of the decoder: views ``(B, 1, F, T)``, frames ``(B, T // stride, d)``."""
+        count = frames.shape[1]
+        stride = self.decoder.out_features // view.shape[2]
+        cut = view[:, 0, :, : count * stride].unflatten(2, (count, stride))
+        return F.mse_loss(self.decoder(frames).float(), cut.permute(0, 2, 1, 3).flatten(2).float())
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature:g}"
+        more = f", reconstruction={self.reconstruction:g}" if self.reconstruction else ""
+        return f"temperature={self.temperature:g}{more}"
 
 
 class MoCo(Learner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class Learner(nn.Module):
                 f"view2: expected the shape of view1 {tuple(view1.shape)} with joint_batch, got {tuple(view2.shape)}"
             )
 
-    def _both(self, network: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, network: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """Pass two batches through a network."""
         if not self.joint_batch:
             return network(x1), network(x2)

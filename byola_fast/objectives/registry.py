@@ -53,6 +53,7 @@ def make_learner(
     ema_buffers: str | None = None,
     temperature: float | None = None,
     queue_size: int | None = None,
+    reconstruction: float | None = None,
     joint_batch: bool | None = None,
     gather: bool | None = None,
 ) -> Learner:
@@ -76,6 +77,7 @@ def make_learner(
         ema_buffers: "none", "copy" or "ema"; see ``EMA``.
         temperature: of the softmax, above 0; simclr and moco only.
         queue_size: past keys; moco only.
+        reconstruction: weight of a decoder's error beside the loss; simclr only, by default 0.
         joint_batch: pass both views through each network as one batch; not for moco.
         gather: under torch.distributed, negatives (moco: keys) from all ranks; on by default.
 
@@ -96,6 +98,7 @@ def make_learner(
         "ema_buffers": ema_buffers,
         "temperature": temperature,
         "queue_size": queue_size,
+        "reconstruction": reconstruction,
         "joint_batch": joint_batch or None,
         "gather": gather,
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from byola_fast.ops import reference
+from byola_fast.ops import _dispatch, reference
 from byola_fast.ops._dispatch import CHOSEN
 from byola_fast.ops._native import cuda
 
@@ -73,5 +73,14 @@ def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], 
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Return whether Triton serves an op that is faster in PyTorch's own layers wherever it does not."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED) and not needs_reference()
+    """Return whether a backend serves ``conv_block``, whose reference is slower than PyTorch's own layers."""
+    if needs_reference():
+        return False
+    return HAS_TRITON if x.is_cuda or INTERPRETED else x.is_cpu and _cpp_serves()
+
+
+def _cpp_serves() -> bool:
+    return _dispatch.backend_in_use("CPU", "conv_block")[0] != "reference"
+
+
+_cpp_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -65,9 +65,11 @@ TABLE = (
     Op("ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()",
        cpu=True, cuda=True, triton="ema_update"),
     Op("conv_block(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, Tensor? mean, Tensor? variance, "
-       "float eps, ScalarType dtype) -> (Tensor out, Tensor which, Tensor kept, Tensor stats)", triton="conv_block"),
+       "float eps, ScalarType dtype, bool keep=True) -> (Tensor out, Tensor which, Tensor kept, Tensor stats)",
+       cpu=True, triton="conv_block"),
     Op("conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor which, Tensor kept, "
-       "Tensor stats, bool frozen, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", triton="conv_block"),
+       "Tensor stats, bool frozen, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+       cpu=True, triton="conv_block"),
     Op("batch_norm_running_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) updates, Tensor stats, SymInt count, "
        "float? momentum) -> ()", triton="conv_block"),
 )
@@ -264,13 +266,25 @@ def _channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Te
 
 
 @_fake("conv_block")
-def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_parameters, dtype = args
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
     out, which = _channels_last(shape, x, dtype), _channels_last(shape, x, torch.uint8)
     kept = x.new_empty(56, dtype=torch.float64)
     if x.shape[1] != 1:
         kept = _channels_last((x.shape[0], weight.shape[0], *x.shape[2:]), x, dtype)
+    if not keep:
+        which, kept = which.new_empty(0), kept.new_empty(0)
     return out, which, kept, x.new_empty(4, weight.shape[0], dtype=reference.compute_dtype(x.dtype))
 
 

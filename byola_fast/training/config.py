@@ -33,21 +33,25 @@ class PretrainConfig(FrontEnd, ViewSettings):
         resume: require a run in OUT to resume. Without this flag, a run found there resumes too.
         restart: start over and replace the run in OUT.
         objective: "byol" (the method); for comparison "simclr", "moco" or "cola" (two segments of each clip); or your
-            own learner, as package.module:Class.
+            own learner, as package.module:Class. By default the preset's.
         preset: "byola-v1" (mixup up to 0.4, lr 3e-4, AudioNTT2020) or "byola-v2" (mixup up to 0.2, a random linear
-            fader, lr 1e-4, AudioNTT2022).
+            fader, lr 1e-4, AudioNTT2022), both with byol; "small-data", for a few hours of sound: simclr with
+            reconstruction 5, batches of 1024 segments of 0.31 s, lr 6e-4, AudioNTT2020 of width 512.
         encoder: "AudioNTT2020", "AudioNTT2022", or your own, as package.module:Class; by default the preset's, or
             AudioNTT2020 for a feature_d of up to 1024, which AudioNTT2022 cannot have.
         feature_d: width of the embedding; wider is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default)
-            in the papers. AudioNTT2022: 3072.
+            in the papers; 512 by default in small-data. AudioNTT2022: 3072.
         proj_size: width of the projection that the loss compares; by default the objective's, 256 (cola: 512).
         proj_dim: hidden width of projector and predictor; by default 4096. cola has none.
         temperature: of the softmax of simclr (default 0.1) and moco (0.07).
         queue_size: number of past keys that moco compares with; default 65536.
+        reconstruction: weight of a second loss beside simclr's: the error of a linear decoder from each frame-level
+            feature to its patch of the view; by default none, 5 in preset small-data.
         epochs: passes over the data; each takes one random segment of every clip.
         steps: maximum number of optimiser steps, counted over all parts of the run.
-        batch_size: samples per step over all processes; larger is steadier and needs more memory.
-        lr: learning rate of Adam; by default the preset's, 3e-4 (byola-v1) or 1e-4 (byola-v2).
+        batch_size: samples per step over all processes; larger is steadier and needs more memory. By default the
+            preset's, 256 or 1024 (small-data).
+        lr: learning rate of Adam; by default the preset's, 3e-4 (byola-v1), 1e-4 (byola-v2) or 6e-4 (small-data).
         lr_schedule: "constant" (published), or "cosine": falls to 0 at the end of the run.
         warmup_steps: steps over which the learning rate rises from 0 to lr.
         ema_decay: share of the target network kept at each step, in [0, 1]; closer to 1 is slower and steadier. By
@@ -55,7 +59,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         ema_schedule: "constant" (published), or "cosine": ema_decay rises to 1 at the end of the run.
         sample_by: "clip" takes one segment of every clip in an epoch; "duration" as many in all, but of each clip in
             proportion to its duration, so that an hour of music counts more than a drum hit.
-        unit_sec: length of a segment, in seconds; shorter clips are padded with silence.
+        unit_sec: length of a segment, in seconds; shorter clips are padded with silence. By default the preset's, 0.95
+            or 0.31 (small-data).
         stats_segments: number of random segments that give mean and std of the log-mels before training; 0 for running
             statistics (first version of the paper).
         stats: JSON file from ``byola-fast stats``, instead of stats_segments.
@@ -93,7 +98,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
     demo: bool = False
     resume: bool = False
     restart: bool = False
-    objective: str = "byol"
+    objective: str | None = None
     preset: str = "byola-v1"
     encoder: str | None = None
     feature_d: int | None = None
@@ -101,16 +106,17 @@ class PretrainConfig(FrontEnd, ViewSettings):
     proj_dim: int | None = None
     temperature: float | None = None
     queue_size: int | None = None
+    reconstruction: float | None = None
     epochs: int = 100
     steps: int | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
     lr: float | None = None
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     ema_decay: float | None = None
     ema_schedule: str = "constant"
     sample_by: str = "clip"
-    unit_sec: float = 0.95
+    unit_sec: float | None = None
     stats_segments: int = 10000
     stats: str | None = None
     n_memory: int = 2048
@@ -153,7 +159,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
                 raise ValueError(f"{both[0]}: expected none beside {own}=, got {getattr(self, both[0])!r}")
         if self.resume and self.restart:
             raise ValueError("restart: expected no more than one of resume and restart, got both")
-        find_learner(self.objective)
+        if self.objective is not None:
+            find_learner(self.objective)
         if self.encoder is not None:
             find_class("encoder", self.encoder, ENCODERS)
         choices: dict[str, Iterable[str]] = dict(preset=PRESETS, dtype=DTYPES)
@@ -171,7 +178,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
             if value is not None and value >= (limit := 1 << (63 if name == "seed" else 31)):
                 raise ValueError(f"{name}: expected below {limit}, got {value}")
-        if not 0 < self.unit_sec * self.sample_rate < 1 << 31:
+        if self.unit_sec is not None and not 0 < self.unit_sec * self.sample_rate < 1 << 31:
             raise ValueError(f"unit_sec: expected seconds of 1 to 2^31 samples, got {self.unit_sec}")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay: expected a share in [0, 1], got {self.ema_decay}")
@@ -180,24 +187,39 @@ class PretrainConfig(FrontEnd, ViewSettings):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected {what} above 0, got {value}")
 
+    @property
+    def num_samples(self) -> int:
+        """Length of a segment, in samples, as a ``Source`` must have it."""
+        seconds = PRESETS[self.preset].unit_sec if self.unit_sec is None else self.unit_sec
+        return round(seconds * self.sample_rate)
+
     def resolved(self, device_type: str, own_optimizer: bool = False) -> PretrainConfig:
         """Return the settings with all defaults filled in that depend on other settings or on the device."""
         on_gpu = device_type == "cuda"
         preset = PRESETS[self.preset]
         encoder, feature_d = self.encoder or preset.encoder, self.feature_d
+        if self.encoder is None and feature_d is None:
+            feature_d = preset.feature_d
+        objective = self.objective or preset.objective
         if self.encoder is None and feature_d is not None and not ENCODERS[encoder].has_width(feature_d, self.n_mels):
             encoder = next((name for name, kind in ENCODERS.items() if kind.has_width(feature_d, self.n_mels)), encoder)
         if feature_d is None and encoder in ENCODERS:
             feature_d = ENCODERS[encoder].pretrain_d
-        ema_decay = default_of(find_learner(self.objective), "ema_decay")
+        ema_decay = default_of(find_learner(objective), "ema_decay")
         filled: dict[str, Any] = {
+            "objective": objective,
             "encoder": encoder,
             "feature_d": feature_d,
+            "unit_sec": preset.unit_sec if self.unit_sec is None else self.unit_sec,
+            "batch_size": preset.batch_size if self.batch_size is None else self.batch_size,
             "lr": None if own_optimizer else self.lr or preset.lr,
             "ema_decay": ema_decay if self.ema_decay is None else self.ema_decay,
             "mixup_ratio": preset.mixup_ratio if self.mixup_ratio is None else self.mixup_ratio,
             "fader_gain": preset.fader_gain if self.fader_gain is None else self.fader_gain,
             "f_max": min(self.f_max, self.sample_rate / 2),
+            "reconstruction": preset.reconstruction
+            if self.reconstruction is None and objective == preset.objective
+            else self.reconstruction,
             "dtype": self.dtype or ("bfloat16" if on_gpu else "float32"),
             "compile": on_gpu if self.compile is None else self.compile,
             "log_every": self.log_every or (20 if on_gpu else 1),
@@ -206,7 +228,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
 
     def learner(self, steps: int) -> dict[str, Any]:
         """Return the arguments of ``make_learner`` for a run of so many steps."""
-        names = ("proj_size", "proj_dim", "temperature", "queue_size", "joint_batch")
+        names = ("proj_size", "proj_dim", "temperature", "queue_size", "reconstruction", "joint_batch")
         decay: Any = self.ema_decay
         if decay is not None and self.ema_schedule == "cosine":
             decay = CosineDecay(decay, steps)

@@ -136,10 +136,10 @@ def _train(
     source = _open_source(config, world, run) if source is None else _own_source(source, config)
     by_duration = config.sample_by == "duration"
     seconds = world.broadcast(lambda: durations(source, config.workers)) if by_duration else None
-    segments = find_learner(config.objective).segments
+    segments = find_learner(str(config.objective)).segments
     batches = Batches(
         source,
-        config.batch_size,
+        int(config.batch_size or 0),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
@@ -162,7 +162,7 @@ def _train(
     if encoder is None:
         encoder = make_encoder(str(config.encoder), n_mels=to_lms.n_mels, feature_d=config.feature_d)
     shape = _check_shape(config, encoder, to_lms, source)
-    learner: Learner = make_learner(config.objective, encoder, **config.learner(total)).to(device)
+    learner: Learner = make_learner(str(config.objective), encoder, **config.learner(total)).to(device)
     network = _prepare(learner, config, world)
     own = optimizer is not None
     graphed = use_graph(config.cuda_graph, device, processes=world.size, profile=config.profile, own=own)
@@ -331,8 +331,10 @@ def _tell_begin(config: PretrainConfig, device: torch.device, step: int, total: 
 def _own_source(given: Any, config: PretrainConfig) -> Source:
     needs = ["seconds"] if config.sample_by == "duration" else []
     source: Source = given if hasattr(given, "gather") else OwnSource(given, *needs)  # a store checks itself
-    if source.num_samples != round(config.unit_sec * config.sample_rate):
-        wanted = f"{round(config.unit_sec * config.sample_rate)}, {config.unit_sec} s at {config.sample_rate} Hz"
+    if (rate := getattr(given, "sample_rate", config.sample_rate)) != config.sample_rate:
+        raise ValueError(f"sample_rate: expected {rate} Hz, the rate of the source, got {config.sample_rate}")
+    if source.num_samples != config.num_samples:
+        wanted = f"{config.num_samples}, {config.unit_sec} s at {config.sample_rate} Hz"
         raise ValueError(f"source: num_samples: expected {wanted}, got {source.num_samples}")
     return source
 
@@ -343,7 +345,9 @@ def _open_source(config: PretrainConfig, world: World, run: RunFolder) -> Source
     if config.demo:
         world.broadcast(lambda: len(write_demo_corpus(folder, seed=config.seed)))
     paths: Any = folder if config.demo else config.audio_dir
-    source: Any = open_source(paths, unit_sec=config.unit_sec, sample_rate=config.sample_rate, seed=config.seed)
+    source: Any = open_source(
+        paths, unit_sec=float(config.unit_sec or 0), sample_rate=config.sample_rate, seed=config.seed
+    )
     if hasattr(source, "to_device") and world.device.type == "cuda" and config.store_on_gpu is not False:
         free, _all = torch.cuda.mem_get_info(world.device)
         if config.store_on_gpu or 2 * int(source.lengths.sum()) < free / 4:
@@ -417,7 +421,7 @@ def _draw(config: PretrainConfig, run: RunFolder, lms: Tensor | None, stats: Pai
     if not shown:
         return
     try:
-        draw_training(run.path / "training.png", shown, find_learner(config.objective).loss_name, run.path.name)
+        draw_training(run.path / "training.png", shown, find_learner(str(config.objective)).loss_name, run.path.name)
         if lms is not None and config.mixup == "log":  # the picture has no panel for the other mixers
             names = [f"segment {number}" for number in range(1, 1 + len(lms))]
             given: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stats": stats}

@@ -14,23 +14,41 @@ from byola_fast.ops.functional import canvas_size, size_range, weights_in_range
 
 
 class Preset(NamedTuple):
-    """What a version of the paper publishes.
+    """What a version of the paper publishes; the last one is this project's.
 
     Attributes:
         mixup_ratio, fader_gain: as in ``ViewSettings``.
         lr: learning rate of its training.
         encoder: the network that it introduces.
+        feature_d: width of the embedding; None for the encoder's own.
+        objective, unit_sec, batch_size, reconstruction: as in ``PretrainConfig``.
     """
 
     mixup_ratio: float
     fader_gain: float
     lr: float
     encoder: str
+    feature_d: int | None = None
+    objective: str = "byol"
+    unit_sec: float = 0.95
+    batch_size: int = 256
+    reconstruction: float | None = None
 
 
 PRESETS = {
     "byola-v1": Preset(mixup_ratio=0.4, fader_gain=0.0, lr=3e-4, encoder="AudioNTT2020"),
     "byola-v2": Preset(mixup_ratio=0.2, fader_gain=1.0, lr=1e-4, encoder="AudioNTT2022"),
+    "small-data": Preset(
+        mixup_ratio=0.4,
+        fader_gain=0.0,
+        lr=6e-4,
+        encoder="AudioNTT2020",
+        feature_d=512,
+        objective="simclr",
+        unit_sec=0.31,
+        batch_size=1024,
+        reconstruction=5.0,
+    ),
 }
 
 

@@ -97,7 +97,7 @@ def test_a_copy_without_them_says_so(task, tmp_path, monkeypatch, capsys):
 
 
 def test_folders(tmp_path):
-    with pytest.raises(CheckpointError, match=r"expected a file of weights, or a folder with encoder\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"expected a file of weights, or a folder with model\.safetensors"):
         find_weights(tmp_path)
     (tmp_path / "checkpoint.pt").touch()
     assert find_weights(tmp_path) == tmp_path / "checkpoint.pt"

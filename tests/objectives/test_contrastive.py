@@ -36,6 +36,40 @@ def test_simclr_from_the_parts(joint_batch):
 
 
 @pytest.mark.parametrize("joint_batch", [False, True])
+@pytest.mark.parametrize("mels", [16, 19])
+def test_reconstruction_from_the_parts(joint_batch, mels):
+    settings = dict(temperature=0.3, proj_size=8, proj_dim=32, joint_batch=joint_batch, reconstruction=5.0)
+    simclr = SimCLR(AudioNTT2020(n_mels=mels, d=24), **settings).eval()
+    views = torch.randn(2, 6, 1, mels, 27)  # three frame-level features, and three frames beyond them
+    z1, z2 = (simclr.online(view) for view in views)
+    expected = nt_xent_loss(z1, z2, 0.3)
+    for view in views:
+        frames = simclr.encoder.forward_frames(view)
+        for place in range(3):
+            patch = view[:, 0, :, 8 * place : 8 * place + 8].flatten(1)
+            expected = expected + 5.0 / 2 / 3 * F.mse_loss(simclr.decoder(frames[:, place]), patch)
+    out = simclr(*views)
+    assert_close(out.loss.detach(), expected.detach().double(), factor=5)
+    assert_close(out.projection, z1.detach().double(), factor=3)
+    out.loss.backward()
+    assert all(weight.grad is not None for weight in simclr.parameters())
+
+
+def test_reconstruction_needs_frames_and_a_weight():
+    with pytest.raises(
+        ValueError, match="reconstruction: expected AudioNTT2020 or AudioNTT2022 as the encoder, got Flat"
+    ):
+        SimCLR(Flat(), reconstruction=1.0)
+    for weight in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="reconstruction: expected a number of at least 0"):
+            make(SimCLR, reconstruction=weight)
+
+
+class Flat(nn.Flatten):
+    feature_d = 384
+
+
+@pytest.mark.parametrize("joint_batch", [False, True])
 def test_cola_from_the_parts(joint_batch):
     cola, (view1, view2) = make(COLA, joint_batch=joint_batch).eval(), make_views()
     linear = cola.online.projector[0]

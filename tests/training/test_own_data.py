@@ -178,6 +178,14 @@ def test_what_does_not_fit_is_named_before_any_work(tmp_path, changes, given, wo
     assert not (tmp_path / "run").exists()
 
 
+def test_a_store_is_a_source_as_any_other(recordings, tmp_path):
+    pack(recordings, tmp_path / "store", workers=0)
+    store = SegmentStore(tmp_path / "store", unit_sec=0.25)
+    assert pretrain(config(tmp_path / "run", steps=2), source=store, encoder=Flat()).steps == 2
+    with pytest.raises(ValueError, match="sample_rate: expected 16000 Hz, the rate of the source, got 8000"):
+        pretrain(config(tmp_path / "other", sample_rate=8000), source=store)
+
+
 def test_several_folders_and_a_manifest_train_from_the_command_line(recordings, tmp_path):
     (recordings / "some.csv").write_text("file_name,start,end\na.wav,0.1,0.5\nb.flac,,\n")
     flags = ["--no-tensorboard", *(f"--{name}={value}" for name, value in TINY.items() if name != "tensorboard")]

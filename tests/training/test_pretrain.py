@@ -78,6 +78,23 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     assert sorted(next(name for name in BROKEN if name in line) for line in skipped) == sorted(BROKEN)
 
 
+def test_small_data_fills_in_what_is_not_given():
+    now = PretrainConfig(audio_dir="x", preset="small-data").resolved("cpu")
+    assert (now.objective, now.reconstruction, now.unit_sec, now.batch_size) == ("simclr", 5.0, 0.31, 1024)
+    assert (now.encoder, now.feature_d, now.lr, now.mixup_ratio) == ("AudioNTT2020", 512, 6e-4, 0.4)
+    given = PretrainConfig(audio_dir="x", preset="small-data", objective="byol", batch_size=64, feature_d=3072)
+    now = given.resolved("cpu")
+    assert (now.objective, now.reconstruction, now.batch_size, now.encoder) == ("byol", None, 64, "AudioNTT2020")
+    now = PretrainConfig(audio_dir="x").resolved("cpu")
+    assert (now.objective, now.reconstruction, now.unit_sec, now.batch_size) == ("byol", None, 0.95, 256)
+
+
+def test_small_data_trains(run):
+    result = run(preset="small-data", objective=None, unit_sec=None, steps=3)
+    assert result.steps == 3
+    assert 0 < result.loss < 30
+
+
 def test_what_is_written_can_be_loaded(run):
     out = run().out
     content = load_checkpoint(out / "encoder.pth")
