@@ -21,6 +21,8 @@ from byola_fast.embedding.export import ExportConfig, run_export
 from byola_fast.embedding.whiten import WhitenConfig, run_whiten
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
+from byola_fast.evaluation.recipes import RECIPES, write_task
+from byola_fast.networks.encoder_file import names_weights
 from byola_fast.ops import BackendError
 from byola_fast.runtime.console import reader_may_leave, say
 from byola_fast.runtime.distributed import RankError
@@ -29,6 +31,7 @@ from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training.config import DEMO, PretrainConfig
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.published import from_published
+from byola_fast.training.run_folder import CONFIG
 from byola_fast.views.show import ShowConfig, show
 
 PROG = "byola-fast"
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, others = _split(argv)
         if argv[:1] == ["pretrain"]:
+            options = [*_own_config(options, others), *options]
             options = [_published(option) for option in options]
         parser = _make_parser(demo="--demo" in options)
         if not argv:
@@ -157,6 +161,14 @@ def _new_flag(flag: str, value: str) -> tuple[str, str]:
     return ("--features" if value in ("trained", "random", "melstats") else flag), value
 
 
+def _own_config(options: list[str], others: list[str]) -> list[str]:
+    """Return the run's own settings, for ``pretrain --out RUN --resume`` without a folder."""
+    given = dict(option.partition("=")[::2] for option in options)
+    own = Path(given.get("--out", PretrainConfig.out)) / CONFIG
+    asked = "--resume" in given and not others and not {"--config", "--audio_dir", "--demo"} & given.keys()
+    return [f"--config={own}"] if asked and own.is_file() else []
+
+
 def _published(option: str) -> str:
     """Replace the file of ``--config`` by its content under our names."""
     import yaml
@@ -175,7 +187,7 @@ def _make_parser(demo: bool) -> Any:
     commands = parser.add_subcommands(dest="command", required=True)
 
     train = ArgumentParser(description="Pre-train an encoder on a folder of audio.", **options)
-    train.add_argument("AUDIO_DIR", nargs="?", help="folder of audio files, or one file")
+    train.add_argument("AUDIO_DIR", nargs="*", help="folders of audio files, files, manifests, or a packed store")
     message = "YAML file of settings under the flags' names or those of published config.yaml files"
     train.add_argument("--config", action="config", help=message)
     _add_settings(train, PretrainConfig)
@@ -184,20 +196,20 @@ def _make_parser(demo: bool) -> Any:
     commands.add_subcommand("pretrain", train, help="pre-train an encoder on a folder of audio")
 
     store = ArgumentParser(description="Decode a folder of audio once, into a store that is read fast.", **options)
-    store.add_argument("AUDIO_DIR", help="folder of audio files, or one file")
+    store.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, or manifests")
     store.add_argument("OUT", help="folder of the store; what was packed there before stays until the new one is whole")
     _add_settings(store, PackConfig, skip={"audio_dir", "out"})
     commands.add_subcommand("pack", store, help="decode a folder of audio once, into a store that is read fast")
 
     mean_std = ArgumentParser(description="Compute mean and std of the log-mels of random segments.", **options)
-    mean_std.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    mean_std.add_argument("AUDIO_DIR", nargs="+", help="folders of audio files, files, manifests, or a packed store")
     _add_settings(mean_std, StatsConfig, skip={"audio_dir"})
     commands.add_subcommand("stats", mean_std, help="compute mean and std of a corpus, for pretrain --stats")
 
     embed = ArgumentParser(description="Write embeddings of audio files of any length.", **options)
-    embed.add_argument("WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published")
-    embed.add_argument("PATHS", nargs="+", help="audio files, or folders of them")
-    _add_settings(embed, EmbedConfig, skip={"weights", "paths"})
+    message = "audio files, or folders of them; before them perhaps weights, as --weights takes them"
+    embed.add_argument("PATHS", nargs="+", help=message)
+    _add_settings(embed, EmbedConfig, skip={"paths"})
     commands.add_subcommand("embed", embed, help="write embeddings of audio files")
 
     whitening = ArgumentParser(description="Give the directions of an embedding more equal strength.", **options)
@@ -207,17 +219,21 @@ def _make_parser(demo: bool) -> Any:
     commands.add_subcommand("whiten", whitening, help="whiten the embeddings of an encoder, for linear probes")
 
     export = ArgumentParser(description="Write a network from waveform to embedding for other runtimes.", **options)
-    export.add_argument(
-        "WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, published"
-    )
-    _add_settings(export, ExportConfig, skip={"weights"})
+    export.add_argument("WEIGHTS", nargs="?", help="the same as --weights")
+    _add_settings(export, ExportConfig)
     commands.add_subcommand("export", export, help="write a network from waveform to embedding as ONNX or torch.export")
 
     evaluation = ArgumentParser(description="Evaluate an encoder, or a baseline, with a linear probe.", **options)
-    evaluation.add_argument("WEIGHTS", nargs="?", help="file of an encoder; features random and melstats need none")
+    evaluation.add_argument("WEIGHTS", nargs="?", help="the same as --weights")
     evaluation.add_argument("TASK", help="CSV file: file_name, label, and split or fold")
-    _add_settings(evaluation, EvalConfig, skip={"weights", "task"})
+    _add_settings(evaluation, EvalConfig, skip={"task"})
     commands.add_subcommand("eval", evaluation, help="evaluate an encoder on a labelled task")
+
+    recipes = ArgumentParser(description="Write the task file of a folder of classes or a public data set.", **options)
+    recipes.add_argument("DATASET", help=f"one of {', '.join(RECIPES)}; folders: a folder for each class")
+    recipes.add_argument("FOLDER", help="the data set, unpacked as its authors laid it out")
+    recipes.add_argument("TASK", help="CSV file to write, for eval TASK --audio FOLDER")
+    commands.add_subcommand("recipes", recipes, help="write the task file of a folder of classes or a public data set")
 
     picture = ArgumentParser(description="Draw the original, partner, mix and both views of some segments.", **options)
     picture.add_argument("PATH", help="audio file, or a folder of them")
@@ -247,6 +263,8 @@ def _add_settings(parser: Any, config: type, skip: Collection[str] = ()) -> None
 
 def _run(command: str, settings: Any) -> int:
     values = dict(settings.as_dict())
+    if len(values.get("AUDIO_DIR") or ()) == 1:
+        (values["AUDIO_DIR"],) = values["AUDIO_DIR"]
     if command == "pretrain":
         values["audio_dir"] = values.pop("AUDIO_DIR") or values["audio_dir"]
         values.pop("config")
@@ -268,7 +286,10 @@ def _run(command: str, settings: Any) -> int:
         say(f"mean {stats.mean:.4f}, std {stats.std:.4f} (of {stats.segments} segments)", sys.stdout)
         return 0
     if command == "embed":
-        written = run_embed(EmbedConfig(weights=values.pop("WEIGHTS"), paths=values.pop("PATHS"), **values))
+        paths = values.pop("PATHS")
+        if values["weights"] is None and names_weights(paths[0], folders=len(paths) > 1):
+            values["weights"] = paths.pop(0)
+        written = run_embed(EmbedConfig(paths=paths, **values))
         if written is not None:
             message = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"
             say(f"{written.out}: {message}; {written.speed:.0f} x real time", sys.stdout)
@@ -278,16 +299,27 @@ def _run(command: str, settings: Any) -> int:
         say(run_whiten(WhitenConfig(**given, **values)), sys.stdout)
         return 0
     if command == "export":
-        say(run_export(ExportConfig(weights=values.pop("WEIGHTS"), **values)), sys.stdout)
+        say(run_export(ExportConfig(**_with_weights(values))), sys.stdout)
         return 0
     if command == "eval":
-        say(run_eval(EvalConfig(task=values.pop("TASK"), weights=values.pop("WEIGHTS"), **values)).report, sys.stdout)
+        say(run_eval(EvalConfig(task=values.pop("TASK"), **_with_weights(values))).report, sys.stdout)
+        return 0
+    if command == "recipes":
+        say(f"{values['TASK']}: {write_task(values['DATASET'], values['FOLDER'], values['TASK'])} clips", sys.stdout)
         return 0
     if command == "show":
         say(show(values.pop("PATH"), **values), sys.stdout)
         return 0
     say(byola_fast.doctor(), sys.stdout)
     return 0
+
+
+def _with_weights(values: dict[str, Any]) -> dict[str, Any]:
+    """Put weights that are given as an argument in their setting."""
+    given = values.pop("WEIGHTS")
+    if given is not None and values["weights"] is not None:
+        raise ValueError(f"weights: expected one file of them, got {given} and {values['weights']}")
+    return values | {"weights": given or values["weights"]}
 
 
 def _message(error: Exception) -> str:

@@ -71,14 +71,12 @@ def load_model(model_file_path: str = "") -> HearModel:
 
     Args:
         model_file_path: file of an encoder, as ``byola_fast.load_encoder`` takes it; it must hold its statistics, as
-            files of ``save_encoder`` and of training do.
+            files of ``save_encoder`` and of training do. By default the weights that come with the package.
 
     Raises:
-        CheckpointError: the weights cannot be used. ValueError: no path, as no weights are shipped.
+        CheckpointError: the weights cannot be used.
     """
-    if not model_file_path:
-        raise ValueError("model_file_path: expected a file of weights; none are shipped (hear-validator --model FILE)")
-    return HearModel(load_encoder(model_file_path)).eval()
+    return HearModel(load_encoder(model_file_path or None)).eval()
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:

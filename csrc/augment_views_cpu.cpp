@@ -106,7 +106,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
 
   const Tensor boxes = as_contiguous<int64_t>(crop), index = as_contiguous<int64_t>(bank_index);
   const Tensor words = as_contiguous<int64_t>(rng), ends = as_contiguous<double>(fader);
-  Tensor sums = torch::stable::new_empty(x, {2, batch, 3}, ScalarType::Double);
+  Tensor sums = new_on_cpu({2, batch, 3}, ScalarType::Double);
 
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);

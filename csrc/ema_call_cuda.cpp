@@ -41,17 +41,16 @@ struct Unlocked {
   PyThreadState* state = PyEval_SaveThread();
 };
 
-}  // namespace
-
 // ema_update_(target, online, decay) without gradients: None, NotImplemented for other arguments, NULL for an error.
-extern "C" PyObject* byola_ema_update(PyObject* target, PyObject* online, PyObject* decay) {
+PyObject* ema_update(PyObject* /*module*/, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Borrowed targets, onlines;
-  if (!THPVariable_CheckExact(decay) || !targets.fill(target) || !onlines.fill(online)) Py_RETURN_NOTIMPLEMENTED;
+  if (count != 3 || !THPVariable_CheckExact(given[2]) || !targets.fill(given[0]) || !onlines.fill(given[1]))
+    Py_RETURN_NOTIMPLEMENTED;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("byola_fast::ema_update_", "")
                              .typed<void(at::TensorList, at::TensorList, const at::Tensor&)>();
-  const at::Tensor& number = THPVariable_Unpack(decay);
+  const at::Tensor& number = THPVariable_Unpack(given[2]);
   {
     const Unlocked unlocked;
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -60,4 +59,12 @@ extern "C" PyObject* byola_ema_update(PyObject* target, PyObject* online, PyObje
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
+
+PyMethodDef method = {"ema_update_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(ema_update)), METH_FASTCALL,
+                      nullptr};
+
+}  // namespace
+
+// A function of Python, not one of ctypes: an error looks at the stack, and no foreign frame may be there.
+extern "C" PyObject* byola_ema_function() { return PyCFunction_New(&method, nullptr); }
 #endif

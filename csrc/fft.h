@@ -9,7 +9,7 @@
 #include "storage.h"
 
 // A butterfly that is not inlined passes its 16 vectors through memory.
-#define BYOLA_INLINE inline __attribute__((always_inline))
+#define BYOLA_BUTTERFLY inline __attribute__((always_inline))
 
 namespace byola::BYOLA_SIMD {
 
@@ -26,7 +26,7 @@ struct Complex {
 // a[q] <- sum over j of a[j] exp(-2 pi i j q / R), for odd R. Works on pairs a[j], a[R - j]; `roots` holds the cosine
 // and sine of -2 pi j / R.
 template <typename V, int R>
-BYOLA_INLINE void dft(Complex<V> (&a)[R], const typename V::Element* roots) {
+BYOLA_BUTTERFLY void dft(Complex<V> (&a)[R], const typename V::Element* roots) {
   static_assert(R % 2 == 1);
   constexpr int pairs = R / 2;
   Complex<V> sum[pairs], difference[pairs], first = a[0];
@@ -45,18 +45,18 @@ BYOLA_INLINE void dft(Complex<V> (&a)[R], const typename V::Element* roots) {
   }
 }
 template <typename V>
-BYOLA_INLINE void dft(Complex<V> (&a)[2], const typename V::Element*) {
+BYOLA_BUTTERFLY void dft(Complex<V> (&a)[2], const typename V::Element*) {
   const Complex<V> sum = a[0] + a[1];
   a[1] = a[0] - a[1], a[0] = sum;
 }
 template <typename V>
-BYOLA_INLINE void dft(Complex<V> (&a)[4], const typename V::Element* = nullptr) {
+BYOLA_BUTTERFLY void dft(Complex<V> (&a)[4], const typename V::Element* = nullptr) {
   const Complex<V> even = a[0] + a[2], from_even = a[0] - a[2], odd = a[1] + a[3], d = a[1] - a[3];
   a[0] = even + odd, a[2] = even - odd;
   a[1] = {from_even.re + d.im, from_even.im - d.re}, a[3] = {from_even.re - d.im, from_even.im + d.re};
 }
 template <typename V>
-BYOLA_INLINE void dft(Complex<V> (&a)[8], const typename V::Element*) {
+BYOLA_BUTTERFLY void dft(Complex<V> (&a)[8], const typename V::Element*) {
   const V half = V::set(typename V::Element(0.70710678118654752440));
   Complex<V> e[4] = {a[0], a[2], a[4], a[6]}, o[4] = {a[1], a[3], a[5], a[7]};
   dft(e), dft(o);

@@ -25,7 +25,7 @@ void over_samples(int64_t batch, int64_t elements, F f) {
 
 // x, z (B, ...), lam (B,) -> (B, ...)
 Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
-  const Tensor xs = torch::stable::contiguous(x), zs = torch::stable::contiguous(z);
+  const Tensor xs = compact(x), zs = compact(z);
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");
   BYOLA_CHECK(x.dim() > 0 && lam.numel() == x.size(0), "lam: expected one weight for each sample");
   Tensor y = torch::stable::new_empty(x, x.sizes());
@@ -48,8 +48,8 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
 
 std::tuple<Tensor, Tensor> log_mixup_exp_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& z,
                                                       const Tensor& lam) {
-  const Tensor gs = torch::stable::contiguous(grad), xs = torch::stable::contiguous(x);
-  const Tensor zs = torch::stable::contiguous(z);
+  const Tensor gs = compact(grad), xs = compact(x);
+  const Tensor zs = compact(z);
   BYOLA_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel(),
               "grad: expected the dtype and shape of x");
   BYOLA_CHECK(x.scalar_type() == z.scalar_type() && x.numel() == z.numel(), "z: expected the dtype and shape of x");

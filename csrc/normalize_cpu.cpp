@@ -49,9 +49,9 @@ void careful_sums(double* sums, const S* values, int64_t n) {
 
 // x (B, ...) -> (B, 3)
 Tensor sample_sums_cpu(const Tensor& x) {
-  const Tensor xs = torch::stable::contiguous(x);
+  const Tensor xs = compact(x);
   const int64_t batch = x.size(0), elements = batch ? x.numel() / batch : 0;
-  Tensor sums = torch::stable::new_empty(x, {batch, 3}, ScalarType::Double);
+  Tensor sums = new_on_cpu({batch, 3}, ScalarType::Double);
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
     using V = Vector<S>;
@@ -91,7 +91,7 @@ Tensor sample_sums_cpu(const Tensor& x) {
 // x (...), sums (..., 3) -> (...)
 Tensor normalize_cpu(const Tensor& x, const Tensor& sums) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  normalize_to(torch::stable::contiguous(x), sums, y);
+  normalize_to(compact(x), sums, y);
   return y;
 }
 

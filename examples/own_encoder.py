@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import byola_fast
-from byola_fast.training.config import PretrainConfig
-from byola_fast.training.pretrain import pretrain
 
 
 class SmallNet(nn.Module):
@@ -49,10 +47,12 @@ class SmallNet(nn.Module):
 
 
 def main(folder: str, out: str = "runs/small", **settings: object) -> Tensor:
-    config = PretrainConfig(audio_dir=folder, out=out, encoder="examples.own_encoder:SmallNet", feature_d=128)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    result = pretrain(config)
+    config = byola_fast.PretrainConfig(**{"audio_dir": folder, "out": out, **settings})  # type: ignore[arg-type]
+    result = byola_fast.pretrain(
+        config,
+        encoder=SmallNet(),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.05),
+    )
     print(f"{result.steps} steps, loss {result.loss:.3f}, spread {result.spread:.2f} (1 is healthy, 0 collapsed)")
 
     encoder = byola_fast.load_encoder(Path(out) / "encoder.pth", encoder=SmallNet)

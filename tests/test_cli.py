@@ -158,7 +158,7 @@ def test_published_keys_are_taken_and_printed(recordings, tmp_path, capsys, fail
     again.write_text(yaml.safe_dump(printed))
     with pytest.raises(SystemExit):
         main(["pretrain", "--config", str(again), "--print_config"])
-    place = {"AUDIO_DIR": None, "audio_dir": str(recordings)}
+    place = {"AUDIO_DIR": [], "audio_dir": str(recordings)}
     assert yaml.safe_load(capsys.readouterr().out) == printed | place
 
     for key, value, words in (
@@ -256,7 +256,7 @@ def test_options_between_arguments_reach_the_command(monkeypatch):
     seen = []
     for name in ("run_eval", "run_embed", "run_pack"):
         monkeypatch.setattr(cli, name, lambda config: seen.append(config) or pytest.fail("stop"))
-    for given in ("eval W --seeds 1 T.csv", "embed W --out x.npz a.wav -- --b.wav", "pack D --workers 2 OUT"):
+    for given in ("eval W --seeds 1 T.csv", "embed W.pth --out x.npz a.wav -- --b.wav", "pack D --workers 2 OUT"):
         with pytest.raises(pytest.fail.Exception):
             main(given.split())
     assert (seen[0].weights, seen[0].task, seen[0].seeds) == ("W", "T.csv", 1)
@@ -265,7 +265,7 @@ def test_options_between_arguments_reach_the_command(monkeypatch):
 
 
 def test_arguments_are_named_as_they_are_given(fails):
-    assert fails("embed", "W").endswith("the following arguments are required: PATHS")
+    assert fails("embed").endswith("the following arguments are required: PATHS")
     assert fails("eval", "W", "T.csv", "U.csv").endswith("unrecognized arguments: U.csv")
     assert fails("doctor", "x").endswith("unrecognized arguments: x")
     assert "argument --out: expected one argument" in fails("eval", "T.csv", "--features=random", "--out")

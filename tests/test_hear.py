@@ -91,9 +91,12 @@ def test_nan_stays_in_its_own_sound(model):
     assert not frames[0].isfinite().all()
 
 
+def test_without_a_path_the_weights_in_the_box():
+    scenes = get_scene_embeddings(torch.randn(2, 16000), load_model())
+    assert scenes.shape == (2, 512)
+
+
 def test_refused(tmp_path, model):
-    with pytest.raises(ValueError, match="none are shipped"):
-        load_model()
     with pytest.raises(CheckpointError, match="No such file"):
         load_model(str(tmp_path / "missing.pth"))
     for audio, error in ((torch.zeros(16000), ValueError), (torch.zeros(2, 0), ValueError), ([[0.0]], TypeError)):

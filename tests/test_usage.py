@@ -26,7 +26,7 @@ from byola_fast.cli import main, read_yaml
         (["eval", "t.csv", "--encodr", "random"], "; did you mean --encoder?"),
         (["doctor", "--verbose"], "error: unrecognized arguments: --verbose"),
         (["pretrain", "--config=nowhere.yaml"], "error: config: File does not exist:"),
-        (["pretrain", "x", "--device=gpu"], "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["pretrain", "x", "--device=gpu"], "device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -79,6 +79,7 @@ def _variants() -> dict[str, Variant]:
     import triton.language as tl
 
     from byola_fast.ops._triton import augment_views as views_module
+    from byola_fast.ops._triton import exact_views as exact_module
     from byola_fast.ops._triton import first_conv as conv_module
     from byola_fast.ops._triton import log_mel as mel_module
 
@@ -112,6 +113,24 @@ def _variants() -> dict[str, Variant]:
             odd,
             views_module.WARPS,
             {80: 64, 90: 64, 100: 80} if fused else views_module.REGISTERS,
+        )
+
+    sample = {"mels": 64, "frames": 96, "x_f": 96, "PUSH": True, "HAS_STATS": True}
+
+    def exact(element: str, taps: int) -> Variant:
+        return Variant(
+            "exact_views.exact_views_kernel",
+            views_pointers
+            | _names("x pool out", element)
+            | _names("finite start", "i32")
+            | {"cursor": "i64", "sums": "fp64"},
+            sample
+            | {"pool_f": 96, "out_mels": 64, "out_frames": 96, "canvas_mels": 64, "canvas_frames": 144, "stride": 100}
+            | {"HAS_BANK": True, "TAPS": taps, "SHARED": True},
+            ("mel_base", "mel_slope", "frame_base", "frame_slope"),
+            tuple(exact_module.RUNTIME),
+            exact_module.WARPS,
+            views_module.REGISTERS,
         )
 
     def ema(online: Any) -> Variant:
@@ -172,6 +191,21 @@ def _variants() -> dict[str, Variant]:
             odd=("rows_of_sums", "batch", "n_memory", "pushing"),
             warps=8,
             max_registers=64,
+        ),
+        "exact_views": exact("fp32", 2),
+        "exact_views, bf16": exact("bf16", 2),
+        "exact_views, bicubic": exact("fp32", 4),
+        "finish_exact_views": Variant(
+            "exact_views.finish_exact_views_kernel",
+            _names("views x stats bank", "fp32")
+            | _names("finite start", "i32")
+            | _names("cursor rng", "i64")
+            | {"sums": "fp64"},
+            sample
+            | {"views_numel": 6144, "NORMALIZE": True, "ADVANCE": True, "BLOCK": 1024, "SUMS": exact_module.SUMS},
+            odd=tuple(exact_module.RUNTIME),
+            warps=exact_module.WARPS,
+            max_registers=views_module.REGISTERS,
         ),
         "draw_params": Variant(
             "draw_params.draw_params_kernel",
@@ -321,7 +355,8 @@ def resources(compiled: Any, architecture: int, warps: int) -> Resources:
     code = disassemble(compiled)
     spilled = max(stack, local, 4 * len(re.findall(r"\b(?:LDL|STL)\b", code)))
     threads = 32 * warps
-    shared = int(compiled.metadata.shared)
+    declared = re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", compiled.asm["ptx"])
+    shared = int(compiled.metadata.shared) + sum(map(int, declared))
     programs = min(
         REGISTERS // (-(-registers // 8) * 8 * threads),
         THREADS // threads,

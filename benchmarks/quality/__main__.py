@@ -8,7 +8,8 @@ every score. The same command resumes after a stop. Several may run at once, on 
 that no other is working on. ``python -m benchmarks.readme_table`` makes the tables.
 
 Protocol, for baselines and trained encoders alike: log-mels normalised with the statistics of the task's training part,
-clips shorter than 0.95 s padded to it, logistic regression on standardised embeddings, C chosen on the validation part.
+clips shorter than 0.95 s padded to it at both ends, logistic regression on standardised embeddings, C chosen on the
+validation part.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ TASKS = tuple(AUDIOSET)
 BASELINES = ("random", "melstats")
 RANDOM_SEEDS = 3
 SAMPLE_RATE = 16000
+PADDING = "both ends"  # of short clips; records of before, padded at the end alone, lack the word
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 
 logger = logging.getLogger("benchmarks")
@@ -108,7 +110,7 @@ def run_baseline(name: str, csvs: dict[str, Path], results: Path) -> None:
     seeds = RANDOM_SEEDS if name == "random" else 1
     scores = score(csvs, features=name, feature_d=COMMON["feature_d"], seeds=seeds)
     content = {"name": name, "seeds": seeds, "clips": clips, "scores": scores, "mean": mean(scores)}
-    _write(path, content | {"versions": versions(), "machine": machine()})
+    _write(path, content | {"padding": PADDING, "versions": versions(), "machine": machine()})
     print(f"{name}: mean {content['mean']:.1f} %", flush=True)
 
 
@@ -145,7 +147,7 @@ def _score_kept(
         scores = score(csvs, weights=str(weights), seeds=1)
         curve.append(_point(step, lines, settings["batch_size"]) | {"scores": scores, "mean": mean(scores)})
         content = {"name": study.name, "seed": seed, "steps": study.steps, "settings": _plain(settings), "curve": curve}
-        _write(path, content | {"versions": versions(), "machine": machine()})
+        _write(path, content | {"padding": PADDING, "versions": versions(), "machine": machine()})
         print(f"{study.name}-{seed}, step {step}: mean {curve[-1]['mean']:.1f} %", flush=True)
     return {point["step"] for point in curve} == set(study.scored)
 

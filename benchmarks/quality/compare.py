@@ -1,4 +1,4 @@
-"""Compare encoders: by training and validation parts alone, or on the tests with clips padded at both ends.
+"""Compare encoders: by training and validation parts alone, or on the tests.
 
     python -m benchmarks.quality.compare TASKS ENCODER... [--test]
 
@@ -9,10 +9,9 @@ Without ``--test``: ridge regression on standardised embeddings, best strength. 
 drum kits or packages is left out in turn, of the training and validation parts. It takes seconds and varies less than
 one split. fsdd has no split to set aside, so its speakers are those of the test.
 
-With ``--test``: logistic regression. C is the smallest within one clip of the best on the validation part; the probe
-then learns from training and validation parts.
+With ``--test``: the probe of ``byola-fast eval``, with one seed.
 
-In both: log-mels normalised with the statistics of the task; clips shorter than 0.95 s have zeros added at both ends.
+In both: log-mels normalised with the statistics of the task; clips shorter than 0.95 s padded as ``eval`` does it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import argparse
 import csv
 import json
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +28,12 @@ import torch
 
 from benchmarks.quality.runs import AUDIOSET, COMMON
 from byola_fast import Embedder, load_encoder, make_encoder
-from byola_fast.audio.reading import read_audio
+from byola_fast.embedding.streaming import embed_clips
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import _task_stats
-from byola_fast.evaluation.probe import STRENGTHS, _fit, headline, macro, truth_table
+from byola_fast.evaluation.probe import fit_probe, headline, macro, truth_table
 from byola_fast.evaluation.tasks import Task, read_task, rounds
 
-PAD_S = 0.95
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 # Groups that are left out together; all other groups of the task form one more set.
 LEFT_OUT: dict[str, list[set[str]]] = {
@@ -57,27 +54,17 @@ Plan = tuple[list[int], list[int]]
 
 def embed(task: Task, audio: Path, encoder: torch.nn.Module, tests: bool) -> Rows:
     """Return ``(clips, d)``; NaN for the clips of the test part without ``tests``."""
-    plain = Embedder(encoder, stats=(0.0, 1.0))
-    embedder = Embedder(encoder, stats=_task_stats(EvalConfig(task="", workers=0), task, audio, plain)).eval()
-    rate, rows = embedder.sample_rate, np.full((len(task.file_names), embedder.feature_d), np.nan, np.float32)
-    batches: defaultdict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-    for number, name in enumerate(task.file_names):
-        if task.splits[number] == "test" and not tests:
-            continue
-        wav = read_audio(audio / name, rate)
-        short = max(0, round(PAD_S * rate) - len(wav))
-        wav = torch.nn.functional.pad(wav, (short // 2, short - short // 2))
-        batches[len(wav)].append((number, wav))
-        if len(batches[len(wav)]) == 16:
-            _embed(embedder, batches.pop(len(wav)), rows)
-    for batch in batches.values():
-        _embed(embedder, batch, rows)
+    config, plain = EvalConfig(task="", workers=0), Embedder(encoder, stats=(0.0, 1.0))
+    embedder = Embedder(encoder, stats=_task_stats(config, task, audio, plain)).eval()
+    rows = np.full((len(task.file_names), embedder.feature_d), np.nan, np.float32)
+    asked = [number for number, split in enumerate(task.splits) if tests or split != "test"]
+    files = [audio / task.file_names[number] for number in asked]
+    for piece in embed_clips(embedder, files, pad_sec=config.pad_sec, workers=0):
+        if piece.error is not None:
+            raise piece.error
+        if piece.last:
+            rows[asked[piece.number]] = piece.rows[0].numpy()
     return rows
-
-
-def _embed(embedder: Embedder, batch: list[tuple[int, torch.Tensor]], rows: Rows) -> None:
-    with torch.no_grad():
-        rows[[number for number, _ in batch]] = embedder(torch.stack([wav for _, wav in batch])).numpy()
 
 
 def plans(task: Task, groups: list[str]) -> list[Plan]:
@@ -107,22 +94,9 @@ def validate(task: Task, rows: Rows, groups: list[str]) -> float:
 
 def test(task: Task, rows: Rows) -> dict[str, float]:
     """Return accuracy and macro accuracy, in %, on the test part or over the folds."""
-    truth, place = truth_table(task), {k: n for n, k in enumerate(np.argsort(np.array(task.file_names)))}
-    answers, truths, reached = [], [], []
-    for plan in rounds(task, 0):
-        # Sorted by file name, so that the order of lines in the CSV cannot move a score.
-        learn, choose, ask = (sorted(part, key=place.__getitem__) for part in plan)
-        right = []
-        for strength in STRENGTHS:
-            scores = _fit(rows, truth, learn, choose, strength, False)
-            right.append(int((scores.argmax(1) == truth[choose].argmax(1)).sum()))
-        chosen = next(c for c, count in zip(STRENGTHS, right, strict=True) if count >= max(right) - 1)
-        both = sorted([*learn, *choose], key=place.__getitem__)
-        answers.append(_fit(rows, truth, both, ask, chosen, False))
-        truths.append(truth[ask])
-        reached.append(headline(truths[-1], answers[-1], False) * len(ask))
-    found = macro(np.concatenate(truths), np.concatenate(answers), False)
-    return {"accuracy": 100 * sum(reached) / sum(map(len, truths)), "macro": 100 * found}
+    found = [fit_probe(rows, task, plan) for plan in rounds(task, 0)]
+    truth, scores = np.concatenate([one.truth for one in found]), np.concatenate([one.scores for one in found])
+    return {"accuracy": 100 * headline(truth, scores, False), "macro": 100 * macro(truth, scores, False)}
 
 
 def _encoder(name: str) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.quality.runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
 from byola_fast.training.config import PretrainConfig, renamed
 
+OLD_PADDING = "\\* Scored before clips were padded at both ends and C chosen within one clip of the best. "
 NO_RUNS = "**The study has not been run yet.**"
 
 
@@ -33,21 +34,32 @@ def _study(folder: Path, ends_alone: bool) -> str:
     for name, label in (("melstats", "mel statistics"), ("random", "random weights")):
         baseline = _read(folder / f"{name}.json")
         if baseline is not None:
-            rows.append(_row(label, "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)))
-    started = [point for run in _runs(folder, START.name) for point in run["curve"]]
+            rows.append(
+                _row(
+                    _marked(label, [baseline]), "", "", "", baseline["seeds"], *_scores([baseline]), _mean_of(baseline)
+                )
+            )
+    starts = _runs(folder, START.name)
+    started = [point for run in starts for point in run["curve"]]
     if started and not ends_alone:
-        rows.append(_row(START.label, "", "", "", len(started), *_scores(started), _spread(started)))
+        rows.append(_row(_marked(START.label, starts), "", "", "", len(started), *_scores(started), _spread(started)))
     for study, runs in found.values():
         seeds = Counter(point["step"] for run in runs for point in run["curve"])
         settled = max(step for step, count in seeds.items() if count == max(seeds.values()))
         for step in sorted(step for step in seeds if step >= settled or not ends_alone):
             points = [point for run in runs for point in run["curve"] if point["step"] == step]
             effort = (step, f"{_hours(runs[0], points[0]):.0f}", f"{min(p['seconds'] for p in points) / 60:.0f}")
-            rows.append(_row(study.label, *effort, len(points), *_scores(points), _spread(points)))
+            rows.append(_row(_marked(study.label, runs), *effort, len(points), *_scores(points), _spread(points)))
     known = [*AUDIOSET.values()]
     goals = [f"{value:.1f}" for value in [*known, statistics.fmean(known)]]
     rows.append(_row("BYOL-A, AudioSet", "", "5,000 per epoch", "", 1, *goals))
-    return "\n".join([*rows, "", _caption(found[BYOL.name][1])])
+    note = OLD_PADDING if any(" * |" in row for row in rows) else ""
+    return "\n".join([*rows, "", note + _caption(found[BYOL.name][1])])
+
+
+def _marked(label: str, runs: list[dict[str, Any]]) -> str:
+    """Mark a row that was scored by the protocol of before."""
+    return label if all("padding" in run for run in runs) else f"{label} *"
 
 
 def _hours(run: dict[str, Any], point: dict[str, Any]) -> float:

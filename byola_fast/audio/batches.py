@@ -8,16 +8,15 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from byola_fast.audio.reading import AudioError, list_audio_files
-from byola_fast.audio.segments import SegmentFolder
-from byola_fast.audio.store import DeviceStore, SegmentStore
-from byola_fast.audio.store_format import is_store
+from byola_fast.audio.reading import AudioError
+from byola_fast.audio.sources import Source
 from byola_fast.ops.philox import MASK32, SLOT_ORDER, SLOT_REPLACEMENT, philox4x32
+from byola_fast.runtime.progress import Progress
 from byola_fast.runtime.workers import num_workers, read_in_processes, read_in_thread
 
 logger = logging.getLogger("byola_fast")
@@ -53,34 +52,12 @@ def as_float(wav: Tensor) -> Tensor:
     return wav * INT16_SCALE if wav.dtype == torch.int16 else wav.float()
 
 
-def open_source(
-    path: str | Path, *, unit_sec: float = 0.95, sample_rate: int = 16000, seed: int = 0
-) -> SegmentFolder | SegmentStore:
-    """Open a folder of audio files, a single file, or a packed store.
-
-    Args:
-        path: the folder or file.
-        unit_sec: length of a segment, in seconds.
-        sample_rate: in Hz; a packed store must have this rate.
-        seed: key of the random segments.
-
-    Raises:
-        The errors of ``SegmentStore``, or of ``list_audio_files`` and ``SegmentFolder``.
-        ValueError: the store was packed at another rate.
-    """
-    if not is_store(Path(path)):
-        return SegmentFolder(list_audio_files(path), unit_sec=unit_sec, sample_rate=sample_rate, seed=seed)
-    store = SegmentStore(path, unit_sec=unit_sec, seed=seed)
-    if store.sample_rate != sample_rate:
-        raise ValueError(f"sample_rate: expected {store.sample_rate} Hz, the rate of {path}, got {sample_rate}")
-    return store
-
-
 class Batches:
-    """Read full batches of random segments from a folder or a packed store.
+    """Read full batches of random segments from a source.
 
     An epoch takes every clip once, in an order that depends only on (seed, epoch), and drops the last incomplete
-    batch. If there are fewer clips than a batch holds, each gives several segments. A step does not depend on the
+    batch. If there are fewer clips than a batch holds, each gives several segments. With ``seconds``, an epoch takes as
+    many segments, but of each clip in proportion to its duration, by systematic sampling. A step does not depend on the
     steps read before it, nor on the workers; the global batch does not depend on the number of ranks. Rank r takes
     its r-th part.
 
@@ -90,17 +67,18 @@ class Batches:
     same segments.
 
     Args:
-        source: a ``SegmentFolder`` (decoded by processes), a ``SegmentStore`` (read by a thread) or a ``DeviceStore``.
-            The seed of the source places the segments.
+        source: a ``Source``, which processes read clip by clip; or one with ``gather``, which reads many at a time: a
+            ``SegmentStore``, by a thread, or a ``DeviceStore``. The seed of the source places the segments.
         batch_size: samples in the global batch, a multiple of ``world_size``.
         seed: key of the order of clips.
         rank: number of this process, from 0.
         world_size: number of processes that share a batch.
-        workers: processes that decode a folder; by default one fewer than the CPU cores, at most 8. With 0 the calling
-            thread reads, a store too.
+        workers: processes that read a source without ``gather``; by default one fewer than the CPU cores, at most 8.
+            With 0 the calling thread reads, a store too.
         segments: independent random segments of each clip.
         device: device of the batches; copies to CUDA go through pinned memory, asynchronously. By default the device
             of the source.
+        seconds: ``(clips,)``, the duration of each clip, to sample by it; 0 for clips without sound.
 
     Attributes:
         steps_per_epoch: at least 1.
@@ -114,7 +92,7 @@ class Batches:
 
     def __init__(
         self,
-        source: SegmentFolder | SegmentStore | DeviceStore,
+        source: Source,
         batch_size: int,
         *,
         seed: int,
@@ -123,6 +101,7 @@ class Batches:
         workers: int | None = None,
         segments: int = 1,
         device: torch.device | None = None,
+        seconds: Tensor | None = None,
     ) -> None:
         for name, value in (("world_size", world_size), ("segments", segments)):
             if value < 1:
@@ -139,8 +118,13 @@ class Batches:
         self.device = device
         self.repeats = math.ceil(batch_size / len(source))
         self.steps_per_epoch = len(source) * self.repeats // batch_size
-        self.broken: dict[Path, str] = {} if isinstance(source, SegmentFolder) else dict(source.broken)
-        self._cached_order: tuple[int, Tensor] | None = None
+        self._bulk: Any = source if hasattr(source, "gather") else None
+        self._on_device = hasattr(source, "device")
+        self.broken: dict[Path, str] = dict(getattr(source, "broken", {}))
+        self._ends = None if seconds is None else (1000 * seconds.double()).round().long().cumsum(0)  # in ms
+        if self._ends is not None and (len(self._ends) != len(source) or self._ends[-1] < 1):
+            raise ValueError(f"seconds: expected {len(source)} durations, not all 0, got {len(self._ends)}")
+        self._cached_epoch: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._cached_starts: tuple[int, Tensor, Tensor] | None = None
 
     @property
@@ -157,9 +141,9 @@ class Batches:
         numbers = range(start, steps)
         read: Generator[tuple[Batch, list[AudioError]]]
         pin = self.device is not None and self.device.type == "cuda"
-        if isinstance(self.source, SegmentFolder):
+        if self._bulk is None:
             read = read_in_processes(self.read, numbers, self.workers)
-        elif self._threaded and isinstance(self.source, SegmentStore):
+        elif self._threaded and not self._on_device:
             read = read_in_thread(partial(self.read, pin=pin), numbers, AHEAD)
         else:
             read = (self.read(step, pin) for step in numbers)
@@ -187,51 +171,61 @@ class Batches:
         """
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.batch_size + self.sample_offset
+        part = slice(first, first + self.local_size)
         errors: list[AudioError] = []
-        if isinstance(self.source, SegmentFolder):
-            numbers = self._order(epoch)[first : first + self.local_size].tolist()
-            wav = torch.stack([self._decode(epoch, number, errors) for number in numbers])
-        elif isinstance(self.source, DeviceStore):
+        if self._bulk is None:
+            places = zip(*(x[part].tolist() for x in self._epoch(epoch)), strict=True)
+            wav = torch.stack([self._decode(errors, epoch, *each) for each in places])
+        elif self._on_device:
             clips, starts = self._starts(epoch)
-            local = slice(first * self.segments, (first + self.local_size) * self.segments)
-            wav = self.source.cut(clips[local], starts[local])
+            local = slice(part.start * self.segments, part.stop * self.segments)
+            wav = self._bulk.cut(clips[local], starts[local])
         else:
-            clips, draws = self._clips(epoch, self._order(epoch)[first : first + self.local_size])
+            clips, draws = self._clips(epoch, part)
             out = torch.empty(len(clips), self.source.num_samples, dtype=torch.int16, device="cpu", pin_memory=pin)
-            wav = self.source.gather(clips, epoch, draws, out=out)
+            wav = self._bulk.gather(clips, epoch, draws, out=out)
         if self.segments > 1:
             wav = wav.view(self.local_size, self.segments, -1)
         return Batch(step, epoch, self.sample_offset, wav), errors
 
-    def _order(self, epoch: int) -> Tensor:
-        """Return the order of the numbers of an epoch; number k is clip ``k % len(source)``."""
-        if self._cached_order is None or self._cached_order[0] != epoch:
-            low, high, *_ = philox4x32(epoch & MASK32, 0, 0, SLOT_ORDER, self.seed & MASK32, self.seed >> 32 & MASK32)
+    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the segments of an epoch in their order: their numbers, clips, and numbers within their clip."""
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            key = self.seed & MASK32, self.seed >> 32 & MASK32
+            low, high, place, _ = philox4x32(epoch & MASK32, 0, 0, SLOT_ORDER, *key)
             generator = torch.Generator("cpu").manual_seed(high << 31 | low >> 1)
-            numbers = len(self.source) * self.repeats
-            self._cached_order = epoch, torch.randperm(numbers, generator=generator, device="cpu")
-        return self._cached_order[1]
+            clips = len(self.source)
+            order = torch.randperm(clips * self.repeats, generator=generator, device="cpu")
+            if self._ends is None:
+                self._cached_epoch = epoch, order, order % clips, order // clips
+            else:  # segments at equal distances along all clips, from a random place on
+                numbers = torch.arange(len(order), device="cpu")
+                places = (numbers + (place >> 8) * 2.0**-24) / len(order) * float(self._ends[-1])
+                chosen = torch.searchsorted(self._ends.double(), places, right=True).clamp_(max=clips - 1)
+                draws = numbers - torch.searchsorted(chosen, chosen)  # left: the first segment of the clip
+                self._cached_epoch = epoch, order, chosen[order], draws[order]
+        return self._cached_epoch[1:]
 
-    def _candidates(self, epoch: int, number: int) -> Iterator[int]:
+    def _candidates(self, epoch: int, number: int, clip: int) -> Iterator[int]:
         """Yield the clip of a number, then its possible replacements in order."""
         clips = len(self.source)
-        yield number % clips
+        yield clip
         for attempt in range(PROBES):
             counter = (epoch & MASK32, number & MASK32, attempt, SLOT_REPLACEMENT)
             yield philox4x32(*counter, self.seed & MASK32, self.seed >> 32 & MASK32)[0] * clips >> 32
-        yield from ((number + distance) % clips for distance in range(1, clips))
+        yield from ((clip + distance) % clips for distance in range(1, clips))
 
-    def _draw(self, number: int, replaced: bool) -> int:
-        """Return the number of the first draw of a clip; a replacement never shares a draw with the clip itself."""
-        return self.segments * (self.repeats + number if replaced else number // len(self.source))
+    def _replacing_draw(self, number: int) -> int:
+        """Return the first draw of a replacement, which never shares one with the clip itself."""
+        own = self.repeats if self._ends is None else len(self.source) * self.repeats
+        return self.segments * (own + number)
 
-    def _decode(self, epoch: int, number: int, errors: list[AudioError]) -> Tensor:
-        assert isinstance(self.source, SegmentFolder)
+    def _decode(self, errors: list[AudioError], epoch: int, number: int, clip: int, draw: int) -> Tensor:
         first = None
-        for attempt, clip in enumerate(self._candidates(epoch, number)):
-            draw = self._draw(number, attempt > 0)
+        for attempt, candidate in enumerate(self._candidates(epoch, number, clip)):
+            begin = self._replacing_draw(number) if attempt else self.segments * draw
             try:
-                wavs = [self.source.read(clip, epoch, draw + extra) for extra in range(self.segments)]
+                wavs = [self.source.read(candidate, epoch, begin + extra) for extra in range(self.segments)]
                 return torch.cat(wavs)
             except AudioError as error:
                 first = first or error
@@ -240,21 +234,43 @@ class Batches:
         others = f"; none of the {len(self.source)} files can be read" if len(self.source) > 1 else ""
         raise AudioError(first.path, first.reason + others) from first
 
-    def _clips(self, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return clips and draws of a store, ``(numbers * segments,)`` each, with broken clips replaced."""
-        assert not isinstance(self.source, SegmentFolder)
-        clips, draws = numbers % len(self.source), numbers // len(self.source) * self.segments
-        for place in (~self.source.readable[clips]).nonzero().flatten().tolist():
-            number = int(numbers[place])
-            clips[place] = next(clip for clip in self._candidates(epoch, number) if self.source.readable[clip])
-            draws[place] = self._draw(number, True)
+    def _clips(self, epoch: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Return clips and draws of part of an epoch, ``(numbers * segments,)`` each, with broken clips replaced."""
+        numbers, clips, draws = (x[part] for x in self._epoch(epoch))
+        clips, draws = clips.clone(), draws * self.segments
+        for place in (~self._bulk.readable[clips]).nonzero().flatten().tolist():
+            number, clip = int(numbers[place]), int(clips[place])
+            clips[place] = next(clip for clip in self._candidates(epoch, number, clip) if self._bulk.readable[clip])
+            draws[place] = self._replacing_draw(number)
         draws = draws[:, None] + torch.arange(self.segments, device="cpu")
         return clips.repeat_interleave(self.segments), draws.flatten()
 
     def _starts(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return clips and starts of all segments of an epoch, on the device of the store; cached."""
-        assert isinstance(self.source, DeviceStore)
         if self._cached_starts is None or self._cached_starts[0] != epoch:
-            clips, draws = (x.to(self.source.device) for x in self._clips(epoch, self._order(epoch)))
-            self._cached_starts = epoch, clips, self.source.starts(clips, epoch, draws)
+            clips, draws = (x.to(self._bulk.device) for x in self._clips(epoch, slice(None)))
+            self._cached_starts = epoch, clips, self._bulk.starts(clips, epoch, draws)
         return self._cached_starts[1:]
+
+
+def durations(source: Source, workers: int | None = None) -> Tensor:
+    """Return the duration of each clip, ``(clips,)`` float64 in seconds; 0, with a warning, if it cannot be read."""
+    known: Any = source
+    if hasattr(source, "lengths"):
+        return known.lengths.cpu().double() / known.sample_rate
+    reading = read_in_processes(partial(_duration, known), range(len(source)), num_workers(workers))
+    with closing(reading), Progress("durations") as progress:
+        found = []
+        for seconds in reading:
+            if isinstance(seconds, AudioError):
+                logger.warning("skipping %s", seconds)
+            found.append(0.0 if isinstance(seconds, AudioError) else seconds)
+            progress.show(len(found), total=len(source))
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+
+def _duration(source: Any, index: int) -> float | AudioError:
+    try:
+        return float(source.seconds(index))
+    except AudioError as error:
+        return error

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from zlib import crc32
 
 from byola_fast.audio.structure import FileBytes, flac_streams, mpeg_samples, odd_end, ogg_start, ogg_streams
 from byola_fast.runtime.workers import warn_once
@@ -42,7 +44,8 @@ SYSTEM_ERROR = 2  # libsndfile's code for a failed system call
 LOUDEST = 2.0**20  # of full scale: 120 dB above it; anything louder is damage
 NOT_AUDIO = "not audio that can be decoded"
 NO_TABLE = "an MP3 without a table of its length"
-MORE_FORMATS = 'pip install "byola_fast[av]" reads more'
+BYTES = "byola_fast-bytes-"  # begins the names of files that hold what was given as bytes
+MORE_FORMATS = "pip install av reads more"
 KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}  # else a device
 
 
@@ -90,6 +93,9 @@ class AudioFile:
     libsndfile reads the file if it can and if the file's structure agrees with its header; else FFmpeg does, which
     cannot seek here. Without FFmpeg, libsndfile reads as far as it can and ``blocks`` warns.
 
+    Args:
+        path: of the file; or its content, which is read from a temporary file.
+
     Attributes:
         path: of the file.
         rate: in Hz.
@@ -98,8 +104,16 @@ class AudioFile:
         AudioError: the file is missing, empty, not a regular file (which is never opened), or not audio.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | bytes) -> None:
+        self._copy, self._name = None, ""
+        if isinstance(path, bytes):  # every decoder opens names
+            self._copy = tempfile.NamedTemporaryFile(prefix=BYTES)  # noqa: SIM115
+            self._copy.write(path)
+            self._copy.flush()
+            self._name = f"{len(path)} bytes of audio, CRC-32 {crc32(path):08x}"
+            path = self._copy.name
         self.path = Path(path)
+        self._name = self._name or str(path)
         status = _require_regular(self.path)
         self._state = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         try:
@@ -110,7 +124,7 @@ class AudioFile:
         self._whole = False  # whether libsndfile alone decoded all of it
         self._file = None if self._facts.by_ffmpeg else _open_libsndfile(self.path)
         if self._facts.note:
-            warn_once(f"{self.path}: {self._facts.note}")
+            warn_once(f"{self._name}: {self._facts.note}")
 
     def __enter__(self) -> AudioFile:
         return self
@@ -121,6 +135,8 @@ class AudioFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._copy is not None:
+            self._copy.close()
 
     @property
     def frames(self) -> int:
@@ -222,7 +238,7 @@ class AudioFile:
             message = f"{facts.reason}; only {seconds:.2f} s were read ({MORE_FORMATS})"
         else:
             return
-        warn_once(f"{self.path}: {message}")
+        warn_once(f"{self._name}: {message}")
 
 
 def _require_regular(path: Path) -> os.stat_result:

@@ -8,12 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byola_fast.audio.decoding import decoders
-from byola_fast.audio.reading import AudioError, list_audio_files, listing_checksum, read_blocks
+from byola_fast.audio.reading import AudioError
+from byola_fast.audio.sources import OwnSource, Paths, Source, is_paths, open_clips
 from byola_fast.audio.store_format import MAX_RATE, PartHeader, PartWriter, StoreError, old_data, part_name, read_header
-from byola_fast.runtime.files import fingerprint, some_of
+from byola_fast.runtime.files import some_of
 from byola_fast.runtime.progress import Progress
 from byola_fast.runtime.workers import num_workers, read_in_processes
 
@@ -29,7 +30,8 @@ class PackConfig:
     """Settings of ``pack``.
 
     Attributes:
-        audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), or one file.
+        audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, a
+            manifest (CSV or JSONL: file_name, start, end), or several of these.
         out: folder of the store; an existing store stays until the new one is complete.
         sample_rate: rate of the store, in Hz; audio is resampled to it. A store takes 2 bytes per sample: 115 MB per
             hour at 16 kHz.
@@ -39,7 +41,7 @@ class PackConfig:
         force: pack again even if no file has changed since this part was packed.
     """
 
-    audio_dir: str
+    audio_dir: str | list[str]
     out: str
     sample_rate: int = 16000
     part: int = 0
@@ -83,7 +85,7 @@ def run_pack(config: PackConfig) -> PackResult:
 
 
 def pack(
-    audio_dir: str | Path,
+    source: Paths | Source,
     out: str | Path,
     *,
     sample_rate: int = 16000,
@@ -92,15 +94,17 @@ def pack(
     force: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> PackResult:
-    """Decode all files of a folder, or one part of them, into a packed store: ``round(32768 * wav)``, clipped to int16.
+    """Decode all clips of a source, or one part of them, into a packed store: ``round(32768 * wav)``, clipped to int16.
 
     If packing stops at any moment, even by ``kill -9``, an existing store stays complete. A part that was packed from
-    the same files (by name, size and modification time) by the same decoders is not packed again, unless a file that
-    was broken can now be read. If a file cannot be read, is empty, or holds NaN, infinity or samples beyond 2^20 times
-    full scale, the logger ``byola_fast`` warns and the store records it. Short files are not padded.
+    the same files (by name, size and modification time; your own source by its listing alone) by the same decoders is
+    not packed again, unless a file that was broken can now be read. If a file cannot be read, is empty, or holds NaN,
+    infinity or samples beyond 2^20 times full scale, the logger ``byola_fast`` warns and the store records it. Short
+    files are not padded.
 
     Args:
-        audio_dir: a folder, with all its subfolders, or a file.
+        source: a folder, with all its subfolders, a file, a manifest, or a list of these (see ``list_clips``); or your
+            own ``Source`` with a method ``whole(index)``, whose clips have the rate ``sample_rate``.
         out: folder of the store; created if it does not exist.
         sample_rate: rate of the store, in Hz.
         part: (number from 0, number of parts) = (p, n): packs files p, p + n, p + 2n, ... of the sorted list.
@@ -115,17 +119,20 @@ def pack(
         ChildProcessError: a worker process was killed.
         ValueError: ``sample_rate``, ``part`` or ``workers`` is out of range.
     """
-    audio_dir, out, (number, parts) = Path(audio_dir), Path(out), part
+    out, (number, parts) = Path(out), part
     if not 1 <= sample_rate <= MAX_RATE:
         raise ValueError(f"sample_rate: expected 1 to {MAX_RATE} Hz, got {sample_rate}")
     if not 0 <= number < parts:
         raise ValueError(f"part: expected 0 to parts - 1, got part {number} of {parts}")
     workers = num_workers(workers)
-    listing = list_audio_files(audio_dir)
-    root = audio_dir if audio_dir.is_dir() else audio_dir.parent
-    names = [path.relative_to(root).as_posix() for path in listing]
-    checksum, part_names, files = listing_checksum(listing), names[number::parts], listing[number::parts]
-    if not force and (header := _unchanged(out / f"{part_name(number, parts)}.json", sample_rate, checksum, files)):
+    clips: Any = open_clips(source, sample_rate=sample_rate) if is_paths(source) else OwnSource(source, "whole")
+    names, checksum, count = clips.names, clips.listing, len(clips)
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        names = [path.relative_to(source).as_posix() for path in clips.files]
+    part_names, indices, decode = names[number::parts], range(number, count, parts), partial(_decode, clips)
+    if not force and (
+        header := _unchanged(out / f"{part_name(number, parts)}.json", sample_rate, checksum, clips, indices)
+    ):
         if old_data(out, header):
             with PartWriter(out, number, parts) as writer:
                 writer.remove_old(header)
@@ -133,9 +140,9 @@ def pack(
 
     offsets, broken, clipped, clipped_names = [0], {}, 0, []
     sources: list[tuple[int, int]] = []
-    decoding = read_in_processes(partial(_decode, sample_rate=sample_rate), files, workers)
+    decoding = read_in_processes(decode, indices, workers)
     with PartWriter(out, number, parts) as writer, closing(decoding) as decoded:
-        for name, (wav, num_clipped, source) in zip(part_names, decoded, strict=True):
+        for name, (wav, num_clipped, state) in zip(part_names, decoded, strict=True):
             if isinstance(wav, AudioError):
                 broken[name] = wav.reason
                 logger.warning("skipping %s", wav)
@@ -144,17 +151,17 @@ def pack(
             clipped += num_clipped
             clipped_names += [name] if num_clipped else []
             offsets.append(writer.samples)
-            sources.append(source)
+            sources.append(state)
             if progress is not None:
-                progress(len(sources), len(files), writer.samples / sample_rate)
-        if len(broken) == len(listing):
-            reason = f"{broken[part_names[0]]} (none of {len(listing)} files can be read)"
-            raise AudioError(listing[0], reason)
+                progress(len(sources), len(indices), writer.samples / sample_rate)
+        if len(broken) == count:
+            reason = f"{broken[part_names[0]]} (none of {count} files can be read)"
+            raise AudioError(clips.files[0] if is_paths(source) else names[0], reason)
         header = writer.finish(
             part=number,
             parts=parts,
             sample_rate=sample_rate,
-            files=len(listing),
+            files=count,
             listing_sha256=checksum,
             clipped=clipped,
             names=part_names,
@@ -175,7 +182,7 @@ def _result(out: Path, header: PartHeader, unchanged: bool) -> PackResult:
     return PackResult(out, len(header.names), header.broken, seconds, header.clipped, unchanged)
 
 
-def _unchanged(path: Path, sample_rate: int, listing_sha256: str, files: list[Path]) -> PartHeader | None:
+def _unchanged(path: Path, sample_rate: int, listing_sha256: str, clips: Any, indices: range) -> PartHeader | None:
     """Return the header of an existing part if packing now would give the same; else None."""
     if not path.exists():
         return None
@@ -187,10 +194,10 @@ def _unchanged(path: Path, sample_rate: int, listing_sha256: str, files: list[Pa
     now = (sample_rate, listing_sha256, decoders(versions=False))
     if (header.sample_rate, header.listing_sha256, header.decoders) != now:
         return None
-    if _sources(header) != [fingerprint(file) for file in files]:
+    if _sources(header) != [clips.state(index) for index in indices]:
         return None
-    broken = [file for name, file in zip(header.names, files, strict=True) if name in header.broken]
-    return header if all(isinstance(_decode(file, sample_rate)[0], AudioError) for file in broken) else None
+    broken = [index for name, index in zip(header.names, indices, strict=True) if name in header.broken]
+    return header if all(isinstance(_decode(clips, index)[0], AudioError) for index in broken) else None
 
 
 def _sources(header: PartHeader) -> list[tuple[int, int]]:
@@ -200,17 +207,17 @@ def _sources(header: PartHeader) -> list[tuple[int, int]]:
 Decoded = tuple["npt.NDArray[np.int16] | AudioError", int, tuple[int, int]]
 
 
-def _decode(file: Path, sample_rate: int) -> Decoded:
-    """Return a whole file as int16 (or its error), the number of samples beyond full scale, and its fingerprint."""
+def _decode(clips: Any, index: int) -> Decoded:
+    """Return a whole clip as int16 (or its error), the number of samples beyond full scale, and its file's state."""
     import numpy as np
 
-    source, clipped = fingerprint(file), 0
+    state, clipped = clips.state(index), 0
     parts: list[npt.NDArray[np.int16]] = []
     try:
-        for block in read_blocks(file, sample_rate):  # float32 of a whole file may not fit in memory
+        for block in clips.whole(index):
             wav = block.numpy()
             clipped += int(np.count_nonzero(np.abs(wav) > 1))
             parts.append(np.rint(wav * 32768).clip(-32768, 32767).astype(np.int16))
     except AudioError as error:
-        return error, 0, source
-    return np.concatenate(parts), clipped, source
+        return error, 0, state
+    return np.concatenate(parts), clipped, state

@@ -82,18 +82,23 @@ def list_audio_files(root: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def listing_checksum(files: Sequence[str | Path]) -> str:
-    """Return the checksum of file names relative to their common folder; it shows whether a corpus has changed."""
+def relative_names(files: Sequence[str | Path]) -> list[str]:
+    """Return the names of files relative to their common folder."""
     names = [os.path.abspath(path) for path in files]
     root = os.path.commonpath({os.path.dirname(name) for name in names})
-    return hashlib.sha256(b"\0".join(os.fsencode(name[len(root) :].lstrip("/")) for name in names)).hexdigest()
+    return [name[len(root) :].lstrip("/") for name in names]
+
+
+def listing_checksum(names: Sequence[str]) -> str:
+    """Return the checksum of the names of clips; it shows whether a corpus has changed."""
+    return hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()
 
 
 def _report_folder(error: OSError) -> None:
     logger.warning("skipping folder %s: %s", error.filename, error.strerror)
 
 
-def audio_duration(path: str | Path) -> float:
+def audio_duration(path: str | Path | bytes) -> float:
     """Return the length of an audio file in seconds: of what ``read_audio`` reads, whatever the header promises.
 
     A file whose length neither its size nor its structure proves (FLAC, floats, damage) is decoded once.
@@ -106,7 +111,7 @@ def audio_duration(path: str | Path) -> float:
 
 
 def read_audio(
-    path: str | Path, sample_rate: int = 16000, *, start_sec: float = 0.0, duration_sec: float | None = None
+    path: str | Path | bytes, sample_rate: int = 16000, *, start_sec: float = 0.0, duration_sec: float | None = None
 ) -> torch.Tensor:
     """Read an audio file, or a part of it, as a mono waveform at ``sample_rate``.
 
@@ -114,10 +119,10 @@ def read_audio(
     resampling filter, on the time grid of the whole file: a part equals the same slice of the whole.
 
     Args:
-        path: any file that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more), or that FFmpeg reads if the
-            package av is installed (m4a, aac, webm, wma, ALAC and more); of several tracks the first. Joined files, and
-            files whose header is wrong, are read to their end; if a decoder cannot, the logger ``byola_fast`` warns
-            with the length read.
+        path: a file, or its content as bytes; any that libsndfile reads (wav, flac, ogg, opus, mp3, aiff and more), or
+            that FFmpeg reads if the package av is installed (m4a, aac, webm, wma, ALAC and more); of several tracks the
+            first. Joined files, and files whose header is wrong, are read to their end; if a decoder cannot, the logger
+            ``byola_fast`` warns with the length read.
         sample_rate: rate of the result, in Hz.
         start_sec: start of the part, in seconds, at least 0; rounded to a sample of the result.
         duration_sec: length of the part, in seconds, above 0; None reads to the end.
@@ -148,7 +153,7 @@ def read_audio(
     with AudioFile(path) as file:
         wav = read_part(file, sample_rate, start, count)
     if not len(wav):
-        raise AudioError(path, f"nothing can be decoded from {start_sec:g} s on")
+        raise AudioError(file.path, f"nothing can be decoded from {start_sec:g} s on")
     return wav
 
 
@@ -181,6 +186,25 @@ def read_blocks(path: str | Path, sample_rate: int = 16000, *, block_sec: float 
                 yield torch.from_numpy(np.ascontiguousarray(wav))
     if not found:
         raise AudioError(path, "nothing can be decoded")
+
+
+def resample(wav: torch.Tensor, rate: int, sample_rate: int) -> torch.Tensor:
+    """Return waveforms ``(..., samples)`` at another rate, resampled by soxr on the CPU, as ``read_audio`` does.
+
+    Raises:
+        ValueError: a rate below 1, or a waveform that requires a gradient.
+    """
+    if rate < 1:
+        raise ValueError(f"sample_rate: expected at least 1 Hz, got {rate}")
+    if rate == sample_rate:
+        return wav
+    if wav.requires_grad:
+        raise ValueError(f"sample_rate: expected {sample_rate} Hz of a waveform that requires a gradient, got {rate}")
+    import soxr
+
+    channels = wav.cpu().to(torch.promote_types(wav.dtype, torch.float32)).reshape(-1, wav.shape[-1]).T
+    made = torch.from_numpy(soxr.resample(channels.numpy(), rate, sample_rate, quality="HQ")).T
+    return made.reshape(*wav.shape[:-1], -1).to(wav)
 
 
 def num_resampled(frames: int, rate: int, sample_rate: int) -> int:

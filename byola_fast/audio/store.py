@@ -30,6 +30,7 @@ class _Clips:
     num_samples: int
     seed: int
     lengths: Tensor
+    gather: Any
 
     def starts(self, clips: Tensor, epoch: int, draw: int | Tensor = 0) -> Tensor:
         """Draw the starts of segments within their clips, as ``SegmentFolder`` does.
@@ -45,6 +46,11 @@ class _Clips:
         spare = self.lengths[clips] - self.num_samples
         drawn = segment_u24(self.seed, epoch, clips, draw) * (spare + 1) >> 24
         return torch.where(spare < 0, -(-spare // 2), drawn)
+
+    def read(self, index: int, epoch: int, draw: int = 0) -> Tensor:
+        """Return one segment ``(num_samples,)`` int16; see ``gather``."""
+        segment: Tensor = self.gather([index], epoch, draw)[0]
+        return segment
 
 
 class SegmentStore(_Clips):

@@ -21,7 +21,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from byola_fast.runtime.files import SHOWN, open_locked, some_of, sync_folder
+from byola_fast.runtime.files import SHOWN, close_to_rename, open_locked, some_of, sync_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,6 +256,7 @@ class PartWriter:
         with self._store_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
+            close_to_rename(self._file)
             with open(self._temporary[1], "wb") as file:
                 file.write(first + content)
                 file.flush()
@@ -279,6 +280,7 @@ class PartWriter:
     def __exit__(self, *_exception: object) -> None:
         with suppress(OSError):  # on a full disk the last flush fails again
             if not self._finished:
+                close_to_rename(self._file)
                 for path in self._temporary:
                     path.unlink(missing_ok=True)
         with suppress(OSError):

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from byola_fast.embedding.embedder import Embedder, load_encoder
 from byola_fast.embedding.streaming import BATCH_SEC, embed_clips, require_batching
 from byola_fast.embedding.tables import TABLE_FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
-from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
+from byola_fast.networks.encoder_file import find_weights
+from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.distributed import join, name_lost_rank
 from byola_fast.runtime.files import file_sha256, fingerprint, require_writable
 from byola_fast.runtime.progress import Progress
@@ -36,24 +37,29 @@ class EmbedConfig:
     """Settings of embedding files or folders.
 
     Attributes:
-        weights: file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, or published weights.
+        weights: file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, a run's folder, or published
+            weights; by default those that come with the package.
         paths: audio files, or folders of them; of any rate, channel count and length.
         out: file to write or replace. .npz: arrays file_names and embeddings. .npy: the embeddings, their names beside
             it in OUT.names.csv. .csv: a line for each.
         frames: write frame-level embeddings with their times (every 80 ms with AudioNTT2020, 40 ms with AudioNTT2022)
             instead of one embedding per file.
+        normalize: standardise each feature (mean 0, std 1 over all rows), for neighbours, clusters and maps: features
+            differ in size, and those alike in all sounds hide those that tell sounds apart. .npz then also has mean and
+            std.
         stats: JSON file from "byola-fast stats"; overrides the statistics in the weights.
         dtype: of the encoder: "float32", or "bfloat16", which is faster on hardware that has it.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one.
         batch_sec: sound per batch, in seconds; longer files are embedded in pieces.
         workers: processes that decode audio; by default one fewer than there are CPU cores, at most 8.
     """
 
-    weights: str
-    paths: list[str]
+    weights: str | None = None
+    paths: list[str] = field(default_factory=list)
     out: str = "embeddings.npz"
     frames: bool = False
+    normalize: bool = False
     stats: str | None = None
     dtype: str = "float32"
     encoder: str | None = None
@@ -107,12 +113,14 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
         raise ValueError(f"out: expected a name ending in {', '.join(TABLE_FORMATS)}, got {out}")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {config.dtype!r}")
-    weights = Path(config.weights)
+    weights = find_weights(config.weights)
     loaded = fingerprint(weights)
     embedder = open_encoder(weights, config.stats, config.device, encoder=config.encoder)
     embedder.to(DTYPES[config.dtype])
     if embedder.to_lms.window.device.type == "cpu":
         keep_freed_memory()
+        if config.dtype == "bfloat16":
+            warn_of_slow_bfloat16()
     times = {}
     if config.frames:
         hop_ms = 1000 * embedder.to_lms.hop_length / embedder.sample_rate
@@ -160,14 +168,14 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
             first = next(iter(files))
             raise ValueError(f"none of {len(files)} files can be embedded: {first}: {broken[first]}")
         ordered = [(name, clips[name]) for name in files if name in clips]
-        write_table(out, ordered, **times)
+        write_table(out, ordered, normalize=config.normalize, **times)
         store.clear()
     rows = sum(clip.rows for _name, clip in ordered)
     return EmbedResult(out, len(ordered), rows, embedder.feature_d, broken, len(done), speed)
 
 
 def open_encoder(
-    weights: str | Path,
+    weights: str | Path | None,
     stats: str | None = None,
     device: str = "auto",
     *,

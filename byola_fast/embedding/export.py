@@ -32,14 +32,15 @@ class ExportConfig:
     """Settings of an export.
 
     Attributes:
-        weights: file of an encoder: encoder.pth, encoder.safetensors, a checkpoint.pt, or published weights.
+        weights: file of an encoder: encoder.pth, encoder.safetensors, checkpoint.pt, a run's folder, or published
+            weights; by default those that come with the package.
         out: file to write; its suffix is the format: .onnx (ONNX Runtime and others) or .pt2 (torch.export).
         frames: export frame-level embeddings, (B, T', d), instead of one per clip, (B, d).
         stats: JSON file from "byola-fast stats", for weights without statistics.
         encoder: class of the network, as package.module:Class, for weights of a network of your own.
     """
 
-    weights: str
+    weights: str | None = None
     out: str = "encoder.onnx"
     frames: bool = False
     stats: str | None = None
@@ -82,7 +83,7 @@ def export_encoder(embedder: Embedder, path: str | Path, *, frames: bool = False
             f"embedder: expected eval mode, float32, on the CPU, got {mode}, {weight.dtype}, {weight.device}"
         )
     if path.suffix == ".onnx" and find_spec("onnxscript") is None:
-        raise ImportError('ONNX needs onnxscript: pip install "byola_fast[export]"')
+        raise ImportError("ONNX needs onnxscript: pip install onnx onnxscript")
     shortest = shortest_export(embedder)
     about: dict[str, Any] = {"sample_rate": embedder.sample_rate, "feature_d": embedder.feature_d}
     if embedder.has_frames:

@@ -61,7 +61,7 @@ def embed_clips(
         files: of any format, rate and channel count.
         frames: yield frame-level embeddings instead of one per clip. The pieces of a long clip come in order, with no
             other clip between them.
-        pad_sec: pad shorter clips with zeros at their end to this length, in seconds.
+        pad_sec: pad shorter clips with zeros at both ends to this length, in seconds.
         batch_sec: sound per batch, in seconds.
         workers: processes that decode; by default one fewer than CPU cores, at most 8; 0 decodes in this process.
 
@@ -71,7 +71,7 @@ def embed_clips(
     workers = require_batching(pad_sec, batch_sec, workers)
     rate = embedder.sample_rate
     maximum = max(round(batch_sec * rate), 1)
-    minimum = max(round(pad_sec * rate), embedder.min_samples)
+    padded = round(pad_sec * rate)
     waiting: dict[int, list[tuple[int, Tensor, int]]] = {}
     held = 0
     reading = read_in_processes(partial(_read_start, sample_rate=rate, samples=maximum + 1), files, workers)
@@ -83,7 +83,9 @@ def embed_clips(
             if len(read) > maximum:
                 yield from _embed_long(embedder, files, number, frames, batch_sec)
                 continue
-            wav = F.pad(read, (0, max(0, minimum - len(read))))
+            short = max(0, padded - len(read))
+            wav = F.pad(read, (short // 2, short - short // 2))
+            wav = F.pad(wav, (0, max(0, embedder.min_samples - len(wav))))  # as the embedder alone would
             group = waiting.setdefault(len(wav), [])
             group.append((number, wav, len(read)))
             held += len(wav)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byola_fast.embedding.tables import Clip
-from byola_fast.runtime.files import fingerprint, open_locked, write_whole
+from byola_fast.runtime.files import close_to_rename, fingerprint, open_locked, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,7 @@ class Unfinished:
             yield
         finally:
             with suppress(OSError), lock:
+                close_to_rename(lock)
                 path.unlink()
                 self.folder.rmdir()
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byola_fast.audio.batches import Batches, as_float, open_source
+from byola_fast.audio.batches import Batches, as_float
+from byola_fast.audio.sources import open_source
 from byola_fast.embedding.embed_files import open_encoder
 from byola_fast.networks.encoder_file import describe_encoder, read_encoder, save_encoder
 from byola_fast.networks.encoders import AudioNTT

@@ -11,7 +11,8 @@ class EvalConfig:
 
     Attributes:
         task: CSV file: file_name, label, and split (train, valid, test) or fold; labels with commas are several.
-        weights: file of an encoder; with features "random" it gives the network and the front end alone.
+        weights: file of an encoder, or a run's folder; by default the weights that come with the package. With features
+            "random" it gives the network and the front end alone.
         audio: folder of the files; by default the folder "audio" beside the CSV file, or the CSV file's own folder.
         out: folder for results.csv (one line is appended), the confusion matrix and cached embeddings.
         features: "trained", or a baseline: "random" (the network before training, a new one for each seed) or
@@ -24,11 +25,11 @@ class EvalConfig:
             "weights" for trained features, "task" for baselines.
         seeds: number of seeds for mean and spread; they draw random encoders and, if the task has no valid split, the
             clips that choose the probe.
-        pad_sec: pad shorter clips with zeros at their end to this length, in seconds.
+        pad_sec: pad shorter clips with zeros at both ends to this length, in seconds: half of the zeros at each.
         keep_going: leave out clips that are missing, broken or unlabelled, and continue if train lacks a class (its
             clips then count as errors), instead of stopping.
         dtype: of the encoder: "float32" or "bfloat16".
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one.
         workers: processes that decode audio; by default one fewer than CPU cores, at most 8.
     """
 

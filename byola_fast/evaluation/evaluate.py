@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,8 +32,9 @@ from byola_fast.evaluation.report import (
     check_results,
 )
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
+from byola_fast.networks.encoder_file import find_weights
 from byola_fast.networks.encoders import make_encoder
-from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device
+from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
@@ -72,8 +74,15 @@ def run_eval(config: EvalConfig) -> EvalResult:
             to test on. CheckpointError: the weights cannot be used. ImportError: scikit-learn or matplotlib is
             missing. ValueError: settings out of range, or a results.csv with other columns.
     """
+    if Path(config.task).is_dir():
+        hint = f"byola-fast recipes folders {config.task} TASK.csv makes one, if it holds a folder for each class"
+        raise TaskError(f"{config.task}: expected a CSV file of a task, got a folder; {hint}")
+    if config.weights is not None or config.features == "trained":
+        config = replace(config, weights=str(find_weights(config.weights)))
     _check(config)
     keep_freed_memory()
+    if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu":
+        warn_of_slow_bfloat16()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)
     audio = _audio_folder(config)
     task, message = _without_missing(task, audio, config)
@@ -104,8 +113,6 @@ def run_eval(config: EvalConfig) -> EvalResult:
 def _check(config: EvalConfig) -> None:
     if config.features not in ("trained", "random", "melstats"):
         raise ValueError(f"features: expected trained, random or melstats, got {config.features!r}")
-    if config.features == "trained" and config.weights is None:
-        raise ValueError("weights: expected a file of weights; features random and melstats need none")
     if config.feature_d is not None and config.weights is not None:
         raise ValueError(f"feature_d: expected none, as the weights have their own width, got {config.feature_d}")
     if config.feature_d is not None and config.feature_d < 1:
@@ -121,7 +128,7 @@ def _check(config: EvalConfig) -> None:
     pick_device(config.device)  # refuses what is not here
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ImportError(f'evaluation needs {" and ".join(missing)}: pip install "byola_fast[eval]"')
+        raise ImportError(f"evaluation needs {' and '.join(missing)}: pip install scikit-learn matplotlib")
 
 
 def _audio_folder(config: EvalConfig) -> Path:
@@ -300,7 +307,7 @@ def _key(embedder: Embedder, config: EvalConfig, files: list[Path]) -> str:
     with suppress(RuntimeError, ValueError), torch.no_grad():  # an encoder may take longer clips alone
         digest.update(embedder(sound.to(embedder.to_lms.window.device)).float().cpu().numpy().tobytes())
     front_end = [getattr(embedder.to_lms, name) for name in FRONT_END]
-    settings = [front_end, embedder.stats, config.pad_sec, config.dtype, _versions()]
+    settings = [front_end, embedder.stats, config.pad_sec, "at both ends", config.dtype, _versions()]
     digest.update(json.dumps(settings).encode())
     for file in files:
         digest.update(os.fsencode(os.path.abspath(file)) + b"\0" + str(_identity(file)).encode())

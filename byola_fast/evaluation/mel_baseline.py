@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from byola_fast.networks.encoders import RunningMaxMean
+from byola_fast.ops.reference import sums_dtype
 
 
 class MelStats(nn.Module):
@@ -43,7 +44,7 @@ class _RunningStats(RunningMaxMean):
     squares: Tensor
 
     def add(self, frames: Tensor) -> None:
-        squares = frames.double().square().sum(0)
+        squares = frames.to(sums_dtype(frames.device)).square().sum(0)
         self.squares = self.squares + squares if self.count else squares
         super().add(frames)
 

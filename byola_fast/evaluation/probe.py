@@ -22,7 +22,8 @@ class Scores(NamedTuple):
     Attributes:
         test: numbers of the clips.
         truth: ``(clips, classes)`` bool.
-        scores: ``(clips, classes)`` log-odds; minus infinity for classes that train lacks.
+        scores: ``(clips, classes)`` logits, of a softmax or, in a multi-label task, of a sigmoid; minus infinity for
+            classes that train lacks.
         strength: the chosen C.
         chosen_by: its score on valid.
     """
@@ -49,8 +50,9 @@ def fit_probe(features: npt.NDArray[np.float32], task: Task, plan: Round) -> Sco
     """Train a probe for each C, choose one on valid, train it on train and valid, and test it.
 
     Features are standardised (mean 0, std 1 over the training clips). The probe is one multinomial regression, or one
-    binary regression per label in a multi-label task. The highest accuracy (or mean average precision) is chosen; ties
-    go to the stronger regularisation.
+    binary regression per label in a multi-label task. The smallest C within one clip of the best accuracy is chosen: a
+    single clip is no reason for a weaker regularisation. In a multi-label task it is the smallest C of the best mean
+    average precision.
 
     Args:
         features: ``(clips, d)``.
@@ -66,14 +68,12 @@ def fit_probe(features: npt.NDArray[np.float32], task: Task, plan: Round) -> Sco
     if not task.multi_label and len({task.labels[number] for number in plan.train}) < 2:
         message = "clips of one class are left to learn from, without those that choose C; expected two classes"
         raise TaskError(f"{task.name}: {message}; give more clips, or a split valid")
-    best = (-1.0, 0.0)
-    for strength in STRENGTHS:
-        scores = _fit(features, truth, plan.train, plan.valid, strength, task.multi_label)
-        reached = headline(truth[plan.valid], scores, task.multi_label)
-        if reached > best[0]:
-            best = (reached, strength)
-    scores = _fit(features, truth, sorted([*plan.train, *plan.valid]), plan.test, best[1], task.multi_label)
-    return Scores(plan.test, truth[plan.test], np.asarray(scores, np.float64), best[1], best[0])
+    multi, asked = task.multi_label, truth[plan.valid]
+    reached = [headline(asked, _fit(features, truth, plan.train, plan.valid, c, multi), multi) for c in STRENGTHS]
+    enough = max(reached) - (0 if multi else 1.5 / len(asked))  # one clip, beyond rounding
+    strength, value = next((c, value) for c, value in zip(STRENGTHS, reached, strict=True) if value >= enough)
+    scores = _fit(features, truth, sorted([*plan.train, *plan.valid]), plan.test, strength, multi)
+    return Scores(plan.test, truth[plan.test], np.asarray(scores, np.float64), strength, value)
 
 
 def _fit(
@@ -84,7 +84,7 @@ def _fit(
     strength: float,
     multi_label: bool,
 ) -> npt.NDArray[np.float64]:
-    """Return log-odds ``(ask, classes)``."""
+    """Return logits ``(ask, classes)``."""
     import numpy as np
 
     try:
@@ -93,7 +93,7 @@ def _fit(
         from sklearn.preprocessing import StandardScaler
         from threadpoolctl import threadpool_limits  # scikit-learn's own
     except ImportError as error:
-        raise ImportError('evaluation needs scikit-learn: pip install "byola_fast[eval]"') from error
+        raise ImportError("evaluation needs scikit-learn: pip install scikit-learn") from error
 
     scaler = StandardScaler().fit(features[learn])
     x, asked = scaler.transform(features[learn]), scaler.transform(features[ask])
@@ -109,8 +109,18 @@ def _fit(
         labels = truth[learn].argmax(1)
         probe = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(x, labels)
         logits = probe.decision_function(asked)
-        answer[:, probe.classes_] = logits if logits.ndim == 2 else np.stack([-logits, logits], 1)
+        answer[:, probe.classes_] = logits if logits.ndim == 2 else np.stack([0 * logits, logits], 1)
     return answer
+
+
+def probabilities(scores: npt.NDArray[np.float64], multi_label: bool) -> npt.NDArray[np.float64]:
+    """Return the probability of each class for each clip: a softmax, or in a multi-label task sigmoids."""
+    import numpy as np
+
+    if multi_label:
+        return np.exp(-np.logaddexp(0, -scores))
+    shifted = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float64)
 
 
 def headline(truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], multi_label: bool) -> float:

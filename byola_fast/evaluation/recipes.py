@@ -1,4 +1,4 @@
-"""Make task files from folders of classes or public data sets: ``python -m byola_fast.evaluation.recipes``."""
+"""Make task files from folders of classes or public data sets: ``byola-fast recipes``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import csv
 import io
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from byola_fast.audio.reading import list_audio_files
 from byola_fast.evaluation.tasks import SPLITS, TaskError, read_task
-from byola_fast.runtime.console import say
 from byola_fast.runtime.files import as_text, printable, write_whole
 
 FOLDS = 5
-USAGE = "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv\nDATASET is one of: "
 
 
 class _MissingError(ValueError):
@@ -151,22 +148,8 @@ def _check(path: Path, rows: list[Row], root: str | Path) -> None:
         task, _left_out = read_task(path, keep_going=True)
     except TaskError as error:
         raise ValueError(f"{root}: {str(error).removeprefix(f'{path}: ')}") from error
-    if changed := [row.file_name for row, name in zip(rows, task.file_names, strict=False) if row.file_name != name]:
+    if changed := sorted({row.file_name for row in rows} - set(task.file_names)):
         raise ValueError(f"{root}: a space at an end of the name is lost in CSV; rename {printable(changed[0])!r}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write a task file; return 0, or 2 after an error."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if len(arguments) != 3:
-        print(USAGE + ", ".join(RECIPES), file=sys.stderr)
-        return 2
-    try:
-        say(f"{arguments[2]}: {write_task(*arguments)} clips", sys.stdout)
-    except (OSError, ValueError) as error:
-        say(f"byola_fast.evaluation.recipes: error: {error}", sys.stderr)
-        return 2
-    return 0
 
 
 def _text(path: Path) -> str:
@@ -198,4 +181,4 @@ def _lines(path: Path, *columns: str) -> Iterator[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit("now a command: byola-fast recipes DATASET FOLDER TASK.csv")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from byola_fast.embedding.embedder import Embedder
 from byola_fast.evaluation.config import EvalConfig
-from byola_fast.evaluation.probe import Scores, class_scores, headline, macro
+from byola_fast.evaluation.probe import Scores, class_scores, headline, macro, probabilities
 from byola_fast.evaluation.tasks import Task
 from byola_fast.runtime.figures import new_figure, plain_text, save_figure, short_name
-from byola_fast.runtime.files import printable
+from byola_fast.runtime.files import as_text, lock_soon, printable, write_whole
 
 logger = logging.getLogger("byola_fast")
 
@@ -56,8 +54,7 @@ def check_results(path: Path) -> None:
 def append_result(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line whole or not at all (to a new file, also the header); evaluations may run side by side."""
     with open(path, "a+b", buffering=0) as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_soon(file)
         end = file.seek(0, os.SEEK_END)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -94,8 +91,33 @@ def spread(values: list[float]) -> float | None:
 WRITTEN_CLASSES = 30  # larger matrices are drawn without numbers
 
 
+def write_predictions(path: Path, task: Task, found: list[list[Scores]]) -> None:
+    """Write a line for each tested clip and seed: what was predicted, and the probability of each class.
+
+    Columns: ``file_name``, ``split`` or ``fold``, ``seed``, ``label``, ``predicted``, then ``p(CLASS)`` for each class.
+    In a multi-label task, ``predicted`` has the labels of a probability of at least a half, perhaps none.
+    """
+    header = ["file_name", "fold" if task.folds else "split", "seed", "label", "predicted"]
+
+    def write(file: IO[str]) -> None:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*header, *(f"p({name})" for name in task.classes)])
+        for seed, runs in enumerate(found):
+            for one in runs:
+                chances = probabilities(one.scores, task.multi_label)
+                hits = chances >= 0.5 if task.multi_label else chances.argmax(1)[:, None] == range(len(task.classes))
+                for clip, row, hit in zip(one.test, chances, hits, strict=True):
+                    predicted = ",".join(task.classes[k] for k in hit.nonzero()[0])
+                    known = [task.file_names[clip], task.splits[clip], seed, ",".join(task.labels[clip]), predicted]
+                    writer.writerow([*known, *(f"{value:.6g}" for value in row)])
+
+    write_whole(path, as_text(write))
+
+
 def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title: str = "") -> None:
-    """Draw a confusion matrix: for each class (row), the share of its clips predicted as each class (column).
+    """Draw a confusion matrix: how many clips of each true class (row) are predicted as each class (column).
+
+    The colour is the share of the row, the number the count.
 
     Args:
         path: picture to write; its suffix is the format.
@@ -123,7 +145,7 @@ def draw_confusion(path: str | Path, matrix: Any, classes: Sequence[str], title:
     if len(classes) <= WRITTEN_CLASSES:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.5 else "black"
-            message = f"{100 * share[row, column]:.0f}"
+            message = str(counts[row, column])
             axes.text(column, row, message, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the class")
     if title:
@@ -140,6 +162,7 @@ class EvalResult(NamedTuple):
         by_seed: the score of each seed.
         line: the line appended to results.csv.
         report: all of it as text.
+        predictions: CSV file with the prediction and the probabilities for each tested clip.
         picture: the confusion matrix; None for a multi-label task, or if it cannot be drawn.
     """
 
@@ -148,6 +171,7 @@ class EvalResult(NamedTuple):
     by_seed: list[float]
     line: dict[str, Any]
     report: str
+    predictions: Path
     picture: Path | None
 
 
@@ -196,19 +220,22 @@ def _report(
         "clips_per_sec": f"{clips_per_sec:.0f}",
     }
     append_result(out / "results.csv", line)
+    trained = config.features == "trained" and config.weights
+    source = f"{Path(trained).stem}-{weights_sha256[:8]}" if trained else config.features
+    predictions = out / f"{task.name}-{source}-predictions.csv"
+    write_predictions(predictions, task, found)
     picture = None
     if not multi:
-        trained = config.features == "trained" and config.weights
-        source = f"{Path(trained).stem}-{weights_sha256[:8]}" if trained else config.features
         picture = out / f"{task.name}-{source}-confusion.png"
         title = f"{task.name}, {config.features}: accuracy {line['score_percent']} %, macro {line['macro_percent']} %"
+        title += f"; counts over {len(found)} seeds" if len(found) > 1 else ""
         try:
             draw_confusion(picture, _confusion(task, found), task.classes, title)
         except Exception as error:  # the results are written, and worth more than their picture
             logger.warning("%s: cannot be drawn: %s", picture, error)
             picture = None
-    report = "\n".join(_tell(config, task, found, line, left_out, picture))
-    return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, picture)
+    report = "\n".join(_tell(config, task, found, line, left_out, predictions, picture))
+    return EvalResult(fmean(by_seed), fmean(macros), by_seed, line, report, predictions, picture)
 
 
 def _tell(
@@ -217,6 +244,7 @@ def _tell(
     found: list[list[Scores]],
     line: dict[str, Any],
     left_out: list[str],
+    predictions: Path,
     picture: Path | None,
 ) -> Iterator[str]:
     counts = ", ".join(f"{part}: {count}" if task.folds else f"{part} {count}" for part, count in task.counts().items())
@@ -248,6 +276,7 @@ def _tell(
         score = sum(value * (1 / len(seen) if task.multi_label else count / clips) for value, count in seen)
         yield f"{name:{size}}  {clips // len(found):6}  {percent(score) if seen else '-':>8}"
     yield ""
+    yield f"predictions: {predictions}"
     if picture is not None:
         yield f"confusion matrix: {picture}"
     yield f"results: {Path(config.out) / 'results.csv'}"
@@ -255,7 +284,8 @@ def _tell(
 
 def _protocol(task: Task, line: dict[str, Any]) -> Iterator[str]:
     kind = "binary logistic regressions" if task.multi_label else "logistic regression"
-    yield f"{kind} on standardised embeddings, C = {line['C']}; clips padded to {line['pad_sec']} s"
+    padding = f"shorter clips padded with zeros at both ends to {line['pad_sec']} s"
+    yield f"{kind} on standardised embeddings, C = {line['C']}; {padding}"
     if len(task.folds) > 2:
         yield "one fold left out at a time; C chosen on another fold, drawn by the seed; then trained on all others"
     elif task.folds:

@@ -29,7 +29,7 @@ class Task:
 
     Attributes:
         name: of the task.
-        file_names: relative to the folder of audio.
+        file_names: relative to the folder of audio, sorted.
         labels: of each clip, in the order of ``classes``: one each, or any number in a multi-label task.
         splits: "train", "valid" or "test" for each clip, or the name of its fold.
         classes: all labels, sorted.
@@ -76,6 +76,8 @@ class Round(NamedTuple):
 def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list[str]]:
     """Read a task: columns ``file_name,label`` and ``split`` (train, valid, test) or ``fold``; others are ignored.
 
+    Clips are sorted by file name, so that the order of the lines cannot move a score.
+
     Quoted labels with commas make the task multi-label. Columns are separated by commas, semicolons or tabs. Lines
     without anything in them are skipped. Names of files need not be UTF-8.
 
@@ -110,6 +112,7 @@ def read_task(path: str | Path, *, keep_going: bool = False) -> tuple[Task, list
                 raise TaskError(f"{path}: {message}; --keep_going leaves them out")
             left_out.append(message)
             lines = [(number, row) for number, row in lines if number not in set(empty)]
+    lines.sort(key=lambda line: line[1]["file_name"].strip())
     file_names = [row["file_name"].strip() for _number, row in lines]
     if twice := [name for name, count in Counter(map(os.path.normpath, file_names)).items() if count > 1]:
         raise TaskError(f"{path}: {len(twice)} files listed more than once: {_some(twice)}")

@@ -10,7 +10,7 @@ import numbers
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -61,9 +61,12 @@ class CosineDecay:
 
 
 class _Plan(NamedTuple):
-    """The tensors of one update, valid as long as both networks hold the same tensor objects, ``seen``."""
+    """The tensors of one update, valid as long as both networks hold the same modules and tensor objects."""
 
-    seen: list[Tensor | None]
+    networks: tuple[nn.Module, nn.Module]
+    empty: list[Mapping[str, Any]]  # dictionaries of modules: of parameters, of children, and of buffers
+    filled: list[Mapping[str, Any]]
+    seen: list[Any]  # what the filled ones hold
     pairs: list[tuple[Tensor, Tensor]]  # averaged or copied
     names: list[str]  # of the averaged pairs
     target: list[Tensor]
@@ -235,22 +238,18 @@ class EMA(nn.Module):
         Matching the names of a thousand tensors costs several times the update itself. Changes within a tensor
         (storage, shape, dtype) are noticed by the op at every update.
         """
-        plan, seen = self._plan, self._seen()
+        plan = self._plan
         if (
             plan is None
-            or len(plan.seen) != len(seen)
-            or not all(map(operator.is_, plan.seen, seen))
+            or not _are_same(plan.networks, (self.target, self._followed()))
+            or any(plan.empty)
+            or not _are_same(plan.seen, _held_by(plan.filled))
             or any(t.shape != o.shape for t, o in zip(plan.copied_target, plan.copied_online, strict=True))
         ):
             if self.buffers_mode == "copy":
                 self._adopt_buffers()
-                seen = self._seen()
-            self._plan = plan = self._make_plan(seen)
+            self._plan = plan = self._make_plan()
         return plan
-
-    def _seen(self) -> list[Tensor | None]:
-        buffers = self.buffers_mode != "none"
-        return _tensors_of(self.target, buffers) + _tensors_of(self._followed(), buffers)
 
     @torch.inference_mode(False)
     def _adopt_buffers(self) -> None:
@@ -266,10 +265,14 @@ class EMA(nn.Module):
                     made = None if o is None else _widen(o.detach().clone()).to(place)
                     ours.register_buffer(name, made, name not in theirs._non_persistent_buffers_set)
 
-    def _make_plan(self, seen: list[Tensor | None]) -> _Plan:
+    def _make_plan(self) -> _Plan:
         if self._watched is None:
             self._watch_buffers()
-        plan = _Plan(seen, [], [], [], [], [], [])
+        networks = self.target, self._followed()
+        kinds = ["_parameters", "_modules"] + ["_buffers"] * (self.buffers_mode != "none")
+        held = [getattr(module, kind) for network in networks for module in network.modules() for kind in kinds]
+        empty, filled = [x for x in held if not x], [x for x in held if x]
+        plan = _Plan(networks, empty, filled, _held_by(filled), [], [], [], [], [], [])
         parameters = _pairs("parameter", self.target.named_parameters(), self._followed().named_parameters())
         buffers: list[tuple[str, Tensor, Tensor]] = []
         if self.buffers_mode != "none":
@@ -385,17 +388,12 @@ def _unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def _tensors_of(module: nn.Module, buffers: bool) -> list[Tensor | None]:
-    """Return every parameter, and every buffer if asked for, in the order of the modules; shared tensors repeat."""
-    tensors: list[Tensor | None] = []
-    stack: list[nn.Module | None] = [module]
-    while stack:
-        if (inner := stack.pop()) is not None:
-            tensors.extend(inner._parameters.values())
-            if buffers:
-                tensors.extend(inner._buffers.values())
-            stack.extend(inner._modules.values())
-    return tensors
+def _held_by(holders: list[Mapping[str, Any]]) -> list[Any]:
+    return [x for holder in holders for x in holder.values()]
+
+
+def _are_same(before: Sequence[object], now: Sequence[object]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _pairs(

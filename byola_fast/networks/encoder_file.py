@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import reprlib
 from collections.abc import Callable, Mapping
@@ -24,12 +25,18 @@ from byola_fast.networks.checkpoint import (
     write_checked,
 )
 from byola_fast.networks.encoders import ENCODERS, make_encoder
+from byola_fast.networks.hub import HUB, MODEL, fetch
 from byola_fast.runtime.files import some_of
 from byola_fast.runtime.plugins import class_name
 from byola_fast.runtime.state import mismatch
 from byola_fast.spectrograms.log_mel import FRONT_END, LogMel
 from byola_fast.spectrograms.statistics import RunningStats
 
+logger = logging.getLogger("byola_fast")
+
+IN_THE_BOX = Path(__file__).parents[1] / "weights" / "encoder.safetensors"
+OF_A_FOLDER = (MODEL, "encoder.safetensors", "encoder.pth", "checkpoint.pt")  # of a run's or a saved folder
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 FIRST = "features.0.weight"
 WRAPPERS = ("state_dict", "model")  # keys that files nest their weights under
 
@@ -46,6 +53,42 @@ class EncoderFile(NamedTuple):
     encoder: nn.Module
     config: dict[str, Any]
     stats: tuple[float, float] | None
+
+
+def find_weights(path: str | Path | None) -> Path:
+    """Return a file of weights: of a run's or a saved folder its encoder, without a path those that come with us.
+
+    Of ``hf-hub:user/name`` it is the file on the Hugging Face Hub, downloaded once.
+
+    Raises:
+        CheckpointError: a folder without an encoder; no such model on the Hub; no path, and this copy of the package
+            has no weights. ImportError: huggingface_hub is missing.
+    """
+    if path is None:
+        if not IN_THE_BOX.is_file():
+            raise CheckpointError(
+                f"no weights given, and this copy of byola_fast comes without {IN_THE_BOX}; give some"
+            )
+        logger.info("no weights given: taking those that come with byola_fast, %s", IN_THE_BOX)
+        return IN_THE_BOX
+    if str(path).startswith(HUB):
+        return fetch(str(path))
+    if not Path(path).is_dir():
+        return Path(path)
+    found = next((file for name in OF_A_FOLDER if (file := Path(path, name)).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path}: expected a file of weights, or a folder with {' or '.join(OF_A_FOLDER)}")
+    return found
+
+
+def names_weights(path: str | Path, folders: bool = True) -> bool:
+    """Return whether a path is a file of weights by its suffix or, with ``folders``, a folder that holds an encoder.
+
+    >>> names_weights("runs/mine/encoder.pth"), names_weights("sounds/kick.wav")
+    (True, False)
+    """
+    known = str(path).startswith(HUB) or Path(path).suffix in SUFFIXES
+    return known or (folders and any(Path(path, name).is_file() for name in OF_A_FOLDER))
 
 
 def describe_encoder(encoder: nn.Module, to_lms: LogMel, **more: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from byola_fast import ops
 from byola_fast.ops import _checks as check
+from byola_fast.ops.reference import sums_dtype
 from byola_fast.runtime.plugins import find_class
 
 CHANNELS = 64
@@ -386,7 +387,7 @@ class RunningMaxMean:
 
     def add(self, frames: Tensor) -> None:
         """Add ``(n, d)``."""
-        largest, total = frames.float().amax(0), frames.double().sum(0)
+        largest, total = frames.float().amax(0), frames.to(sums_dtype(frames.device)).sum(0)
         self.largest = torch.maximum(self.largest, largest) if self.count else largest
         self.total = self.total + total if self.count else total
         self.count += len(frames)

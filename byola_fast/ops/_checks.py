@@ -160,22 +160,22 @@ def require_own_memory(name: str, written: Tensor, **read: Tensor | None) -> Non
 
 def require_lam_in_range(name: str, lam: Tensor) -> None:
     """Require weights in [0, 1]; NaN is refused."""
-    if is_readable(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+    if is_readable(lam) and not torch.ops.byola_fast._all_weights(lam):
         worst = lam[~((lam >= 0) & (lam <= 1))][0].item()
         raise ValueError(f"{name}: expected weights in [0, 1], got {worst}")
 
 
 def require_crop_in_canvas(name: str, crop: Tensor, canvas: tuple[int, int]) -> None:
     """Require crop boxes (i, j, h, w) that are not empty and lie inside the canvas."""
-    if is_readable(crop) and crop.numel():
-        boxes = crop.reshape(-1, 4).long()
-        start, extent = boxes[:, :2], boxes[:, 2:]
-        limit = torch.tensor(canvas, device="cpu")
-        bad = ((start < 0) | (extent < 1) | (start > limit - extent)).any(1)  # start + extent may overflow
-        if bool(bad.any()):
-            number = int(bad.nonzero()[0])
-            box = tuple(boxes[number].tolist())
-            raise ValueError(f"{name}: expected boxes (i, j, h, w) inside the canvas {canvas}, got {box} at {number}")
+    if is_readable(crop) and not torch.ops.byola_fast._all_inside(crop, *canvas):
+        boxes = crop.reshape(-1, 4).tolist()
+        number, box = next((n, tuple(box)) for n, box in enumerate(boxes) if not _is_inside(box, canvas))
+        raise ValueError(f"{name}: expected boxes (i, j, h, w) inside the canvas {canvas}, got {box} at {number}")
+
+
+def _is_inside(box: Sequence[int], canvas: tuple[int, int]) -> bool:
+    axes = zip(box[:2], box[2:], canvas, strict=True)
+    return all(start >= 0 and extent >= 1 and start + extent <= limit for start, extent, limit in axes)
 
 
 def require_index_in_range(name: str, index: Tensor, rows: int) -> None:

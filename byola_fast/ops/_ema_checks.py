@@ -152,6 +152,16 @@ def ema_decay(decay: float | Tensor, target: Sequence[Tensor]) -> Tensor:
         return decay
     if not isinstance(decay, (int, float, numbers.Real)):  # the last is slow, and knows NumPy's scalars
         raise TypeError(f"decay: expected a number or a 0-d tensor, got {type(decay).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= decay <= 1:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not 0 <= decay <= 1:
         raise ValueError(f"decay: expected a number in [0, 1], got {float(decay)}")
-    return torch.tensor(float(decay), dtype=torch.float64, device="cpu")
+    if compiling or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.tensor(float(decay), dtype=torch.float64, device="cpu")  # a traced tensor must not be kept
+    return _decay_tensor(float(decay))
+
+
+@functools.lru_cache(maxsize=16)
+def _decay_tensor(decay: float) -> Tensor:
+    """Return a tensor that is kept, because making one takes a tenth of a small update."""
+    with torch.inference_mode(False):
+        return torch.tensor(decay, dtype=torch.float64, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from byola_fast.ops import reference
+from byola_fast.ops import _dispatch, reference
 from byola_fast.ops._dispatch import CHOSEN
 from byola_fast.ops._native import cuda
 
@@ -34,11 +35,31 @@ def needs_reference() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def op(name: str) -> Callable[..., Any]:
-    """Return an op of the dispatcher, or its reference where only plain PyTorch serves."""
+def op(name: str, *inputs: Tensor | None) -> Callable[..., Any]:
+    """Return an op of the dispatcher, or its reference where only plain PyTorch serves.
+
+    Args:
+        inputs: the tensors that get gradients. If none asks for one, the call does not enter autograd, whose part of an
+            op is Python and takes longer than small inputs do.
+    """
     if needs_reference():
         return getattr(reference, f"{name}_reference")
-    return getattr(torch.ops.byola_fast, name)
+    found = getattr(torch.ops.byola_fast, name)
+    if not inputs or torch.compiler.is_compiling():
+        return found
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return found
+    return functools.partial(_without_autograd, found.default)
+
+
+def is_without_autograd(found: Callable[..., Any]) -> bool:
+    """Return whether ``op`` returned an op that does not enter autograd."""
+    return type(found) is functools.partial
+
+
+def _without_autograd(found: Callable[..., Any], *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return found(*args)
 
 
 def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], decay: Tensor) -> None:
@@ -52,5 +73,14 @@ def ema_update_without_grad(target: Sequence[Tensor], online: Sequence[Tensor], 
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Return whether Triton serves an op that is faster in PyTorch's own layers wherever it does not."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED) and not needs_reference()
+    """Return whether a backend serves ``conv_block``, whose reference is slower than PyTorch's own layers."""
+    if needs_reference():
+        return False
+    return HAS_TRITON if x.is_cuda or INTERPRETED else x.is_cpu and _cpp_serves()
+
+
+def _cpp_serves() -> bool:
+    return _dispatch.backend_in_use("CPU", "conv_block")[0] != "reference"
+
+
+_cpp_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]

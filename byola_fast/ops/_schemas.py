@@ -56,18 +56,20 @@ TABLE = (
        "Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, "
        "str mixup) -> (Tensor, Tensor)", made_of="resize_crop_backward and plain PyTorch"),
     Op("sample_sums(Tensor x) -> Tensor", cpu=True, triton="normalize"),
-    Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", triton="normalize"),
+    Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", cpu=True, triton="normalize"),
     Op("running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, "
-       "SymInt max_updates) -> Tensor", triton="normalize"),
+       "SymInt max_updates) -> Tensor", cpu=True, triton="normalize"),
     Op("normalize(Tensor x, Tensor sums) -> Tensor", cpu=True, triton="normalize"),
     Op("normalize_(Tensor(a!) x, Tensor sums) -> ()", cpu=True, triton="normalize"),
     Op("bank_push_(Tensor(a!) rows, Tensor(b!) cursor, Tensor x, Tensor? stats) -> ()", cpu=True, triton="bank_push"),
     Op("ema_update_(Tensor(a!)[] target, Tensor[] online, Tensor decay) -> ()",
        cpu=True, cuda=True, triton="ema_update"),
     Op("conv_block(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, Tensor? mean, Tensor? variance, "
-       "float eps, ScalarType dtype) -> (Tensor out, Tensor which, Tensor kept, Tensor stats)", triton="conv_block"),
+       "float eps, ScalarType dtype, bool keep=True) -> (Tensor out, Tensor which, Tensor kept, Tensor stats)",
+       cpu=True, triton="conv_block"),
     Op("conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor which, Tensor kept, "
-       "Tensor stats, bool frozen, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", triton="conv_block"),
+       "Tensor stats, bool frozen, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+       cpu=True, triton="conv_block"),
     Op("batch_norm_running_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) updates, Tensor stats, SymInt count, "
        "float? momentum) -> ()", triton="conv_block"),
 )
@@ -130,6 +132,17 @@ library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
 library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
 library.impl("_ema_have_clash", _ema_checks.have_clash, "CompositeExplicitAutograd")
 library.impl("_ema_require_separate_memory", _ema_checks.require_separate_memory, "CompositeExplicitAutograd")
+# not public: the checks of _checks.py in one pass, where the C++ kernels are loaded
+library.define("_all_weights(Tensor x) -> bool")
+library.define("_all_inside(Tensor boxes, int mels, int frames) -> bool")
+library.impl("_all_weights", reference.all_weights_reference, "CompositeExplicitAutograd")
+library.impl("_all_inside", reference.all_inside_reference, "CompositeExplicitAutograd")
+
+# not public: a whole call on the CPU; see _two_views.py
+library.define(
+    "_two_views_(Tensor x, Tensor settings, Tensor(a!) rng, Tensor? stats, Tensor(b!)? rows, Tensor(c!)? cursor, "
+    "Tensor(d!)? mean, Tensor(e!)? variance, Tensor(f!)? count, Tensor(g!)? updates, Tensor(h!) out) -> ()"
+)
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -253,13 +266,25 @@ def _channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Te
 
 
 @_fake("conv_block")
-def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_parameters, dtype = args
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
     out, which = _channels_last(shape, x, dtype), _channels_last(shape, x, torch.uint8)
     kept = x.new_empty(56, dtype=torch.float64)
     if x.shape[1] != 1:
         kept = _channels_last((x.shape[0], weight.shape[0], *x.shape[2:]), x, dtype)
+    if not keep:
+        which, kept = which.new_empty(0), kept.new_empty(0)
     return out, which, kept, x.new_empty(4, weight.shape[0], dtype=reference.compute_dtype(x.dtype))
 
 

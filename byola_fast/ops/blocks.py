@@ -65,17 +65,19 @@ def conv_block(
         when pooled. Kernels round each value once, after the maximum; plain PyTorch rounds after each layer. So they
         differ by rounding, and where two values of a window are equal within it, the gradient may go to the other.
         Ties go to the first. NaN and inf pass as in PyTorch. Our sums have a fixed order. As in PyTorch, cuDNN
-        convolves float32 in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False; not so one input channel.
+        convolves float32 in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False; not so one input channel. On
+        the CPU more input channels are convolved by Winograd's algorithm, in float32 to 1e-6 of a channel's spread.
 
     Autograd:
         To x, weight, bias, gamma and beta, once differentiable.
 
     Backends:
-        Triton on CUDA, with cuDNN's convolution for more than one input channel; plain PyTorch elsewhere, in exported
-        graphs and in ``torch.func``.
+        C++ on the CPU, which stores no convolution unless a gradient is needed. Triton on CUDA, with cuDNN's
+        convolution for more than one input channel. Plain PyTorch elsewhere, in exported graphs and in ``torch.func``.
 
     Source:
-        BYOL-A, arXiv:2103.06695, a block of its encoder; batch normalisation, arXiv:1502.03167.
+        BYOL-A, arXiv:2103.06695, a block of its encoder; batch normalisation, arXiv:1502.03167; Winograd's convolution,
+        arXiv:1509.09308.
 
     >>> x, weight, one = torch.zeros(2, 1, 6, 8), torch.zeros(4, 1, 3, 3), torch.ones(4)
     >>> conv_block(x, weight, None, one, one, training=True).shape
@@ -96,7 +98,9 @@ def conv_block(
     by_batch = training or not tracked
     known = (None, None) if by_batch else (running_mean, running_var)
     ops = torch.ops.byola_fast
-    out, _which, _kept, stats = ops.conv_block(x, weight, bias, gamma, beta, *known, eps, _result_dtype(x))
+    leaves = (x, weight, gamma, beta) if bias is None else (x, weight, bias, gamma, beta)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    out, _which, _kept, stats = ops.conv_block(x, weight, bias, gamma, beta, *known, eps, _result_dtype(x), keep)
     if training and tracked:
         count = x.shape[0] * x.shape[2] * x.shape[3]
         ops.batch_norm_running_(running_mean, running_var, num_batches_tracked, stats, count, momentum)

@@ -34,8 +34,11 @@ def conv_block_reference(
     variance: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out, which, kept and stats; ``mean`` and ``variance``: running statistics, or None for the batch's.
+
+    Without ``keep``, which and kept are empty, and there is no backward pass.
 
     which: where each maximum was, 0 to 3 in reading order, 4 where ReLU clipped it. kept: the convolution's output
     without bias; of one input channel, which is convolved again, the moments of its patches (``patch_moments``).
@@ -72,7 +75,10 @@ def conv_block_reference(
     windows = z[:, :, : 2 * rows, : 2 * columns].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     largest, place = windows.transpose(3, 4).flatten(4).max(4)  # the first of equal ones
     which = torch.where(largest <= 0, 4, place).to(torch.uint8)
-    return _channels_last(F.relu(largest).to(dtype)), _channels_last(which), kept, stats
+    which = _channels_last(which)
+    if not keep:
+        which, kept = which.new_empty(0), kept.new_empty(0)
+    return _channels_last(F.relu(largest).to(dtype)), which, kept, stats
 
 
 def patch_moments(x: Tensor) -> Tensor:

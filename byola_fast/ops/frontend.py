@@ -98,7 +98,7 @@ def log_mel(
     arguments = (wav, window, filter_bank, bands, stats, n_fft, hop_length, center)
     if wav.device.type == "cpu" and _largest_factor(n_fft) > LARGEST_FACTOR and not needs_reference():
         return log_mel_in_chunks(*arguments)
-    return op("log_mel")(*arguments)
+    return op("log_mel", wav)(*arguments)
 
 
 def _largest_factor(n: int) -> int:

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from byola_fast.ops import _checks as check
 from byola_fast.ops._ema_checks import ema_decay, require_matching_lists
-from byola_fast.ops._route import ema_update_without_grad, needs_reference, op
+from byola_fast.ops._route import ema_update_without_grad, is_without_autograd, needs_reference, op
 from byola_fast.ops.reference import SIZE_SHIFT, ema_update__reference, sums_dtype
 
 __all__ = [
@@ -80,7 +80,7 @@ def log_mixup_exp(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     check.require_same_device("lam", lam, "x", x)
     check.require_no_grad("log_mixup_exp", lam=lam)
     check.require_lam_in_range("lam", lam)
-    return op("log_mixup_exp")(x, z, lam)
+    return op("log_mixup_exp", x, z)(x, z, lam)
 
 
 def canvas_size(mels: int, frames: int, scale: Sequence[float] = VIRTUAL_CROP_SCALE) -> tuple[int, int]:
@@ -156,7 +156,7 @@ def resize_crop(
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     check.require_crop_in_canvas("crop", crop, canvas)
-    y = op("resize_crop")(flat, crop, size, canvas, interpolation)
+    y = op("resize_crop", flat)(flat, crop, size, canvas, interpolation)
     return y[:, None] if x.dim() == 4 else y
 
 
@@ -380,7 +380,11 @@ def augment_views(
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
     parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
     if out is None:
-        return op("augment_views")(*parameters, size, canvas, interpolation, mixup)
+        made = op("augment_views", x, stats)
+        if not is_without_autograd(made):
+            return made(*parameters, size, canvas, interpolation, mixup)
+        views = x.new_empty((2, batch, *size))  # as the op does, but without its Python
+        return views, op("augment_views_out")(*parameters, canvas, interpolation, mixup, views)
     check_out(out, x, size)
     parameters_read = dict(lam=lam, bank_index=bank_index, crop=crop, fader=fader, rng=rng, bank_count=bank_count)
     check.require_own_memory("out", out, x=x, pool=pool, bank=bank, stats=stats, **parameters_read)
@@ -423,7 +427,7 @@ def sample_sums(x: Tensor) -> Tensor:
     check.require_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (B, ...), got {tuple(x.shape)}")
-    return op("sample_sums")(x)
+    return op("sample_sums", x)(x)
 
 
 def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
@@ -474,10 +478,10 @@ def normalize(x: Tensor, sums: Tensor, *, inplace: bool = False) -> Tensor:
             if count != x.numel():
                 raise ValueError(f"x: expected |mean| below 1e6 std, got mean {mean:g}; subtract it and sum again")
             centred = x - mean
-            y = op("normalize")(centred, op("sample_sums")(centred.reshape(1, -1)))
+            y = op("normalize", centred, sums)(centred, op("sample_sums", centred)(centred.reshape(1, -1)))
             return x.copy_(y) if inplace else y
     if not inplace:
-        return op("normalize")(x, sums)
+        return op("normalize", x, sums)(x, sums)
     op("normalize_")(x, sums)
     increment_version(x)
     return x

@@ -24,6 +24,7 @@ SLOT_FADER = 3  # words 0 and 1: head, tail
 SLOT_SEGMENT = 4  # word 0: start of a clip's segment (step = epoch, sample = clip, view = draw)
 SLOT_ORDER = 5  # words 0 and 1: seed of an epoch's order of clips (step = epoch)
 SLOT_REPLACEMENT = 6  # word 0: the replacement of a broken clip (step = epoch, sample = its number, view = attempt)
+SLOT_APPLY = 7  # word 0: whether a transform changes the sample
 SLOT_NOISE = 1 << 16  # plus n: four standard normals, elements 4 n to 4 n + 3 of the sample
 
 MASK32 = 0xFFFFFFFF

@@ -431,6 +431,21 @@ def augment_views_backward_reference(
     return (total / std).to(x.dtype), torch.stack([-total.sum() / std, of_std]).to(stats.dtype)
 
 
+# checks
+
+
+def all_weights_reference(x: Tensor) -> bool:
+    """Return whether all values are in [0, 1]; NaN is not."""
+    return bool(((x >= 0) & (x <= 1)).all())
+
+
+def all_inside_reference(boxes: Tensor, mels: int, frames: int) -> bool:
+    """Return whether all boxes (i, j, h, w) ``(..., 4)`` are not empty and lie inside the canvas."""
+    start, extent = boxes.reshape(-1, 4).long().unflatten(1, (2, 2)).unbind(1)
+    limit = torch.tensor([mels, frames], device=boxes.device)
+    return not bool(((start < 0) | (extent < 1) | (start > limit - extent)).any())  # start + extent may overflow
+
+
 # statistics and normalisation
 
 

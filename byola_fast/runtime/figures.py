@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byola_fast.runtime.files import printable, write_whole
 
@@ -32,8 +32,15 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "byola_fast[eval]"') from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def read_picture(path: Path) -> Any:
+    """Return a PNG as an array ``(height, width, 3)`` uint8."""
+    import matplotlib.image
+
+    return (matplotlib.image.imread(path)[..., :3] * 255).round().astype("uint8")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -14,6 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and an open file cannot be renamed or removed
+    fcntl = None  # type: ignore[assignment]
 
 BLOCK_BYTES = 1 << 24  # read at a time for a checksum
 SHOWN = 5  # names listed in a message
@@ -77,15 +81,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            close_to_rename(file)
             os.replace(file.name, path)
         finally:
+            close_to_rename(file)
             Path(file.name).unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def _open_temporary(path: Path) -> IO[bytes]:
     """Create and lock a file beside ``path``. Remove those of killed writers, which nobody locks."""
-    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp") if fcntl else ():
         with suppress(OSError), open(old, "rb+") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if in use, or without locks
             old.unlink()
@@ -110,15 +116,30 @@ def as_text(write: Callable[[IO[str]], object]) -> Callable[[IO[bytes]], None]:
 def lock(file: IO[bytes]) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    The system releases the lock when the process ends, even if killed. A file system without locks locks nothing.
+    The system releases the lock when the process ends, even if killed. A system or file system without locks locks
+    nothing.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         pass
     return True
+
+
+def lock_soon(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed, once no other process holds the lock; see ``lock``."""
+    with suppress(OSError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def close_to_rename(file: IO[bytes]) -> None:
+    """Close a file where an open one cannot be renamed or removed; elsewhere it stays open, and locked."""
+    if not fcntl:
+        file.close()
 
 
 def open_locked(path: Path) -> IO[bytes] | None:

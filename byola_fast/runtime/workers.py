@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from torch import Tensor
 MAX_WORKERS = 8
 WORKER_AHEAD = 2  # items that a worker has ready, besides the one that it reads; 1 is up to 15 % slower
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HAS_MASK = hasattr(signal, "pthread_sigmask")  # not on Windows
 POLL_SEC = 0.2
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -154,14 +156,15 @@ def _signals_wait() -> Iterator[None]:
     for number, handler in handlers.items() if main else ():
         if handler is not None:  # else it is not Python's
             signal.signal(number, lambda number, _frame: held.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if HAS_MASK else None
     try:
         yield
     finally:
         for number, handler in handlers.items() if main else ():
             if handler is not None:
                 signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for caught in dict.fromkeys(held):
             signal.raise_signal(caught)
 
@@ -170,7 +173,8 @@ def _work(read: Callable[[K], T], keys: Sequence[K], theirs: socket.socket, main
     """Read and send every item, or the first error."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if HAS_MASK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _die_with(main)
     global _unsent
     _unsent = []
@@ -191,13 +195,17 @@ def _taken(warnings: list[str]) -> list[str]:
 
 def _die_with(main: int) -> None:
     """End this process with the main one, also in the middle of a long decode: a fork has the main one's locks."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is not None and os.getppid() == main:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_exit_without, args=(main,), daemon=True).start()  # for a child of a fork server
 
 
 def _exit_without(main: int) -> None:
+    parent = multiprocessing.parent_process()
+    if sys.platform == "win32" and parent is not None:
+        parent.join()  # os.kill would end it there
+        os._exit(1)
     with suppress(ProcessLookupError):
         while True:
             os.kill(main, 0)

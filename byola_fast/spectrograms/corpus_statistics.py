@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from byola_fast.audio.batches import Batches, as_float, open_source
-from byola_fast.audio.segments import SegmentFolder
-from byola_fast.audio.store import DeviceStore, SegmentStore
+from byola_fast.audio.batches import Batches, as_float
+from byola_fast.audio.sources import Source, open_source
 from byola_fast.runtime.files import require_writable, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.log_mel import FRONT_END, FrontEnd, LogMel
@@ -29,7 +28,8 @@ class StatsConfig(FrontEnd):
     """Settings of the statistics of a corpus; those of the front end as in pretrain.
 
     Attributes:
-        audio_dir: folder of audio files, one file, or folder of a packed store.
+        audio_dir: folder of audio files, one file, a manifest (CSV or JSONL: file_name, start, end), several of these,
+            or a packed store.
         out: JSON file to write, for ``pretrain --stats``; by default the numbers are only printed.
         segments: number of random segments, at most one per clip (or 1000 in all, with fewer clips); more is steadier
             and slower.
@@ -38,7 +38,7 @@ class StatsConfig(FrontEnd):
         workers: processes that decode audio; by default one fewer than CPU cores, at most 8.
     """
 
-    audio_dir: str
+    audio_dir: str | list[str]
     out: str | None = None
     segments: int = 10000
     unit_sec: float = 0.95
@@ -80,7 +80,7 @@ def run_stats(config: StatsConfig) -> Stats:
 
 
 def take_stats(
-    source: SegmentFolder | SegmentStore | DeviceStore,
+    source: Source,
     to_lms: LogMel,
     *,
     segments: int = 10000,
@@ -88,6 +88,7 @@ def take_stats(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     broken: dict[Path, str] | None = None,
+    durations: Tensor | None = None,
 ) -> Stats:
     """Return mean and unbiased std over the log-mels of random segments of a corpus.
 
@@ -99,6 +100,7 @@ def take_stats(
         workers: as for ``Batches``.
         progress: called with (segments done, total).
         broken: receives the broken files, with the reason.
+        durations: of the clips, to sample by them; as ``seconds`` of ``Batches``.
 
     Raises:
         AudioError: no file can be read. ValueError: ``segments`` below 1, segments too short for the front end, or all
@@ -108,7 +110,8 @@ def take_stats(
         raise ValueError(f"segments: expected at least 1, got {segments}")
     to_lms.num_frames(source.num_samples)  # refuses short segments before anything is read
     count = min(segments, max(len(source), MIN_SEGMENTS))
-    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers, device=to_lms.window.device)
+    device = to_lms.window.device
+    batches = Batches(source, min(BATCH, count), seed=seed, workers=workers, device=device, seconds=durations)
 
     def log_mels() -> Iterator[Tensor]:
         for batch in batches.run(math.ceil(count / batches.batch_size)):

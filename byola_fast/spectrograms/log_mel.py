@@ -13,6 +13,7 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.device import without_autocast
+from byola_fast.spectrograms.mel_bank import mel_filter_bank
 
 
 @dataclass(kw_only=True)
@@ -65,7 +66,7 @@ class LogMel(FixedDtype):
         hop_length: step between frames, in samples.
         n_mels: number of mel bins, F.
         f_min: lower edge of the lowest mel bin, in Hz, at least 0.
-        f_max: upper edge of the highest mel bin, in Hz, at most ``sample_rate / 2``.
+        f_max: upper edge of the highest mel bin, in Hz, at most ``sample_rate / 2``; by default 7800 or that, if less.
         mel_scale: ``"slaney"`` (librosa's default, which BYOL-A's published weights were trained with) or ``"htk"``.
         norm: ``"slaney"`` (every triangle has the same area) or ``None`` (every triangle peaks at 1).
             ``mel_scale="htk", norm=None`` are torchaudio's own defaults.
@@ -90,7 +91,8 @@ class LogMel(FixedDtype):
 
     Backends: ``ops.log_mel``; ``torch.export`` takes plain PyTorch.
 
-    Source: Niizumi et al., arXiv:2103.06695, section IV; the filter bank is ``torchaudio.functional.melscale_fbanks``.
+    Source: Niizumi et al., arXiv:2103.06695, section IV; the filter bank is ``torchaudio.functional.melscale_fbanks``,
+    computed here where torchaudio cannot be loaded.
 
     >>> to_lms = LogMel()
     >>> to_lms(torch.zeros(2, 15200)).shape
@@ -110,7 +112,7 @@ class LogMel(FixedDtype):
         hop_length: int = FrontEnd.hop_length,
         n_mels: int = FrontEnd.n_mels,
         f_min: float = FrontEnd.f_min,
-        f_max: float = FrontEnd.f_max,
+        f_max: float | None = None,
         mel_scale: str = FrontEnd.mel_scale,
         norm: str | None = FrontEnd.norm,
         center: bool = True,
@@ -122,6 +124,7 @@ class LogMel(FixedDtype):
                 raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
         if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length: expected 1 to n_fft = {n_fft}, got {win_length}")
+        f_max = min(FrontEnd.f_max, sample_rate / 2) if f_max is None else f_max
         if not 0 <= f_min < f_max <= sample_rate / 2:
             raise ValueError(
                 f"f_min, f_max: expected 0 <= f_min < f_max <= sample_rate / 2 = {sample_rate / 2:g} Hz, "
@@ -140,21 +143,12 @@ class LogMel(FixedDtype):
 
     def _compute(self) -> None:
         """Compute the buffers, whatever torch's default dtype and device are, and move them to their device."""
-        import torchaudio  # here, so that importing byola_fast needs torch alone
-
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             with torch.device("cpu"):
-                bank = torchaudio.functional.melscale_fbanks(
-                    self.n_fft // 2 + 1,
-                    self.f_min,
-                    self.f_max,
-                    self.n_mels,
-                    self.sample_rate,
-                    norm=self.norm,
-                    mel_scale=self.mel_scale,
-                ).T.contiguous()
+                band = (self.f_min, self.f_max, self.n_mels)
+                bank = mel_filter_bank(self.n_fft, *band, self.sample_rate, self.norm, self.mel_scale)
                 window = torch.hann_window(self.win_length)
         finally:
             torch.set_default_dtype(default)

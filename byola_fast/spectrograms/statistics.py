@@ -27,9 +27,11 @@ def batch_stats(x: Tensor) -> Tensor:
     """
     if x.dtype == torch.float64 and x.numel():  # squares of a large mean would drown a small std; float32 has no such
         first = x.detach()[(0,) * x.dim()]
-        stats = op("batch_stats")(ops.sample_sums(x - first), x.dtype)
+        sums = ops.sample_sums(x - first)
+        stats = op("batch_stats", sums)(sums, x.dtype)
         return stats + torch.stack([first, torch.zeros_like(first)])
-    return op("batch_stats")(ops.sample_sums(x), compute_dtype(x.dtype))
+    sums = ops.sample_sums(x)
+    return op("batch_stats", sums)(sums, compute_dtype(x.dtype))
 
 
 def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Tensor:
@@ -42,7 +44,8 @@ def given_stats(stats: tuple[float, float] | Tensor, device: torch.device) -> Te
         check.require_float("stats", stats)
         check.require_shape("stats", stats, (2,))
         if check.is_readable(stats):
-            given_stats((float(stats[0]), float(stats[1])), device)  # raises
+            mean, std = stats.detach().tolist()
+            given_stats((mean, std), device)  # raises
         return stats.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must wait
     if not check.is_pair(stats) or not math.isfinite(stats[0]) or not 0 <= stats[1] < math.inf:
         raise ValueError(f"stats: expected (mean, std), finite, std at least 0, got {stats}")

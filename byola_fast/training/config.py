@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from byola_fast.spectrograms.log_mel import FrontEnd
 from byola_fast.views.params import PRESETS, ViewSettings
 
 SCHEDULES = ("constant", "cosine")
+SAMPLE_BY = ("clip", "duration")
 
 
 @dataclass(kw_only=True)
@@ -24,10 +25,11 @@ class PretrainConfig(FrontEnd, ViewSettings):
     """Settings of a pre-training run; more of them in ``FrontEnd`` and ``ViewSettings``.
 
     Attributes:
-        audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, or
-            a store made by ``byola-fast pack``, which is read many times as fast.
+        audio_dir: folder of audio files (wav, flac, ogg, opus, mp3 and more; any rate and channel count), one file, a
+            manifest (CSV or JSONL: file_name and, if wanted, start and end in seconds), several of these, or a store
+            made by ``byola-fast pack``, which is read many times as fast.
         out: folder of the run: checkpoint, encoder, log, pictures. A run found there with the same settings resumes.
-        demo: train for about a minute on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
+        demo: train for twenty seconds on a small corpus synthesised into OUT/demo_audio, instead of audio_dir.
         resume: require a run in OUT to resume. Without this flag, a run found there resumes too.
         restart: start over and replace the run in OUT.
         objective: "byol" (the method); for comparison "simclr", "moco" or "cola" (two segments of each clip); or your
@@ -54,6 +56,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
         ema_decay: share of the target network kept at each step, in [0, 1]; closer to 1 is slower and steadier. By
             default the objective's: byol 0.99, moco 0.999.
         ema_schedule: "constant" (published), or "cosine": ema_decay rises to 1 at the end of the run.
+        sample_by: "clip" takes one segment of every clip in an epoch; "duration" as many in all, but of each clip in
+            proportion to its duration, so that an hour of music counts more than a drum hit.
         unit_sec: length of a segment, in seconds; shorter clips are padded with silence. By default the preset's, 0.95
             or 0.31 (small-data).
         stats_segments: number of random segments that give mean and std of the log-mels before training; 0 for running
@@ -62,7 +66,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
         n_memory: number of past inputs kept as mixing partners, 24 KB each; 0 mixes within the batch.
         post_norm: normalise both views jointly to mean 0 and std 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
-        device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU if there is one, a different one for each process.
+        device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one, another for each process.
         dtype: "float32", or "bfloat16" (autocast); by default bfloat16 on a GPU.
         compile: use torch.compile, which takes a minute at first; by default on a GPU.
         cuda_graph: replay the whole step as one CUDA graph; by default on a single GPU.
@@ -81,11 +85,14 @@ class PretrainConfig(FrontEnd, ViewSettings):
         keep_every: steps between two kept copies of the encoder, OUT/encoder-STEP.pth; each comes with a checkpoint. By
             default none.
         save_minutes: minutes between two checkpoints. One is also written at the end, at Ctrl-C and at SIGTERM.
+        probe: CSV file of a small labelled task, as for eval. Every probe_every steps a linear probe is scored on its
+            split valid or on one fold left out, never on test; the best encoder is kept as OUT/encoder-best.pth.
+        probe_every: steps between two scores of the probe; by default a twentieth of the run.
         tensorboard: write OUT/tensorboard too, if tensorboard is installed.
         profile: time the stages of up to 200 steps, print them and write OUT/profile.json.
     """
 
-    audio_dir: str | None = None
+    audio_dir: str | list[str] | None = None
     out: str = "runs/pretrain"
     demo: bool = False
     resume: bool = False
@@ -107,6 +114,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
     warmup_steps: int = 0
     ema_decay: float | None = None
     ema_schedule: str = "constant"
+    sample_by: str = "clip"
     unit_sec: float | None = None
     stats_segments: int = 10000
     stats: str | None = None
@@ -128,17 +136,26 @@ class PretrainConfig(FrontEnd, ViewSettings):
     save_every: int | None = None
     keep_every: int | None = None
     save_minutes: float = 10.0
+    probe: str | None = None
+    probe_every: int | None = None
     tensorboard: bool = True
     profile: bool = False
 
-    def check(self) -> None:
+    def check(self, given: Collection[str] = ()) -> None:
         """Refuse values out of range that no later check names.
+
+        Args:
+            given: what ``pretrain`` is given besides: "source", "encoder", "optimizer".
 
         Raises:
             ValueError: names the setting.
         """
-        if not self.demo and self.audio_dir is None:
+        if not self.demo and self.audio_dir is None and "source" not in given:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
+        replaced: dict[str, list[str]] = {"source": ["audio_dir", "demo"], "encoder": ["encoder"], "optimizer": ["lr"]}
+        for own in given:
+            if both := [name for name in replaced[own] if getattr(self, name)]:
+                raise ValueError(f"{both[0]}: expected none beside {own}=, got {getattr(self, both[0])!r}")
         if self.resume and self.restart:
             raise ValueError("restart: expected no more than one of resume and restart, got both")
         if self.objective is not None:
@@ -146,14 +163,14 @@ class PretrainConfig(FrontEnd, ViewSettings):
         if self.encoder is not None:
             find_class("encoder", self.encoder, ENCODERS)
         choices: dict[str, Iterable[str]] = dict(preset=PRESETS, dtype=DTYPES)
-        choices.update(lr_schedule=SCHEDULES, ema_schedule=SCHEDULES)
+        choices.update(lr_schedule=SCHEDULES, ema_schedule=SCHEDULES, sample_by=SAMPLE_BY)
         for name, known in choices.items():
             if getattr(self, name) is not None:
                 check.require_one_of(name, getattr(self, name), tuple(known))
         minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_mels=1)
         minimum.update(n_fft=1, n_memory=0)
         minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
-        minimum.update(warmup_steps=0)
+        minimum.update(warmup_steps=0, probe_every=1)
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -169,7 +186,13 @@ class PretrainConfig(FrontEnd, ViewSettings):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected {what} above 0, got {value}")
 
-    def resolved(self, device_type: str) -> PretrainConfig:
+    @property
+    def num_samples(self) -> int:
+        """Length of a segment, in samples, as a ``Source`` must have it."""
+        seconds = PRESETS[self.preset].unit_sec if self.unit_sec is None else self.unit_sec
+        return round(seconds * self.sample_rate)
+
+    def resolved(self, device_type: str, own_optimizer: bool = False) -> PretrainConfig:
         """Return the settings with all defaults filled in that depend on other settings or on the device."""
         on_gpu = device_type == "cuda"
         preset = PRESETS[self.preset]
@@ -187,7 +210,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
             "encoder": encoder,
             "feature_d": feature_d,
             "unit_sec": preset.unit_sec if self.unit_sec is None else self.unit_sec,
-            "lr": self.lr or preset.lr,
+            "lr": None if own_optimizer else self.lr or preset.lr,
             "ema_decay": ema_decay if self.ema_decay is None else self.ema_decay,
             "mixup_ratio": preset.mixup_ratio if self.mixup_ratio is None else self.mixup_ratio,
             "fader_gain": preset.fader_gain if self.fader_gain is None else self.fader_gain,
@@ -210,14 +233,14 @@ class PretrainConfig(FrontEnd, ViewSettings):
         return {name: getattr(self, name) for name in names} | {"ema_decay": decay}
 
 
-# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 15 s.
-DEMO = {"epochs": 1000, "steps": 40, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
+# The settings of --demo. One thread takes the same time on a busy machine as on an idle one; two would save 5 s.
+DEMO = {"epochs": 1000, "steps": 16, "batch_size": 32, "feature_d": 512, "n_memory": 256, "threads": 1}
 
 # Settings that a resumed run may change: its length, paths, and what changes rounding at most.
 MAY_CHANGE = {
     *("epochs", "steps", "audio_dir", "out", "resume", "restart", "device", "compile", "cuda_graph", "channels_last"),
     *("workers", "store_on_gpu", "threads", "timeout_min", "log_every", "save_every", "keep_every"),
-    *("save_minutes", "tensorboard", "profile"),
+    *("save_minutes", "probe", "probe_every", "tensorboard", "profile"),
 }
 
 

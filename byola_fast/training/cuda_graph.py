@@ -13,7 +13,7 @@ WARM_UP_STEPS = 3  # before a capture, so that every kernel is compiled and ever
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def use_graph(asked: bool | None, device: torch.device, *, processes: int, profile: bool) -> bool:
+def use_graph(asked: bool | None, device: torch.device, *, processes: int, profile: bool, own: bool = False) -> bool:
     """Decide whether steps are replayed as one CUDA graph.
 
     Args:
@@ -21,6 +21,7 @@ def use_graph(asked: bool | None, device: torch.device, *, processes: int, profi
         device: that trains.
         processes: number of processes that train together.
         profile: whether the stages of a step are timed.
+        own: whether the optimiser is a user's own.
 
     Raises:
         ValueError: a graph is asked for but impossible; says why.
@@ -32,6 +33,8 @@ def use_graph(asked: bool | None, device: torch.device, *, processes: int, profi
         why = "several processes exchange gradients within a step"
     elif profile:
         why = "the stages of a graph cannot be timed"
+    elif own:
+        why = "an optimiser of your own may need the CPU"
     if asked and why:
         raise ValueError(f"cuda_graph: expected false or null here, got true: {why}")
     return why is None and asked is not False

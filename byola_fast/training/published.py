@@ -48,6 +48,8 @@ def from_published(values: Mapping[str, Any]) -> dict[str, Any]:
             alike = get_close_matches(str(key), sorted(ours | PUBLISHED_NAMES.keys() | set(PUBLISHED_SHAPES)))
             message = f"; like it are {', '.join(alike)}" if alike else ""
             raise ValueError(f"{key}: not a setting{message}; byola-fast pretrain --help lists all")
+        if name == "audio_dir" and isinstance(value, list) and len(value) < 2:  # what AUDIO_DIR is on the command line
+            value = value[0] if value else None
         if None not in (value, settings.get(name)) and settings[name] != value:
             raise ValueError(f"{key}: expected one value of {name}, got {settings[name]} and {value}")
         settings[name] = settings.get(name) if value is None else value

@@ -20,16 +20,21 @@ from torch import nn
 
 from byola_fast.networks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from byola_fast.networks.encoder_file import save_encoder
+from byola_fast.networks.model_card import CARD, is_ours, write_card
 from byola_fast.runtime.distributed import World
-from byola_fast.runtime.files import has_name, open_locked, some_of, write_whole
+from byola_fast.runtime.figures import read_picture
+from byola_fast.runtime.files import as_text, has_name, open_locked, printable, some_of, write_whole
 from byola_fast.runtime.state import require_state
 from byola_fast.training.config import PretrainConfig, differing_settings
 
 logger = logging.getLogger("byola_fast")
 
 CHECKPOINT, ENCODER, CONFIG = "checkpoint.pt", "encoder.pth", "config.yaml"
+HPARAMS = "settings"  # folder in tensorboard/
 LOG, LOCK, BOARD, DEMO_AUDIO = "log.jsonl", ".lock", "tensorboard", "demo_audio"
+BEST = "encoder-best.pth"  # by the probe
 NEW_ENCODER = ".encoder.pth"  # of a save that is not whole yet
+RESULTS = ("loss", "spread", "effective_rank", "probe")  # of a line, that tell runs apart
 CURVES_SEC = 60.0  # at least, between two drawings of the curves
 COMPUTED = ("lr", "fused", "foreach", "capturable")  # options of Adam that change how it computes, not what
 
@@ -50,6 +55,8 @@ class RunFolder:
         self.saved_step: int | None = None
         self._saved_at = self._drawn_at = time.monotonic()
         self.last_line: dict[str, Any] | None = None
+        self.provenance: dict[str, Any] = {}  # of this start, for the first line that it logs
+        self._unsaid = True
         self._made: list[Path] = []  # files and folders to remove if the run does not begin
         self._lock: Any = None
         self._log: int | None = None
@@ -57,6 +64,7 @@ class RunFolder:
         self._unwritten = b""
         self._failed = False
         self._board: Any = None
+        self._board_from: int | None = None
 
     def open(self, config: PretrainConfig) -> dict[str, Any] | None:
         """Make and lock the folder, and return the checkpoint to resume from.
@@ -117,7 +125,8 @@ class RunFolder:
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
         try:
             if not step:
-                for old in (*self._encoders(), self.path / CHECKPOINT):
+                card = self.path / CARD
+                for old in (*self._encoders(), self.path / CHECKPOINT, *([card] if is_ours(card) else [])):
                     old.unlink(missing_ok=True)
             for left in self.path.glob("*.png.*.tmp"):  # by a run killed at its last picture
                 left.unlink(missing_ok=True)
@@ -125,23 +134,33 @@ class RunFolder:
             settings = json.loads(
                 json.dumps(asdict(config) | {"resume": False, "restart": False})
             )  # tuples become lists
-            write_whole(self.path / CONFIG, lambda file: file.write(yaml.safe_dump(settings, sort_keys=False).encode()))
+            comments = "".join(f"# {name}: {printable(str(value))}\n" for name, value in self.provenance.items())
+            text = comments + yaml.safe_dump(settings, sort_keys=False)
+            write_whole(self.path / CONFIG, as_text(lambda file: file.write(text)))
             self._log = os.open(path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._size = len(content)
-        if config.tensorboard:
-            self._open_board(step)
+        self._board_from = step if config.tensorboard else None
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line. If the disk is full, warn once and write the line as soon as there is room."""
+        """Append a line. If the disk is full, warn once and write the line as soon as there is room.
+
+        The first line after a start also says where the run comes from.
+        """
         self.last_line = line
+        if self._unsaid and self.provenance:
+            line = line | {"run": self.provenance}
+        self._unsaid = False
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._write_log()
+        if self._board_from is not None:  # a run with nothing to do leaves no event file
+            self._open_board(self._board_from)
+            self._board_from = None
         if self._board is not None:
             try:
                 for name, value in line.items():
-                    if name not in ("step", "epoch"):
+                    if name not in ("step", "epoch", "run"):
                         self._board.add_scalar(name, value, line["step"])
             except OSError as error:  # of the thread that writes
                 logger.warning("%s: %s; training continues without it", self.path / BOARD, error.strerror or error)
@@ -204,6 +223,7 @@ class RunFolder:
             os.replace(new, self.path / ENCODER)
             if keep:
                 save_encoder(self._kept, encoder, **described)
+            self._write_card(**described)
         except (CheckpointError, OSError) as error:
             if last:
                 raise
@@ -216,15 +236,30 @@ class RunFolder:
         """Write the encoder of the checkpoint, which a killed run may not have written; arguments as for ``save``."""
         (self.path / NEW_ENCODER).unlink(missing_ok=True)
         save_encoder(self.path / ENCODER, encoder, **described)
+        self._write_card(**described)
         if keep:
             save_encoder(self._kept, encoder, **described)
+
+    def _write_card(self, config: Mapping[str, Any], stats: tuple[float, float] | None) -> None:
+        results = {name: value for name, value in (self.last_line or {}).items() if name in RESULTS}
+        try:
+            write_card(self.path, config, stats, f"{self.path}/{ENCODER}", results)
+        except OSError as error:
+            logger.warning("%s: cannot be written: %s", self.path / CARD, error.strerror or error)
+
+    def keep_best(self, encoder: nn.Module, **described: Any) -> None:
+        """Replace ``encoder-best.pth``; if that fails, warn and keep the old one. Arguments as for ``save``."""
+        try:
+            save_encoder(self.path / BEST, encoder, **described)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s; training continues", error)
 
     @property
     def _kept(self) -> Path:
         return self.path / f"encoder-{self.saved_step}.pth"
 
     def _encoders(self) -> list[Path]:
-        return sorted(path for name in (ENCODER, "encoder-[0-9]*.pth") for path in self.path.glob(name))
+        return sorted(path for name in (ENCODER, BEST, "encoder-[0-9]*.pth") for path in self.path.glob(name))
 
     def _require_folder(self) -> None:
         """Refuse to write to another folder of the same name, which may be another run's."""
@@ -275,6 +310,24 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def compare(self, config: PretrainConfig, result: Mapping[str, float]) -> None:
+        """Give TensorBoard the pictures, and settings with final scores, by which it compares runs."""
+        if self._board is None:
+            return
+        settings = {
+            name: value for name, value in asdict(config).items() if isinstance(value, bool | int | float | str)
+        }
+        step = (self.last_line or {}).get("step", 0)
+        try:
+            for picture in ("training", "views"):
+                if (path := self.path / f"{picture}.png").exists():
+                    self._board.add_image(picture, read_picture(path), step, dataformats="HWC")
+            shutil.rmtree(self.path / BOARD / HPARAMS, ignore_errors=True)  # of an earlier part of the run
+            scores = {f"final/{name}": value for name, value in result.items()}
+            self._board.add_hparams(settings, scores, run_name=HPARAMS, global_step=step)
+        except Exception as error:  # a comparison is worth no run
+            logger.warning("%s: no settings and pictures: %s", self.path / BOARD, error)
+
     def _open_board(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -307,7 +360,7 @@ class RunState(NamedTuple):
         Raises:
             CheckpointError: the state does not fit.
         """
-        here = [{name: group[name] for name in COMPUTED} for group in self.optimizer.param_groups]
+        here = [{name: group[name] for name in COMPUTED if name in group} for group in self.optimizer.param_groups]
         try:
             optimizer = dict(saved["optimizer"])
             groups = zip(optimizer["param_groups"], here, strict=True)
@@ -338,7 +391,8 @@ class RunState(NamedTuple):
             ValueError: a value is NaN or infinite.
         """
         running = [x for name, x in self.learner.named_buffers() if name.endswith(("running_mean", "running_var"))]
-        moments = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        states = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        moments = [x for x in states if isinstance(x, torch.Tensor) and x.is_floating_point()]
         floats = [x.detach() for x in (*self.learner.parameters(), *running, *moments)]
         norms = torch._foreach_norm(floats, ord=math.inf)
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):

@@ -24,6 +24,7 @@ from byola_fast.training.run_folder import RunFolder
 logger = logging.getLogger("byola_fast")
 
 COLLAPSED = 0.1  # spread of the projections; 1 is healthy
+COLLAPSED_RANK = 2.0  # their effective rank; of projections on a line it is 1, and their spread 0.8
 COLLAPSED_LINES = 5  # in a row, before the warning
 STOPPING = "\nbyola-fast: stopping after this step, then saving; Ctrl-C again goes back to the last checkpoint\n"
 
@@ -39,6 +40,7 @@ class Watch:
         run: folder that rank 0 writes to.
         step: steps done so far.
         total: steps of the whole run.
+        probe_every: steps between two scores of the probe; None for no probe.
 
     Attributes, set by ``after_step``:
         saving: a checkpoint is due.
@@ -46,13 +48,16 @@ class Watch:
         stopped_by: number of the signal that ends the run now, 0 for none.
     """
 
-    def __init__(self, config: PretrainConfig, world: World, run: RunFolder, step: int, total: int) -> None:
+    def __init__(
+        self, config: PretrainConfig, world: World, run: RunFolder, step: int, total: int, probe_every: int | None
+    ) -> None:
         self.config, self.world, self.run, self.total = config, world, run, total
         self.begun = self.last = step
         self.saving = self.ending = False
         self.stopped_by = 0
         self._collapse = CollapseWatch()
         self._save_every = [n for n in (config.save_every, config.keep_every) if n]
+        self._probe_every = [probe_every] if probe_every else []
 
     def __enter__(self) -> Watch:
         self._progress = None
@@ -70,11 +75,19 @@ class Watch:
 
     def due(self, step: int) -> bool:
         """Return whether ``after_step`` must be called; waits for no GPU and no process."""
-        every = (self.config.log_every or 1, *self._save_every)
+        every = (self.config.log_every or 1, *self._save_every, *self._probe_every)
         return step == self.total or any(step % n == 0 for n in every) or (self.world.size == 1 and bool(self._stop))
 
     def after_step(
-        self, step: int, epoch: int, loss: Tensor, projection: Tensor, *, lr: float, refused: Tensor
+        self,
+        step: int,
+        epoch: int,
+        loss: Tensor,
+        projection: Tensor,
+        *,
+        lr: float,
+        refused: Tensor,
+        probe: float | None = None,
     ) -> None:
         """Log a step and decide what is due.
 
@@ -84,6 +97,7 @@ class Watch:
             projection: ``(b, proj_size)``, of this process.
             lr: learning rate of the step.
             refused: 0-d, number of samples kept out of the bank so far.
+            probe: score of the probe at this step.
 
         Raises:
             ValueError: the mean loss over processes is not finite.
@@ -92,27 +106,25 @@ class Watch:
         self.ending = bool(self.stopped_by) or step == self.total
         self.saving = self.ending or bool(late) or any(step % n == 0 for n in self._save_every)
 
-        local_values = [loss.item(), spread(projection).item()]
-        if self.saving:
-            local_values.append(effective_rank(projection).item())
-        values = self.world.mean(*local_values)
+        values = self.world.mean(loss.item(), spread(projection).item(), effective_rank(projection).item())
         now = time.perf_counter()
         if not math.isfinite(values[0]):
             message = (
                 f"lr: the loss became {values[0]} at step {step}; lower the learning rate; {self.run.resume_hint()}"
             )
             raise ValueError(message)
-        line: dict[str, Any] = {"step": step, "epoch": epoch, "loss": values[0], "spread": values[1]}
-        if self.saving:
-            line["effective_rank"] = values[2]
+        line: dict[str, Any] = {"step": step, "epoch": epoch}
+        line |= dict(zip(("loss", "spread", "effective_rank"), values, strict=True))
+        line |= {} if probe is None else {"probe": probe}
         line["samples_per_s"] = round((step - self.last) * self.config.batch_size / (now - self._logged), 1)
         line |= {"refused": int(refused), "lr": lr}
         self.last, self._logged = step, now
         if self._progress is not None:
             self.run.log(line)
             message = f"loss {line['loss']:.3f}  spread {line['spread']:.2f}  {line['samples_per_s']:.0f} samples/s"
+            message += "" if probe is None else f"  probe {probe:.1%}"
             self._progress.show(step, message)
-            if warning := self._collapse(line):
+            if warning := self._collapse(line, largest_rank=min(projection.shape)):
                 logger.warning("%s", warning)
 
     def _is_late(self) -> bool:
@@ -120,22 +132,29 @@ class Watch:
 
 
 class CollapseWatch:
-    """Warn of collapsed representations: projections whose spread stays near 0."""
+    """Warn of collapsed representations: projections whose spread stays near 0, or their effective rank near 1."""
 
     def __init__(self) -> None:
         self.low = 0
         self.warned = False
 
-    def __call__(self, line: Mapping[str, Any]) -> str | None:
-        """Return a warning after several collapsed lines, once until the spread recovers."""
-        self.low = self.low + 1 if line["spread"] < COLLAPSED else 0
+    def __call__(self, line: Mapping[str, Any], largest_rank: int) -> str | None:
+        """Return a warning after several collapsed lines, once until both recover.
+
+        Args:
+            line: of the log.
+            largest_rank: the rank that the projections can have; few samples have a low one anyway.
+        """
+        narrow = line["effective_rank"] < min(COLLAPSED_RANK, largest_rank / 4)
+        self.low = self.low + 1 if line["spread"] < COLLAPSED or narrow else 0
         if not self.low:
             self.warned = False
         if self.low < COLLAPSED_LINES or self.warned:
             return None
         self.warned = True
-        message = f"step {line['step']}: representations collapse: their spread is {line['spread']:.3f}"
-        return f"{message} (1 is healthy, 0 is one vector for all sounds); try a lower lr or a larger batch_size"
+        measures = f"spread {line['spread']:.3f} (1 is healthy, 0 is one vector for all sounds)"
+        measures += f", effective rank {line['effective_rank']:.2f} (1 is one line for all sounds)"
+        return f"step {line['step']}: representations collapse: {measures}; try a lower lr or a larger batch_size"
 
 
 class StopSignal:

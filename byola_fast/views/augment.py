@@ -18,13 +18,14 @@ from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops._replay import freeze, may_replay, numbers_of, write_inputs
 from byola_fast.ops._replay import run as replay
-from byola_fast.ops._two_views import two_views
-from byola_fast.ops.functional import check_out, without_channel
+from byola_fast.ops._two_views import has_cpu_op, two_views
+from byola_fast.ops.functional import without_channel
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
 from byola_fast.runtime.recomputation import is_outside, is_recomputed, recall, remember
 from byola_fast.runtime.workers import warn_once
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
+from byola_fast.views.at_once import augment_at_once, call_at_once, flat, with_channel
 from byola_fast.views.memory_bank import MemoryBank
 from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
 
@@ -116,6 +117,10 @@ def augment(
     >>> view1.shape, view2.shape
     (torch.Size([8, 1, 64, 96]), torch.Size([8, 1, 64, 96]))
     """
+    if params is None and not return_params and sample_offset is None and has_cpu_op(lms):
+        views12 = augment_at_once(lms, preset, stats, seed, step, generator, out, post_norm, dict(settings))
+        if views12 is not None:
+            return views12
     chosen = resolve_settings(preset, settings)
     check.require_float("lms", lms)
     x = without_channel("lms", lms)
@@ -139,7 +144,7 @@ def augment(
             assert rng is not None
             drawn = _draw(rng, x, chosen, sample_offset=_offset(sample_offset, x))
         views, sums = _make_views(x, drawn, chosen, stats=of_pre_norm, out=_flat_out(out, lms, chosen))
-        return _with_channel(_normalized(views, sums) if post_norm else views, lms), drawn
+        return with_channel(_normalized(views, sums) if post_norm else views, lms), drawn
 
     def make_at_once(rng: Tensor, of_pre_norm: Tensor | None) -> Tensor:
         flat_out = _flat_out(out, lms, chosen)
@@ -148,7 +153,7 @@ def augment(
         of_pre_norm = batch_stats(x) if of_pre_norm is None else of_pre_norm
         offset = _offset(None, x)
         views = two_views(x, rng, of_pre_norm, **vars(chosen), post_norm=post_norm, sample_offset=offset, out=flat_out)
-        return _with_channel(views, lms)
+        return with_channel(views, lms)
 
     signature = None
     if params is None and not return_params and sample_offset is None and may_replay(lms) and len(x):
@@ -282,6 +287,10 @@ class Augment(FixedDtype):
         out: Tensor | None = None,
     ) -> Views | ViewsAndParams:
         """Return ``view1, view2`` (and params), and advance step and bank."""
+        if params is None and not return_params and sample_offset is None and has_cpu_op(lms) and self._is_plain():
+            views12 = call_at_once(self, lms, out)
+            if views12 is not None:
+                return views12
         check.require_float("lms", lms)
         x = without_channel("lms", lms)
         check.require_spectrogram("lms", x)
@@ -339,7 +348,7 @@ class Augment(FixedDtype):
             if self.training:
                 self.bank.push(x if call.pool is None else call.pool, call.stats)
                 self.rng[1:].add_(1)
-        return _with_channel(views, lms), call.params
+        return with_channel(views, lms), call.params
 
     def _make_at_once(self, lms: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
         """Do what ``_make`` does, without gradients, on one rank and outside of workers, in as few launches."""
@@ -360,30 +369,28 @@ class Augment(FixedDtype):
             cursor=self.bank.cursor if has_rows else None,
             advance=self.training,
         )
-        return _with_channel(views, lms)
+        return with_channel(views, lms)
+
+    def _is_plain(self) -> bool:
+        """Return whether a call may be made at once: parts of our own, one rank, no worker, no checkpoint around."""
+        bank = self.bank
+        return (
+            type(bank) is MemoryBank
+            and bank.rows is not None
+            and bank.rows.is_contiguous()
+            and type(self.running_stats) in (RunningStats, type(None))
+            and loader_worker() is None
+            and not self._spans_ranks()
+            and is_outside()
+        )
 
     def _signature(self) -> Hashable:
         """Return what decides, with the tensors' layouts, what a call launches; None if it may not be replayed."""
-        running, bank = self.running_stats, self.bank
-        if type(bank) is not MemoryBank or bank.rows is None or not bank.rows.is_contiguous():
+        if not self._is_plain():
             return None
-        if (
-            type(running) not in (RunningStats, type(None))
-            or loader_worker() is not None
-            or self._spans_ranks()
-            or not is_outside()
-        ):
-            return None
-        return freeze(
-            (
-                vars(self.settings),
-                self.post_norm,
-                self.training,
-                getattr(running, "max_updates", None),
-                bank.n_memory,
-                own_rank(),
-            )
-        )
+        most = getattr(self.running_stats, "max_updates", None)
+        rest = (self.post_norm, self.training, most, self.bank.n_memory, own_rank())
+        return freeze((vars(self.settings), *rest))
 
     def _state(self) -> list[Tensor | None]:
         own = [self.rng, self.fixed_stats, self.bank.rows if self.bank.n_memory else None, self.bank.cursor]
@@ -574,19 +581,4 @@ def _gather_sums(sums: Tensor) -> Tensor:
 
 
 def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:
-    """Return ``out`` without the channel that the views will have."""
-    if out is None:
-        return None
-    check.require_tensor("out", out)
-    if lms.dim() == 4:
-        if out.dim() != 5 or out.shape[2] != 1:
-            raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {tuple(out.shape)}")
-        out = out[:, :, 0]
-    x = without_channel("lms", lms)
-    check_out(out, x, settings.size or (x.shape[1], x.shape[2]))
-    check.require_no_grad("augment with out=", lms=lms, out=out)
-    return out
-
-
-def _with_channel(views: Tensor, lms: Tensor) -> Tensor:
-    return views[:, :, None] if lms.dim() == 4 else views
+    return None if out is None else flat(out, lms, settings.size)

@@ -66,7 +66,8 @@ def show(
     names, wavs = pick(path, max(samples, BATCH), unit_sec, sample_rate, seed)
     lms = to_lms(torch.stack(wavs))
     panels = explain_views(lms, names, samples=samples, preset=preset, interpolation=interpolation, seed=seed)
-    draw_views(out, panels, title=f"{path.name or path.resolve().name}   ({preset}, {interpolation}, seed {seed})")
+    title = f"{path.name or path.resolve().name}   ({preset}, {interpolation}, seed {seed})"
+    draw_views(out, panels, title=title, to_lms=to_lms)
     return Path(out)
 
 

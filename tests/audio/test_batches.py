@@ -20,10 +20,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from byola_fast.audio.batches import AHEAD, Batch, Batches, as_float, open_source
+from byola_fast.audio.batches import AHEAD, Batch, Batches, as_float
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
+from byola_fast.audio.sources import open_source
 from byola_fast.audio.store import DeviceStore, SegmentStore
 from byola_fast.audio.store_format import StoreError
 
@@ -259,7 +260,7 @@ def test_other_errors_of_workers_come_through(source: Callable[..., Source], mon
 @pytest.mark.slow
 def test_a_program_that_fails_ends_its_workers(sources: dict[str, Path]) -> None:
     code = (
-        "import sys; from byola_fast.audio.batches import Batches, open_source\n"
+        "import sys; from byola_fast.audio.batches import Batches\n"
         "running = Batches(open_source(sys.argv[1]), 4, seed=0, workers=2).run(10**9); next(running)\n"
         "raise SystemExit('failed')"
     )

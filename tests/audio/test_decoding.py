@@ -170,7 +170,7 @@ def test_without_ffmpeg_what_is_read_is_reported(tmp_path: Path, caplog: pytest.
         (message,) = [record.getMessage() for record in caplog.records]
         assert message.startswith(f"{path}: ")
         assert f"{seconds:.2f} s were read" in message
-        assert "byola_fast[av]" in message
+        assert "pip install av" in message
         caplog.clear()
     for name in ("zero.wav", "aac.m4a", "ogg_flac.oga"):
         with pytest.raises(AudioError, match=r"byola_fast\[av\]"):
@@ -325,7 +325,7 @@ def test_files_left_out_for_their_suffix_are_counted(
     monkeypatch.setattr(reading, "has_ffmpeg", lambda: False)
     assert [path.name for path in list_audio_files(tmp_path)] == ["a.wav"]
     assert "4 files left out for their suffix: 2 txt, 1 m4a, 1 no suffix" in caplog.text
-    assert "byola_fast[av]" in caplog.text
+    assert "pip install av" in caplog.text
     assert caplog.records[0].levelname == "WARNING"
 
 

@@ -6,11 +6,12 @@ import math
 import re
 
 import pytest
+import soundfile
 import torch
 from helpers.tolerances import assert_close
 from helpers.weight_files import Malicious, layout
 
-from byola_fast import EMA, AudioNTT2020, AudioNTT2022, Embedder, LogMel, export_encoder, load_encoder
+from byola_fast import EMA, AudioNTT2020, AudioNTT2022, Embedder, LogMel, export_encoder, load_encoder, read_audio
 from byola_fast.embedding.streaming import embed_blocks
 from byola_fast.networks.checkpoint import CheckpointError
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
@@ -190,9 +191,9 @@ def test_files_that_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wav", "error", "words"),
     [
-        (torch.zeros(2, 3, 4000), ValueError, r"expected shape \(B, samples\) or \(samples,\)"),
+        (torch.zeros(()), ValueError, r"expected shape \(..., samples\), not empty"),
+        ([], ValueError, "expected at least one waveform"),
         (torch.zeros(2, 0), ValueError, "not empty"),
-        (torch.zeros(2, 4000).short(), TypeError, "floating-point tensor in .* got int16; divide it by 32768"),
         (torch.zeros(2, 4000).long(), TypeError, "floating-point"),
         (torch.zeros(2, 4000, device="meta"), ValueError, "expected a tensor on cpu, as the module, got meta"),
         ([0.0], TypeError, "expected a torch.Tensor"),
@@ -201,6 +202,55 @@ def test_files_that_are_refused(tmp_path):
 def test_refused_waveforms(wav, error, words):
     with pytest.raises(error, match=words):
         make_embedder()(wav)
+
+
+def test_waveforms_of_every_kind():
+    embedder = make_embedder()
+    wav = (torch.randn(2, 3, 8000) * 3000).to(torch.int16)
+    wanted = embedder(wav.flatten(0, 1) / 32768)
+    assert torch.equal(embedder(wav), wanted.view(2, 3, -1))
+    assert torch.equal(embedder(wav.numpy()[:, ::-1]), wanted.view(2, 3, -1).flip(1))
+    assert_close(embedder(wav[0, 0]), wanted[0].double(), factor=30)
+    frames = embedder(wav, frames=True).frames
+    assert frames.shape == (2, 3, 6, 300)
+    lengths = (8000, 300, 5000)
+    alone = [wav[0, k, :length] for k, length in enumerate(lengths)]
+    assert torch.equal(embedder(alone), torch.stack([embedder(each) for each in alone]))
+    assert [each.frames.shape[0] for each in embedder(alone, frames=True)] == [6, 1, 4]
+
+
+def test_another_sample_rate_is_resampled_as_files_are(tmp_path):
+    wav = 0.1 * torch.randn(44100).cumsum(0).clamp(-5, 5)
+    soundfile.write(tmp_path / "a.wav", wav.numpy(), 44100, subtype="FLOAT")
+    embedder = make_embedder()
+    torch.testing.assert_close(embedder(wav, sample_rate=44100), embedder(read_audio(tmp_path / "a.wav")))
+    assert torch.equal(embedder(wav, sample_rate=16000), embedder(wav))
+    assert embedder(wav[None].numpy(), sample_rate=44100, frames=True).frames.shape == (1, 12, 300)
+    with pytest.raises(ValueError, match="sample_rate: expected at least 1 Hz, got 0"):
+        embedder(wav, sample_rate=0)
+    with pytest.raises(ValueError, match="sample_rate: expected 16000 Hz of a waveform that requires a gradient"):
+        embedder(wav.requires_grad_(), sample_rate=44100)
+
+
+def test_a_state_dict_holds_statistics_and_front_end():
+    one, other = make_embedder(), Embedder(AudioNTT2020(16, 300), stats=(0.0, 1.0), to_lms=LogMel(n_mels=16)).eval()
+    wav = torch.randn(2, 8000)
+    assert not torch.equal(one(wav), other(wav))
+    other.load_state_dict(one.state_dict())
+    assert other.stats == one.stats
+    assert torch.equal(one(wav), other(wav))
+    before = other.encoder.state_dict()
+    other = make_embedder(hop_length=320)
+    with pytest.raises(ValueError, match="to_lms: hop_length: expected 160, as where the state was saved, got 320"):
+        other.load_state_dict(one.state_dict())
+    assert before.keys() == other.encoder.state_dict().keys()
+
+
+def test_the_upper_edge_of_a_low_rate_is_half_of_it():
+    assert LogMel(sample_rate=8000).f_max == 4000
+    assert LogMel().f_max == 7800
+    with pytest.raises(ValueError, match="f_min < f_max <= sample_rate / 2"):
+        LogMel(sample_rate=8000, f_max=7800)
 
 
 def test_refused_settings():

@@ -9,7 +9,9 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 
+import byola_fast
 from byola_fast.embedding.tables import Clip, write_table
 
 
@@ -65,3 +67,28 @@ def test_rows_and_names_of_two_results_never_stand_together(tmp_path, monkeypatc
     if out.exists():
         assert np.load(out)[:, 0].tolist() == names
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".csv"])
+def test_normalized_tables_equal_what_python_gives(tmp_path, suffix):
+    rows = (np.random.default_rng(0).standard_normal((50, 6)) * [1, 10, 100, 1, 1, 0] + 1000).astype(np.float32)
+    rows.tofile(tmp_path / "rows.f32")
+    out = tmp_path / f"e{suffix}"
+    clips = [("a.wav", Clip(tmp_path / "rows.f32", 0, 20, 6)), ("b.wav", Clip(tmp_path / "rows.f32", 20, 30, 6))]
+    write_table(out, clips, first_ms=0.0, period_ms=80.0, normalize=True)
+    wanted = byola_fast.standardize(rows)
+    assert wanted[:, :5].mean(0) == pytest.approx(0, abs=1e-5)
+    assert wanted.std(0) == pytest.approx([1, 1, 1, 1, 1, 0], abs=1e-5)
+    found = np.load(out) if suffix != ".csv" else np.genfromtxt(out, delimiter=",", skip_header=1)[:, 2:]
+    if suffix == ".npz":
+        assert (rows - found["mean"]) / found["std"] == pytest.approx(found["embeddings"], abs=1e-3)
+        found = found["embeddings"]
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_query_on_the_scale_of_a_collection():
+    rows = torch.randn(20, 4) * 3 + 5
+    assert torch.equal(byola_fast.standardize(rows[7], like=rows), byola_fast.standardize(rows)[7])
+    assert byola_fast.standardize(rows.half()).dtype == torch.float16
+    with pytest.raises(ValueError, match=r"like: expected shape \(rows, d\), not empty, got \(4,\)"):
+        byola_fast.standardize(rows[7])

@@ -24,9 +24,9 @@ from byola_fast.evaluation import evaluate as module
 from byola_fast.evaluation import report
 from byola_fast.evaluation.config import EvalConfig
 from byola_fast.evaluation.evaluate import run_eval
-from byola_fast.evaluation.probe import Scores, class_scores, fit_probe, headline, macro, truth_table
+from byola_fast.evaluation.probe import Scores, truth_table
 from byola_fast.evaluation.report import OLD_COLUMNS, append_result, check_results, draw_confusion
-from byola_fast.evaluation.tasks import NAMED, Round, Task, TaskError, rounds
+from byola_fast.evaluation.tasks import NAMED, TaskError
 from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.spectrograms.log_mel import FRONT_END
 
@@ -84,6 +84,19 @@ def test_split_with_weights(split_task, tmp_path, weights):
         "32",
     )
     assert (line["train"], line["valid"], line["test"], line["stats_mean"]) == ("18", "6", "6", "-7.1000")
+    with open(result.predictions, newline="") as file:
+        clips = list(csv.DictReader(file))
+    classes = ("high", "low", "mid")
+    for clip in clips:
+        chances = {name: float(clip[f"p({name})"]) for name in classes}
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
+        assert clip["predicted"] == max(chances, key=chances.get)
+        assert (clip["split"], clip["seed"], clip["label"]) == (
+            "test",
+            "0",
+            list(PITCHES)[int(clip["file_name"][:-4]) % 3],
+        )
+    assert sum(clip["label"] == clip["predicted"] for clip in clips) / len(clips) == result.score
     assert float(line["score_percent"]) == pytest.approx(100 * result.score, abs=0.05)
 
 
@@ -126,6 +139,30 @@ def test_multi_label(tmp_path):
     assert "binary logistic regressions" in result.report
     assert "C chosen on a fifth of train" in result.report
     assert "accuracy" not in result.report
+    with open(result.predictions, newline="") as file:
+        clips = list(csv.DictReader(file))
+    assert [clip["seed"] for clip in clips] == ["0"] * 12 + ["1"] * 12
+    assert sum(clip["label"] == clip["predicted"] for clip in clips) > 12
+    assert all(("low" in clip["predicted"]) == (float(clip["p(low)"]) >= 0.5) for clip in clips)
+
+
+def test_the_order_of_lines_moves_no_score(tmp_path):
+    """Labels at random, so that every choice of C and every drawn clip shows."""
+    labels = random.Random(1).choices(list(PITCHES), k=60)
+    task = make_task(tmp_path / "task", labels, lambda n: "train" if n < 40 else "test", "file_name,label,split")
+    header, *lines = task.read_text().splitlines()
+    found = []
+    for shuffle in range(3):
+        random.Random(shuffle).shuffle(lines)
+        write_task(tmp_path / "task", header, lines)
+        result = evaluate(task, tmp_path / str(shuffle), features="melstats", seeds=3)
+        found.append((result.by_seed, result.macro, result.line["C"], result.predictions.read_text()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_folder_is_no_task(split_task, tmp_path):
+    with pytest.raises(TaskError, match=r"got a folder; byola-fast recipes folders .* TASK\.csv makes one"):
+        evaluate(split_task.parent, tmp_path)
 
 
 def test_what_is_left_out(split_task, tmp_path, caplog):
@@ -196,7 +233,6 @@ def test_clips_shorter_than_a_frame_and_long_ones(tmp_path):
 
 def test_refused_settings(split_task, fold_task, tmp_path):
     for words, settings in {
-        "weights: expected a file": {},
         "features: expected trained, random or melstats, got 'x'": {"features": "x"},
         "seeds: expected at least 1": {"features": "random", "seeds": 0},
         "feature_d: expected none": {"weights": "w.pth", "feature_d": 8},
@@ -219,89 +255,6 @@ def test_refused_settings(split_task, fold_task, tmp_path):
     assert (tmp_path / "out" / "results.csv").read_text() == "mine\n1\n"
     with pytest.raises(FileNotFoundError):
         evaluate(tmp_path / "none.csv", tmp_path, features="melstats")
-
-
-def tasks(splits: list[str], labels: list[tuple[str, ...]]) -> Task:
-    folds = [] if set(splits) & {"train", "test"} else sorted(set(splits))
-    classes = sorted({label for own in labels for label in own})
-    return Task(
-        "t", [f"{n}" for n in range(len(splits))], labels, splits, classes, folds, any(len(x) > 1 for x in labels)
-    )
-
-
-def test_rounds():
-    labels = [(("a", "b")[n % 2],) for n in range(40)]
-    given = tasks(["train", "valid", "test", "train"] * 10, labels)
-    assert list(rounds(given, 0)) == list(rounds(given, 1))
-    (plan,) = rounds(given, 0)
-    assert (len(plan.train), len(plan.valid), len(plan.test)) == (20, 10, 10)
-
-    without = tasks(["train"] * 30 + ["test"] * 10, labels)
-    seen = [next(rounds(without, seed)) for seed in range(3)]
-    assert len({tuple(plan.valid) for plan in seen}) == 3
-    for plan in seen:
-        assert sorted(plan.train + plan.valid) == list(range(30))
-        assert [sum(labels[n] == (x,) for n in plan.valid) for x in "ab"] == [3, 3]
-        assert plan.test == list(range(30, 40))
-
-    folds = tasks([("x", "y", "z", "w")[n // 2 % 4] for n in range(40)], labels)
-    for plan, fold in zip(rounds(folds, 3), folds.folds, strict=True):
-        assert {folds.splits[n] for n in plan.test} == {fold}
-        assert len({folds.splits[n] for n in plan.valid}) == 1  # a whole fold, another one
-        assert sorted(plan.train + plan.valid + plan.test) == list(range(40))
-    two = tasks([("x", "y")[n // 2 % 2] for n in range(40)], labels)
-    for plan in rounds(two, 0):
-        assert (len(plan.train), len(plan.valid), len(plan.test)) == (16, 4, 20)
-
-
-def test_the_test_part_is_for_testing_alone():
-    rng = np.random.default_rng(0)
-    labels = [(("a", "b")[n % 2],) for n in range(60)]
-    task = tasks(["train", "train", "valid", "valid", "test", "test"] * 10, labels)
-    features = rng.standard_normal((60, 5)).astype(np.float32)
-    (plan,) = rounds(task, 0)
-    before = fit_probe(features, task, plan)
-    changed = features.copy()
-    changed[plan.test] = 100 * rng.standard_normal((20, 5))
-    after = fit_probe(changed, task, plan)
-    assert (after.strength, after.chosen_by) == (before.strength, before.chosen_by)
-    one = features.copy()
-    one[plan.test[1:]] = changed[plan.test[1:]]
-    assert np.array_equal(fit_probe(one, task, plan).scores[0], before.scores[0])
-
-
-def test_metrics_by_hand():
-    truth = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]], bool)
-    scores = np.array([[2, 1, 0], [0, 1, 0], [3, 1, 0], [0, 5, -np.inf]], float)
-    assert headline(truth, scores, False) == 3 / 4
-    assert macro(truth, scores, False) == pytest.approx((2 / 3 + 1) / 2)  # the third class does not occur
-    assert class_scores(truth, scores, False) == [(pytest.approx(2 / 3), 3), (1.0, 1), (None, 0)]
-    both = np.array([[1, 1], [0, 1], [1, 0]], bool)
-    ranked = np.array([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])
-    # class 0: hits at ranks 1 and 3: (1 + 2/3) / 2; class 1: hits at ranks 2 and 3: (1/2 + 2/3) / 2
-    assert headline(both, ranked, True) == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
-
-
-def test_two_classes_and_one_alone():
-    rng = np.random.default_rng(1)
-    labels = [(("a", "b")[n % 2],) for n in range(40)]
-    features = (rng.standard_normal((40, 3)) + 5 * np.array([[n % 2, 0, 0] for n in range(40)])).astype(np.float32)
-    task = tasks(["train", "train", "test", "test"] * 10, labels)
-    (plan,) = rounds(task, 0)
-    result = fit_probe(features, task, plan)
-    assert headline(result.truth, result.scores, False) == 1
-    only = Round([n for n in plan.train if n % 2], plan.valid, plan.test)
-    with pytest.raises(TaskError, match="t: clips of one class are left to learn from"):
-        fit_probe(features, task, only)
-
-
-def test_the_fold_that_chooses_leaves_two_classes():
-    folds = ["x", "y", "z"] * 10
-    labels = [("a",) if fold == "x" else (("a", "b")[n // 3 % 2],) for n, fold in enumerate(folds)]
-    task = tasks(folds, labels)
-    for seed in range(8):
-        for plan in rounds(task, seed):
-            assert len({labels[n] for n in plan.train}) == 2
 
 
 def test_the_table_of_classes_counts_clips_as_the_confusion_matrix(split_task, tmp_path, monkeypatch):
@@ -472,10 +425,11 @@ def test_broken_clips_are_tried_again(split_task, tmp_path, monkeypatch, keep_go
 def test_embeddings_that_are_not_finite_are_broken(split_task, tmp_path, monkeypatch):
     embed = module.embed_clips
 
-    def some_nan(*arguments, **words):
-        for piece in embed(*arguments, **words):
-            error = AudioError(f"{piece.number}.wav", NOT_FINITE)
-            yield piece._replace(rows=piece.rows[:0], error=error) if piece.number in bad else piece
+    def some_nan(embedder, files, **words):
+        for piece in embed(embedder, files, **words):
+            path = files[piece.number]
+            error = AudioError(path.name, NOT_FINITE)
+            yield piece._replace(rows=piece.rows[:0], error=error) if int(path.stem) in bad else piece
 
     monkeypatch.setattr(module, "embed_clips", some_nan)
     bad = {4}

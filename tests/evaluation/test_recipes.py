@@ -8,7 +8,8 @@ import os
 import pytest
 from helpers.data_sets import TREES, write
 
-from byola_fast.evaluation.recipes import RECIPES, main, write_task
+from byola_fast import cli
+from byola_fast.evaluation.recipes import RECIPES, write_task
 from byola_fast.evaluation.tasks import read_task
 
 WANTED = {
@@ -48,7 +49,7 @@ WANTED = {
 def test_layouts(tmp_path, dataset, capsys):
     write(tmp_path / "data", TREES[dataset])
     out = tmp_path / "tasks" / "task.csv"
-    assert main([dataset, str(tmp_path / "data"), str(out)]) == 0
+    assert cli.main(["recipes", dataset, str(tmp_path / "data"), str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: {len(WANTED[dataset])} clips\n"
     kind = "fold" if dataset in ("folders", "urbansound8k", "esc50") else "split"
     with open(out, newline="") as file:
@@ -68,7 +69,7 @@ def test_a_full_disk_leaves_the_old_task(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert main(["esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
+    assert cli.main(["recipes", "esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
     assert (tmp_path / "t.csv").read_text() == "old"
 
 
@@ -149,7 +150,7 @@ def test_damaged_data_sets(tmp_path, dataset, files, words):
 def test_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"dataset: expected one of folders, .*, fsd50k, got 'mnist'"):
         write_task("mnist", tmp_path, tmp_path / "t.csv")
-    assert main(["esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
+    assert cli.main(["recipes", "esc50", str(tmp_path), str(tmp_path / "t.csv")]) == 2
     assert "esc50.csv: missing; expected: ESC-50: meta/esc50.csv, audio/*.wav" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no such folder"):
         write_task("esc50", tmp_path / "nowhere", tmp_path / "t.csv")
@@ -160,5 +161,5 @@ def test_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no clip of speech_commands"):
         write_task("speech_commands", tmp_path, tmp_path / "t.csv")
     assert not (tmp_path / "t.csv").exists()
-    assert main(["esc50"]) == 2
-    assert "usage: python -m byola_fast.evaluation.recipes DATASET FOLDER TASK.csv" in capsys.readouterr().err
+    assert cli.main(["recipes", "esc50"]) == 2
+    assert "required: FOLDER, TASK" in capsys.readouterr().err

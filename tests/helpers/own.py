@@ -65,3 +65,19 @@ class Barren(nn.Module):
     """No learner."""
 
     weight = torch.zeros(1)
+
+
+class Memory:
+    """A source of clips in memory: each holds its number everywhere but in its noise."""
+
+    listing = "memory"
+
+    def __init__(self, count: int, num_samples: int = 800) -> None:
+        self.count, self.num_samples = count, num_samples
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int, epoch: int, draw: int) -> Tensor:
+        generator = torch.Generator().manual_seed(index + 1000 * epoch + 1000000 * draw)
+        return index + 0.2 * torch.rand(self.num_samples, generator=generator)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+import torch
+from torch import Tensor
+
+from byola_fast.networks.checkpoint import load_checkpoint
 
 TINY = {
     **{"feature_d": 16, "proj_size": 8, "proj_dim": 32, "n_memory": 16, "unit_sec": 0.25, "workers": 0},
@@ -48,4 +53,28 @@ def write_recordings(folder: Path) -> Path:
 
 
 def read_log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """Return the lines of a log, without what they say of their start."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "run"} for line in lines]
+
+
+def tensors(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return everything in a checkpoint under one name each."""
+    if isinstance(content, dict):
+        return {k: v for name, inner in content.items() for k, v in tensors(inner, f"{prefix}.{name}").items()}
+    if isinstance(content, list | tuple):
+        return {k: v for n, inner in enumerate(content) for k, v in tensors(inner, f"{prefix}.{n}").items()}
+    return {prefix: content}
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Assert that two runs left the same: weights, moments, bank, statistics, generators, and log but for its times."""
+    first, second = (tensors(load_checkpoint(path / "checkpoint.pt")) for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if name not in (".config.out", ".config.steps", ".config.epochs", ".config.save_every"):
+            same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
+            assert same, name
+    logs = [[{k: v for k, v in line.items() if k != "samples_per_s"} for line in read_log(path)]
+            for path in (one, other)]  # fmt: skip
+    assert logs[0] == logs[1]

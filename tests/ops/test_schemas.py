@@ -38,7 +38,7 @@ def test_cpp_kernels_match_the_table():
         for name in registered_ops()
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"byola_fast::{name}", "CPU")
     }
-    assert with_kernel == set(_schemas.CPU_OPS)
+    assert {name for name in with_kernel if not name.startswith("_")} == set(_schemas.CPU_OPS)
 
 
 def test_cuda_kernels_match_the_table():

@@ -27,6 +27,10 @@ BUDGETS = {
     "two_views, bf16": (80, 128, 3),
     "two_views, bicubic": (80, 128, 3),
     "finish_views": (64, 128, 4),
+    "exact_views": (64, 28 * 1024, 4),
+    "exact_views, bf16": (64, 28 * 1024, 4),
+    "exact_views, bicubic": (64, 28 * 1024, 4),
+    "finish_exact_views": (64, 256, 4),
     "draw_params": (40, 0, 12),
     "write_inputs": (32, 0, 16),
     "ema_update": (56, 64, 4),
@@ -120,5 +124,6 @@ def test_two_views_asks_for_the_registers_it_has_here(monkeypatch):
 
 def test_the_views_fill_an_h200_in_one_wave():
     """At least 2 x 256 programs, one per view, run at a time on 132 multiprocessors."""
-    for name in ("augment_views, bilinear", "two_views", "two_views, bf16", "two_views, bicubic"):
+    names = "augment_views, bilinear", "two_views", "two_views, bf16", "two_views, bicubic"
+    for name in (*names, "exact_views", "exact_views, bf16", "exact_views, bicubic", "finish_exact_views"):
         assert kernels.measure(name, 90).programs * 132 >= 2 * 256

@@ -123,6 +123,19 @@ def test_another_batch_size_compiles_nothing(launched):
     assert variants(launched) <= 4  # numbers of frames: multiples of 16 and others
 
 
+def test_another_batch_of_exact_views_compiles_nothing(launched, monkeypatch):
+    from byola_fast.ops._triton import exact_views, two_views
+
+    monkeypatch.setattr(exact_views, "approximate", lambda x: True)
+    for batch in (256, 31, 1):
+        x, rows, cursor = torch.zeros(batch, 64, 96), torch.zeros(2048, 64, 96), torch.zeros(3).long()
+        ranges = [[0, 1], [2**45, 2**20], [64, 144]]
+        given = (x, None, rows, cursor, torch.zeros(2), torch.zeros(2).long(), 0, 0, *ranges, 0.4, 1.0)
+        two_views.two_views_(*given, "bilinear", "log", True, True, x.new_empty(2, *x.shape))
+    assert {name for name, _kernel in launched} == {"exact_views_kernel", "finish_exact_views_kernel"}
+    assert variants(launched) == 2
+
+
 @pytest.mark.parametrize(
     ("hop_length", "mels", "dtype"), [(1, 1, torch.float32), (64, 1, torch.int16), (128, 80, torch.bfloat16)]
 )

@@ -103,6 +103,22 @@ CASES = {
     "offset beyond 32 bits": {"offset": 2**33 + 3},
 }
 
+EXACT = {"shape": (40, 32), "size": (48, 64), "scale": (1.1, 1.5)}  # sizes of exact_views.py
+CASES |= {
+    "exact": {"shape": (64, 96)},
+    "exact, margins": EXACT,
+    "exact, bicubic": EXACT | {"interpolation": "bicubic"},
+    "exact, bfloat16": EXACT | {"dtype": torch.bfloat16, "bad": (1,)},
+    "exact, refused": EXACT | {"batch": 5, "bad": (0, 2, 4), "post_norm": False},
+    "exact, empty memory": EXACT | {"cursor": (0, 0, 0), "pool": 5},
+    "exact, float16 memory": EXACT | {"held": torch.float16, "cursor": (0, 0, 0)},
+    "exact, no memory": EXACT | {"memory": None, "batch": 1},
+    "exact, larger than the memory": EXACT | {"batch": 9, "memory": 4, "cursor": (3, 4, 0), "bad": (2,)},
+    "exact, no stats": EXACT | {"stats": False},
+    "exact, evaluation": EXACT | {"advance": False},
+    "exact, apart": EXACT | {"layout": lambda x: x.repeat_interleave(2, 1)[:, ::2]},
+}
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_launches_equal_single_ops(name):

@@ -11,7 +11,6 @@ from helpers.data_sets import TREES, write
 from helpers.tasks import PITCHES, make_task
 
 from byola_fast import cli
-from byola_fast.evaluation import recipes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,9 +70,6 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             code = cli.main([*rest, *MORE.get(rest[0], [])])
             assert code == 0, f"{command}: {code}, {capsys.readouterr().err[-500:]}"
             ran.add(rest[0])
-        elif command.startswith("python -m byola_fast.evaluation.recipes"):
-            assert not recipes.main(rest[2:])
-            ran.add("recipes")
         elif first == "torchrun":
             given = rest[rest.index("byola_fast") + 1 :]
             cli._make_parser(demo=False).parse_args([cli._with_underscores(word) for word in given if word != "..."])

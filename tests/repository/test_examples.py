@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from helpers.runs import TINY, write_recordings
+from helpers.tasks import PITCHES, make_task
 
 from byola_fast import cli
 from byola_fast.audio.demo_corpus import write_demo_corpus
-from examples import byol_in_fifty_lines, own_encoder, own_loop
+from examples import (
+    byol_in_fifty_lines,
+    event_detection,
+    fine_tune,
+    own_encoder,
+    own_loop,
+    similar_sounds,
+    sound_map,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"}
+CHECKED |= {"similar_sounds.py", "sound_map.py", "fine_tune.py", "event_detection.py"}  # with an encoder that is there
+CHECKED |= {"hugging_face_datasets.py", "webdataset_shards.py"}  # tests/training/test_own_data.py runs them
 
 
 def test_every_example_fits_on_a_page_and_runs_here():
     files = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
     assert set(files) == CHECKED
     for name, text in files.items():
-        assert len(text.splitlines()) <= 80, name
+        assert len(text.splitlines()) <= 110, name
         assert f"python examples/{name}" in (ast.get_docstring(ast.parse(text)) or ""), name
 
 
@@ -42,9 +59,9 @@ def test_byol_in_fifty_lines_learns():
 
 def test_your_own_encoder(tmp_path, monkeypatch, capsys):
     recordings = write_recordings(tmp_path / "audio")
-    settings = TINY | {"feature_d": 16, "unit_sec": 0.3}
+    settings = {name: value for name, value in TINY.items() if name != "feature_d"} | {"unit_sec": 0.3}
     embedding = own_encoder.main(str(recordings), str(tmp_path / "run"), **settings)
-    assert embedding.shape == (2, 16)
+    assert embedding.shape == (2, 128)
     weights = str(tmp_path / "run" / "encoder.pth")
     monkeypatch.chdir(tmp_path)
     named = ["--encoder", "examples.own_encoder:SmallNet", "--workers=0"]
@@ -52,3 +69,62 @@ def test_your_own_encoder(tmp_path, monkeypatch, capsys):
     assert cli.main(["embed", weights, str(recordings / "a.wav"), "--out", "b.npz", "--workers=0"]) == 2
     assert "holds weights of the class examples.own_encoder:SmallNet; give that class" in capsys.readouterr().err
     assert torch.is_tensor(embedding)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Eight sounds of each kind of the demo's corpus, and the table of their embeddings."""
+    whole, folder = tmp_path_factory.mktemp("demo"), tmp_path_factory.mktemp("sounds")
+    write_demo_corpus(whole)
+    for kind in whole.iterdir():
+        (folder / kind.name).mkdir()
+        for path in sorted(kind.iterdir())[:8]:
+            shutil.copy(path, folder / kind.name)
+    table = folder.parent / "table.npz"
+    assert cli.main(["embed", str(folder), "--normalize", "--out", str(table), "--workers=0"]) == 0
+    return folder, table
+
+
+def test_similar_sounds(embedded, capsys):
+    folder, table = embedded
+    query = sorted((folder / "drums").iterdir())[3]
+    found = similar_sounds.main(str(table), str(query), count=5)
+    assert found[0] == (f"drums/{query.name}", pytest.approx(1, abs=1e-4))
+    assert [cosine for _name, cosine in found] == sorted((cosine for _name, cosine in found), reverse=True)
+    share = re.search(r"same folder for (\d+) %", capsys.readouterr().out)
+    assert int(share[1]) > 60  # a quarter by chance
+
+
+def test_a_map_is_one_page_that_plays(embedded, tmp_path):
+    folder, table = embedded
+    page = tmp_path / "map.html"
+    sound_map.main(str(table), str(folder), str(page), seconds=0.5)
+    text = page.read_text()
+    assert text.count("<circle ") == 32
+    assert len(set(re.findall(r'fill="([^"]+)"', text))) == 4
+    assert not re.search(r"https?://|src=|href=", text)  # nothing from elsewhere
+    sounds = json.loads(re.search(r"const sounds = (.*);", text)[1])
+    wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[5])))
+    assert (rate, len(sounds)) == (16000, 32)
+    assert 8000 <= len(wav) < 12000
+    names = re.findall(r'data-n="(\d+)"><title>([^<]+)', text)
+    assert [int(number) for number, _name in names] == list(range(32))
+    assert all((folder / name).is_file() for _number, name in names)
+
+
+@pytest.mark.slow
+def test_fine_tuning_and_the_probe(tmp_path):
+    labels = [name for _ in range(15) for name in PITCHES]
+    part = lambda n: ("train", "train", "train", "valid", "test")[n // 3 % 5]  # noqa: E731
+    task = make_task(tmp_path, labels, part, "file_name,label,split")
+    probe, tuned = fine_tune.main(str(task), str(tmp_path / "audio"), epochs=2, seeds=2)
+    assert probe > 0.8
+    assert min(tuned) > 0.5  # a third by chance
+
+
+@pytest.mark.slow
+def test_events_are_detected_in_time(embedded, tmp_path):
+    score = event_detection.main(str(embedded[0]), str(tmp_path / "events.png"), scenes=16)
+    assert score > 0.25
+    assert (tmp_path / "events.png").stat().st_size > 5000
+    assert event_detection.hits([(0, 1.0), (0, 5.0), (1, 1.0)], [(0, 1.15), (0, 0.9), (1, 1.5)]) == 1

@@ -58,6 +58,8 @@ def test_a_wheel_holds_the_sources_of_all_kernels(checkout, tmp_path):
         packed = {Path(name).name for name in wheel.namelist() if name.startswith("byola_fast/csrc/")}
         assert packed == {path.name for path in (ROOT / "csrc").iterdir()}
         assert {"byola_fast/py.typed", "byola_fast/ops/reference.py"} <= set(wheel.namelist())
+        weights = {"encoder.safetensors", "README.md", "heard.tsv"}
+        assert {f"byola_fast/weights/{name}" for name in weights} <= set(wheel.namelist())
 
 
 def test_a_wheel_with_compiled_kernels_needs_no_compiler(checkout, tmp_path):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from byola_fast.audio.batches import Batches, open_source
+from byola_fast.audio.batches import Batches
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
+from byola_fast.audio.sources import open_source
 from byola_fast.spectrograms.corpus_statistics import Stats, StatsConfig, read_stats, run_stats, take_stats, write_stats
 from byola_fast.spectrograms.log_mel import LogMel
 

@@ -202,7 +202,7 @@ def test_bad_waveforms_are_refused(wav: torch.Tensor, error: type[Exception], me
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sample_rate": 8000}, "f_max.*4000"),
+        ({"sample_rate": 8000, "f_max": 7800.0}, "f_max.*4000"),
         ({"f_min": 7800.0}, "f_min"),
         ({"f_min": -1.0}, "f_min"),
         ({"f_max": float("nan")}, "f_max"),

@@ -200,7 +200,7 @@ def test_devices_that_are_not_there_are_named(monkeypatch):
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="device: expected one that is available, got 'cuda'"):
         pick_device("cuda")
-    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"):
         pick_device("gpu")
     with pytest.raises(ValueError, match="device: expected one that is available, got 'mps': "):
         pick_device("mps")

@@ -13,11 +13,13 @@ import soundfile
 import torch
 from helpers.runs import TINY, read_log, write_recordings
 
-from byola_fast import BYOL, AudioNTT2020, Augment
+from byola_fast import BYOL, AudioNTT2020, Augment, load_encoder
 from byola_fast.audio.pack import pack
 from byola_fast.audio.reading import AudioError
 from byola_fast.networks.checkpoint import load_checkpoint
 from byola_fast.networks.encoder_file import load_encoder_weights
+from byola_fast.objectives.collapse import effective_rank, spread
+from byola_fast.runtime import device as device_module
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
 from byola_fast.training import pretrain as trainer
 from byola_fast.training import watch
@@ -53,15 +55,22 @@ def test_a_run_writes_everything_and_names_broken_files_once(run, caplog, preset
     result = run(pictures=True, preset=preset, steps=5)
     assert (result.steps, result.stopped_by) == (5, 0)
     assert {path.name for path in result.out.iterdir()} == {
-        *("log.jsonl", "checkpoint.pt", "encoder.pth", "training.png", "views.png", "config.yaml", ".lock"),
+        *(
+            "log.jsonl",
+            "checkpoint.pt",
+            "encoder.pth",
+            "training.png",
+            "views.png",
+            "config.yaml",
+            "README.md",
+            ".lock",
+        ),
     }
     log = read_log(result.out)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     assert [line["epoch"] for line in log] == [0, 0, 0, 1, 1]  # twelve files, others in place of the broken three
-    names = {"step", "epoch", "loss", "spread", "samples_per_s", "refused", "lr"}
-    assert all(set(line) == names for line in log[:-1])
-    assert set(log[-1]) == {*names, "effective_rank"}
-    assert 1 < log[-1]["effective_rank"] <= 4
+    names = {"step", "epoch", "loss", "spread", "effective_rank", "samples_per_s", "refused", "lr"}
+    assert all(set(line) == names and 1 < line["effective_rank"] <= 4 for line in log)
     assert all(0 < line["loss"] < 8 and 0.2 < line["spread"] < 1.2 and line["refused"] == 0 for line in log)
     assert log[-1]["lr"] == {"byola-v1": 3e-4, "byola-v2": 1e-4}[preset]
     assert (result.loss, result.spread) == (log[-1]["loss"], log[-1]["spread"])
@@ -103,6 +112,24 @@ def test_what_is_written_can_be_loaded(run):
     aug.load_state_dict(whole["augment"])
     assert len(aug.bank) == 16
     assert aug.rng.tolist() == [0, 4]
+
+
+def test_a_run_says_where_it_comes_from(run, recordings):
+    for steps in (2, 3):
+        out = run(steps=steps).out
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["run" in line for line in lines] == [True, False, True]
+    told = load_encoder(out / "encoder.pth").about["provenance"]
+    assert told.items() >= lines[2]["run"].items()
+    assert (told["clips"], told["step"], told["total_steps"]) == (12, 3, 3)
+    assert (told["torch"], told["data"]) == (str(torch.__version__), str(recordings))
+    assert len(told["listing"]) == 64
+    assert told["saved"] >= told["begun"]
+    assert f"# torch: {torch.__version__}\n" in (out / "config.yaml").read_text()
+    card = (out / "README.md").read_text()
+    assert f"| listing | {told['listing']} |" in card
+    assert "| step | 3 |" in card
+    assert "| spread | " in card
 
 
 def test_the_same_seed_gives_the_same_losses_for_any_workers(run):
@@ -152,7 +179,7 @@ def test_without_matplotlib_one_line_says_so(run, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = run(pictures=True).out
     assert not list(out.glob("*.png"))
-    assert caplog.text.count('pip install "byola_fast[eval]"') == 1
+    assert caplog.text.count("pip install matplotlib") == 1
     assert (out / "encoder.pth").exists()
 
 
@@ -301,6 +328,14 @@ def test_bfloat16_learns_and_keeps_weights_in_float32(run):
     assert log[0]["loss"] != read_log(run("wide", steps=1, lr=3e-3).out)[0]["loss"]
 
 
+@pytest.mark.parametrize(("flags", "warned"), [("fpu avx2", True), ("fpu avx512_bf16", False), ("asimd bf16", False)])
+def test_bfloat16_on_a_cpu_without_it_warns(run, tmp_path, monkeypatch, caplog, flags, warned):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(device_module, "CPU_INFO", tmp_path / "cpuinfo")
+    run(steps=1, dtype="bfloat16")
+    assert ("float32 is 5 to 15 times as fast" in caplog.text) == warned
+
+
 def test_a_profile_times_every_stage(run, capsys):
     out = run(profile=True, steps=5).out
     printed = capsys.readouterr().err
@@ -318,22 +353,40 @@ def test_collapsed_representations_warn(run, monkeypatch, caplog):
     run(steps=8)
     message = [record.getMessage() for record in caplog.records if "collapse" in record.getMessage()]
     assert len(message) == 1
-    assert message[0].startswith("step 5: representations collapse: their spread is 0.010")
+    assert message[0].startswith("step 5: representations collapse: spread 0.010 (1 is healthy")
 
 
 def test_each_collapse_warns_once():
     collapsed = CollapseWatch()
     spreads = [0.05] * 4 + [0.5] + [0.05] * 7 + [0.5] + [0.0] * 5
-    message = [collapsed({"step": step, "spread": spread}) is not None for step, spread in enumerate(spreads)]
-    assert [step for step, said in enumerate(message) if said] == [9, 17]
+    for ranks in ([9.0] * len(spreads), [1.0 if each < 0.1 else 9.0 for each in spreads]):
+        both = zip(spreads if ranks[0] == 9 else [0.8] * len(spreads), ranks, strict=True)
+        lines = [{"step": step, "spread": each, "effective_rank": rank} for step, (each, rank) in enumerate(both)]
+        message = [collapsed(line, largest_rank=64) is not None for line in lines]
+        assert [step for step, said in enumerate(message) if said] == [9, 17]
+    narrow = {"step": 1, "spread": 0.8, "effective_rank": 1.9}
+    assert not any(CollapseWatch()(narrow, largest_rank=4) for _ in range(9))
+
+
+def test_projections_on_a_line_are_not_healthy():
+    line = torch.randn(64, 1) * torch.randn(1, 256)
+    assert spread(line) > 0.7
+    assert effective_rank(line) == pytest.approx(1.0)
 
 
 def test_tensorboard_gets_the_log(run):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps in (2, 3):  # the second goes on
-        out = run(tensorboard=True, steps=steps).out
+        out = run(tensorboard=True, steps=steps, pictures=True).out
     events = reader.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
+    assert events.Images("training")[0].width == 880
+    settings = list((out / "tensorboard" / "settings").iterdir())
+    assert len(settings) == 1  # of the whole run
+    compared = reader.EventAccumulator(str(settings[0]))
+    compared.Reload()
+    assert compared.Scalars("final/loss")[-1].value == pytest.approx(read_log(out)[-1]["loss"])
+    assert {"_hparams_/session_start_info"} <= set(compared.summary_metadata)
     assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [
         (line["step"], line["loss"]) for line in read_log(out)
     ]

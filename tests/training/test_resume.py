@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import TINY, read_log, write_recordings
+from helpers.runs import TINY, read_log, same_run, write_recordings
 from torch import Tensor
 
 from byola_fast import BYOL, LogMel, cli
@@ -56,28 +56,6 @@ def run_killed(config: dict[str, Any], kill_at: int) -> None:
     pretrain(PretrainConfig(**config))
 
 
-def tensors(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Return everything in a checkpoint under one name each."""
-    if isinstance(content, dict):
-        return {k: v for name, inner in content.items() for k, v in tensors(inner, f"{prefix}.{name}").items()}
-    if isinstance(content, list | tuple):
-        return {k: v for n, inner in enumerate(content) for k, v in tensors(inner, f"{prefix}.{n}").items()}
-    return {prefix: content}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Compare all that a run leaves: weights, moments, bank, statistics, generators, and the log but for its times."""
-    first, second = (tensors(load_checkpoint(path / "checkpoint.pt")) for path in (one, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        if name not in (".config.out", ".config.steps", ".config.epochs", ".config.save_every"):
-            same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
-            assert same, name
-    logs = [[{k: v for k, v in line.items() if k not in ("samples_per_s", "effective_rank")} for line in read_log(path)]
-            for path in (one, other)]  # fmt: skip
-    assert logs[0] == logs[1]
-
-
 SCHEDULES = {"lr_schedule": "cosine", "warmup_steps": 9, "ema_schedule": "cosine"}
 
 
@@ -91,7 +69,7 @@ def test_twenty_steps_are_seven_a_kill_and_the_rest(settings, tmp_path, changes)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 5
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
     assert pretrain(PretrainConfig(**config)).steps == 20
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +79,7 @@ def test_other_objectives_resume_too(settings, tmp_path, changes):
     pretrain(PretrainConfig(**settings | changes | {"steps": 5, "out": str(tmp_path / "whole")}))
     for steps in (2, 5):
         pretrain(PretrainConfig(**settings | changes | {"steps": steps}))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_longer_run_resumes_and_a_finished_one_has_nothing_to_do(settings, tmp_path, caplog):
@@ -136,12 +114,28 @@ def test_resuming_with_another_schedule_or_torch_warns(settings, monkeypatch, ca
     pretrain(PretrainConfig(**cosine | {"steps": 1}))
     monkeypatch.setattr(torch, "__version__", "99.0")
     pretrain(PretrainConfig(**cosine | {"steps": 2}))
-    assert "the cosine schedule now ends at step 2 instead of 1: its value jumps" in caplog.text
+    words = "the cosine schedule now ends at step 2 instead of 1: the learning rate jumps from 0 to 0.00015"
+    assert words in caplog.text
     assert "torch 99.0 resumes a run of torch 2" in caplog.text
     caplog.clear()
     pretrain(PretrainConfig(**cosine | {"steps": 2}))
     assert "schedule" not in caplog.text
     assert "resumes a run" not in caplog.text
+
+
+def test_resume_without_a_folder_reads_the_runs_own_settings(settings, tmp_path, capsys):
+    pretrain(PretrainConfig(**settings | {"steps": 2}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli.main(["pretrain", "--out", str(tmp_path / "moved"), "--resume", "--steps=3"]) == 0
+    assert len(read_log(tmp_path / "moved")) == 3
+    assert cli.main(["pretrain", "--out", str(tmp_path / "none"), "--resume"]) == 2
+    assert "audio_dir: expected a folder of audio files" in capsys.readouterr().err
+
+
+def test_a_run_with_nothing_to_do_leaves_no_event_file(settings, tmp_path):
+    for _ in range(2):
+        pretrain(PretrainConfig(**settings | {"steps": 1, "tensorboard": True}))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
 
 def test_a_statistics_file_that_changed_is_named(settings, tmp_path):
@@ -216,7 +210,7 @@ def test_a_signal_ends_the_step_and_saves(settings, tmp_path, monkeypatch, numbe
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
     assert pretrain(PretrainConfig(**settings | {"steps": 6})).stopped_by == 0
     pretrain(PretrainConfig(**settings | {"steps": 6, "out": str(tmp_path / "whole")}))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def main_in_process(argv: list[str]) -> None:
@@ -332,7 +326,7 @@ def run_killed_in_save(config: dict[str, Any], write: int) -> None:
 
     def killed(source: str, target: str) -> None:
         done.append(Path(target).name)
-        if len(done) == 5 + write:  # each save names four files
+        if len(done) == 6 + write:  # each save names five files, the model card last
             os.kill(os.getpid(), signal.SIGKILL)
         whole(source, target)
 
@@ -350,7 +344,8 @@ def test_killed_in_any_write_of_a_save_the_encoder_becomes_the_checkpoints(setti
     assert pretrain(PretrainConfig(**config)).steps == 4
     assert_encoder_is_the_checkpoints(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("log.jsonl", "checkpoint.pt", "encoder.pth", "encoder-2.pth", "encoder-4.pth", "config.yaml", ".lock")
+        *("log.jsonl", "checkpoint.pt", "encoder.pth", "encoder-2.pth", "encoder-4.pth", "config.yaml", ".lock"),
+        "README.md",
     }
 
 
@@ -510,7 +505,7 @@ def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, mon
     drawn = []
     pretrain(PretrainConfig(**settings))
     (tmp_path / "run" / "views.png.0123abcd.tmp").touch()
-    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss, name: drawn.append(len(log)))
     pretrain(PretrainConfig(**settings))
     assert drawn == [4]
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -518,7 +513,7 @@ def test_a_run_killed_at_its_last_picture_draws_it_later(settings, tmp_path, mon
 
 def test_curves_are_drawn_on_the_way(settings, monkeypatch):
     drawn = []
-    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss: drawn.append(len(log)))
+    monkeypatch.setattr(trainer, "draw_training", lambda path, log, loss, name: drawn.append(len(log)))
     monkeypatch.setattr(run_folder, "CURVES_SEC", 0.0)
     pretrain(PretrainConfig(**settings | {"steps": 5, "save_every": 2}))
     assert drawn == [2, 4, 5]

@@ -9,7 +9,6 @@ makes a build valid: the checksum of the library.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -30,6 +29,11 @@ from typing import IO, Any
 import torch
 
 from byola_fast.ops._dispatch import BackendError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("byola_fast")
 
@@ -96,6 +100,8 @@ def build_once(build: str, language: str, name: str, prepare: Callable[[Path], C
         name: of the library's file.
         prepare: returns the command that builds the library in a folder, or raises ``BackendError``.
     """
+    if fcntl is None:
+        raise BackendError("the kernels are compiled on Linux and macOS alone")
     folder = cache_folder() / build
     if _finished(folder, name):
         return folder / name

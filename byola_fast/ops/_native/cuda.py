@@ -104,10 +104,10 @@ def register(library: Path) -> None:
     global ema_call
     with build.loading():
         torch.ops.load_library(str(library))
-    function = getattr(ctypes.PyDLL(str(library)), "byola_ema_update", None)
-    if function is not None:
-        function.argtypes, function.restype = [ctypes.py_object] * 3, ctypes.py_object
-        ema_call = function
+    make = getattr(ctypes.PyDLL(str(library)), "byola_ema_function", None)
+    if make is not None:
+        make.restype = ctypes.py_object
+        ema_call = make()
 
 
 def install() -> None:

@@ -37,6 +37,7 @@ def conv_block(
     variance: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, inputs, rows, columns = x.shape
     channels = len(weight)
@@ -86,7 +87,7 @@ def conv_block(
                 PIXELS=FIRST_PIXELS,
                 CHANNELS=block,
             )
-            return out, which, kept, stats
+            return (out, which, kept, stats) if keep else (out, which.new_empty(0), kept.new_empty(0), stats)
         y = _convolve(x.to(dtype), weight.to(dtype))
         if mean is None:
             _channel_stats(y, bias, stats, eps)
@@ -107,7 +108,7 @@ def conv_block(
             PIXELS=PIXELS,
             CHANNELS=block,
         )
-    return out, which, y, stats
+    return (out, which, y, stats) if keep else (out, which.new_empty(0), y.new_empty(0), stats)
 
 
 def _first_stats(x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, eps: float) -> Tensor:

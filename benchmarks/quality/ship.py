@@ -1,0 +1,123 @@
+"""Put an encoder of the study into the package: weights, card, and the list of what it heard.
+
+    python -m benchmarks.quality.ship ENCODER RECORD --hours H [--manifest corpus.tsv.xz] [--folder byola_fast/weights]
+
+ENCODER is a file of weights, RECORD the JSON of its run: ``settings``, ``seed``, and a ``curve`` whose last point has
+``scores``. H is how many hours of the manifest's corpus it heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.corpus import MANIFEST
+from benchmarks.quality.runs import AUDIOSET
+from byola_fast.networks.encoder_file import IN_THE_BOX, read_encoder, save_encoder
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+TASK_WORDS = {"fsdd": "spoken digits", "drum6": "drums", "env10": "effects", "gm_family": "instruments"}
+
+
+def heard(manifest: Path) -> list[tuple[str, str, str, str, str]]:
+    """Return package, version, licences, number of files and seconds for each package of a corpus's manifest."""
+    packages: dict[str, list[Any]] = {}
+    here: list[Any] = []
+    with lzma.open(manifest, "rt", encoding="utf-8") as file:
+        for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if line[0] == "package":
+                packages[line[1]] = here = [line[2], line[4], 0, 0.0]
+            else:
+                here[2] += 1
+                here[3] += float(line[2])
+    return [(name, version, names, f"{n}", f"{s:.0f}") for name, (version, names, n, s) in sorted(packages.items())]
+
+
+CARD = """\
+# The encoder in the box
+
+{encoder}, {feature_d}-d, {parameters:,} parameters in float16, for sound at 16 kHz. `byola_fast.load_encoder()`,
+`byola-fast embed FILES`, `byola-fast eval TASK.csv` and HEAR's `load_model()` take it when no weights are given. Front
+end and statistics are in the file. Licence: Apache-2.0, as the package.
+
+## Scores
+
+Accuracy in % of a linear probe on the tests of the study, by the protocol of `docs/evaluation.md`:
+
+{table}
+
+## Training
+
+`byola-fast pretrain {options}`,
+{step:,} steps of {batch_size}, seed {seed}.
+
+## What it heard
+
+{hours:g} hours of sound of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits.
+`heard.tsv` lists each package with its version, the licences of its sounds, and their number and seconds.
+
+It is a small encoder after a short training. It has heard little of nature and of everyday life. Test it on your own
+task before you rely on it: `byola-fast eval TASK.csv`.
+"""
+
+
+def card(record: dict[str, Any], hours: float, parameters: int) -> str:
+    """Return the model card."""
+    settings, point = record["settings"], record["curve"][-1]
+    random = json.loads((RESULTS / "gpu" / "random.json").read_text(encoding="utf-8"))["scores"]
+    rows = {
+        "this encoder": {task: point["scores"][task]["accuracy"] for task in AUDIOSET},
+        "random weights": {task: sum(one[task]["accuracy"] for one in random) / len(random) for task in AUDIOSET},
+        "BYOL-A, AudioSet (5,000 h)": AUDIOSET,
+    }
+    table = [
+        f"| | {' | '.join(TASK_WORDS[task] for task in AUDIOSET)} | mean |",
+        "|---|" + "---:|" * len([*AUDIOSET, 0]),
+    ]
+    for name, scores in rows.items():
+        values = [*scores.values(), sum(scores.values()) / len(scores)]
+        table.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    names = [name for name in ("preset", "objective", "unit_sec", "dtype") if name in settings]
+    return CARD.format(
+        parameters=parameters,
+        table="\n".join(table),
+        options=" ".join(f"--{name} {settings[name]}" for name in names),
+        step=point["step"],
+        seed=record["seed"],
+        hours=hours,
+        **{name: settings[name] for name in ("encoder", "feature_d", "batch_size")},
+    )
+
+
+def ship(encoder: Path, record: Path, hours: float, manifest: Path, folder: Path) -> None:
+    """Write weights, list and card into a folder."""
+    network, config, stats = read_encoder(encoder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_encoder(folder / IN_THE_BOX.name, network.to(torch.float16), config=config, stats=stats)
+    with open(folder / "heard.tsv", "w", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
+        writer.writerows([("package", "version", "licences", "files", "seconds"), *heard(manifest)])
+    run, parameters = json.loads(record.read_text(encoding="utf-8")), sum(x.numel() for x in network.parameters())
+    (folder / "README.md").write_text(card(run, hours, parameters), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Put an encoder into the package."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.ship", description=__doc__.splitlines()[0])
+    parser.add_argument("encoder", type=Path)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--hours", type=float, required=True, help="of sound that it heard, of the manifest's corpus")
+    parser.add_argument("--manifest", type=Path, default=MANIFEST)
+    parser.add_argument("--folder", type=Path, default=IN_THE_BOX.parent)
+    ship(**vars(parser.parse_args(arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
