@@ -139,7 +139,7 @@ def _train(
     segments = find_learner(str(config.objective)).segments
     batches = Batches(
         source,
-        int(config.batch_size or 0),
+        config.batch_size,
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
