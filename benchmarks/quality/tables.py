@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.runs import ABLATIONS, AUDIOSET, BYOL, CURVES, OBJECTIVES, SHORT, START
-from byola_fast.training.config import PretrainConfig, renamed
+from byola_fast.training.config import renamed
+from byola_fast.views.params import PRESETS
 
 OLD_PADDING = "\\* Scored before clips were padded at both ends and C chosen within one clip of the best. "
 NO_RUNS = "**The study has not been run yet.**"
@@ -64,7 +65,7 @@ def _marked(label: str, runs: list[dict[str, Any]]) -> str:
 
 def _hours(run: dict[str, Any], point: dict[str, Any]) -> float:
     """Return the hours of audio that a run processed, repeated clips included: equal hours, equal work."""
-    return float(point["samples"] * run["settings"].get("unit_sec", PretrainConfig.unit_sec) / 3600)
+    return float(point["samples"] * run["settings"].get("unit_sec", PRESETS["byola-v1"].unit_sec) / 3600)
 
 
 def ablation_table(folder: Path) -> str:

@@ -36,7 +36,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
             own learner, as package.module:Class. By default the preset's.
         preset: "byola-v1" (mixup up to 0.4, lr 3e-4, AudioNTT2020) or "byola-v2" (mixup up to 0.2, a random linear
             fader, lr 1e-4, AudioNTT2022), both with byol; "small-data", for a few hours of sound: simclr with
-            reconstruction 5, batches of 1024 segments of 0.31 s, lr 6e-4, AudioNTT2020 of width 512.
+            reconstruction 5, segments of 0.31 s, otherwise byola-v1 at width 512.
         encoder: "AudioNTT2020", "AudioNTT2022", or your own, as package.module:Class; by default the preset's, or
             AudioNTT2020 for a feature_d of up to 1024, which AudioNTT2022 cannot have.
         feature_d: width of the embedding; wider is slower and often better. AudioNTT2020: 512, 1024 or 2048 (default)
@@ -49,9 +49,8 @@ class PretrainConfig(FrontEnd, ViewSettings):
             feature to its patch of the view; by default none, 5 in preset small-data.
         epochs: passes over the data; each takes one random segment of every clip.
         steps: maximum number of optimiser steps, counted over all parts of the run.
-        batch_size: samples per step over all processes; larger is steadier and needs more memory. By default the
-            preset's, 256 or 1024 (small-data).
-        lr: learning rate of Adam; by default the preset's, 3e-4 (byola-v1), 1e-4 (byola-v2) or 6e-4 (small-data).
+        batch_size: samples per step over all processes; larger is steadier and needs more memory.
+        lr: learning rate of Adam; by default the preset's, 3e-4 or 1e-4 (byola-v2).
         lr_schedule: "constant" (published), or "cosine": falls to 0 at the end of the run.
         warmup_steps: steps over which the learning rate rises from 0 to lr.
         ema_decay: share of the target network kept at each step, in [0, 1]; closer to 1 is slower and steadier. By
@@ -109,7 +108,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
     reconstruction: float | None = None
     epochs: int = 100
     steps: int | None = None
-    batch_size: int | None = None
+    batch_size: int = 256
     lr: float | None = None
     lr_schedule: str = "constant"
     warmup_steps: int = 0
@@ -211,7 +210,6 @@ class PretrainConfig(FrontEnd, ViewSettings):
             "encoder": encoder,
             "feature_d": feature_d,
             "unit_sec": preset.unit_sec if self.unit_sec is None else self.unit_sec,
-            "batch_size": preset.batch_size if self.batch_size is None else self.batch_size,
             "lr": None if own_optimizer else self.lr or preset.lr,
             "ema_decay": ema_decay if self.ema_decay is None else self.ema_decay,
             "mixup_ratio": preset.mixup_ratio if self.mixup_ratio is None else self.mixup_ratio,

@@ -116,7 +116,7 @@ class Watch:
         line: dict[str, Any] = {"step": step, "epoch": epoch}
         line |= dict(zip(("loss", "spread", "effective_rank"), values, strict=True))
         line |= {} if probe is None else {"probe": probe}
-        line["samples_per_s"] = round((step - self.last) * int(self.config.batch_size or 0) / (now - self._logged), 1)
+        line["samples_per_s"] = round((step - self.last) * self.config.batch_size / (now - self._logged), 1)
         line |= {"refused": int(refused), "lr": lr}
         self.last, self._logged = step, now
         if self._progress is not None:

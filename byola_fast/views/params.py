@@ -21,7 +21,7 @@ class Preset(NamedTuple):
         lr: learning rate of its training.
         encoder: the network that it introduces.
         feature_d: width of the embedding; None for the encoder's own.
-        objective, unit_sec, batch_size, reconstruction: as in ``PretrainConfig``.
+        objective, unit_sec, reconstruction: as in ``PretrainConfig``.
     """
 
     mixup_ratio: float
@@ -31,7 +31,6 @@ class Preset(NamedTuple):
     feature_d: int | None = None
     objective: str = "byol"
     unit_sec: float = 0.95
-    batch_size: int = 256
     reconstruction: float | None = None
 
 
@@ -41,12 +40,11 @@ PRESETS = {
     "small-data": Preset(
         mixup_ratio=0.4,
         fader_gain=0.0,
-        lr=6e-4,
+        lr=3e-4,
         encoder="AudioNTT2020",
         feature_d=512,
         objective="simclr",
         unit_sec=0.31,
-        batch_size=1024,
         reconstruction=5.0,
     ),
 }

@@ -15,7 +15,11 @@ from byola_fast import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["--feature-d=16", "--proj-size=8", "--proj-dim=32", "--steps=2", "--n-memory=8", "--workers=0", "--threads=1"]
-MORE = {"pretrain": [*SMALL, "--stats-segments=8"], "eval": ["--keep-going"]}
+MORE = {
+    "pretrain": [*SMALL, "--stats-segments=8"],
+    "eval": ["--keep-going"],
+    "whiten": ["--segments=40", "--workers=0"],
+}
 OTHERS = (
     "pip install",
     "pytest",
