@@ -59,9 +59,9 @@ Accuracy in % of a linear probe on the tests of the study, by the protocol of `d
 
 ## What it heard
 
-{hours:g} hours of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits. They are a
-selection of the corpus in `heard.tsv`, which lists each package with its version, the licences of its sounds, and their
-number and seconds.
+{hours:g} hours of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits. They are
+a selection of the corpus in `heard.tsv`, which lists each package with its version, the licences of its sounds, and
+their number and seconds.
 
 It is a small encoder after a short training. It has heard little of nature and of everyday life. Test it on your own
 task before you rely on it: `byola-fast eval TASK.csv`.
