@@ -37,10 +37,24 @@ Tensor log_mixup_exp_cpu(const Tensor& x, const Tensor& z, const Tensor& lam) {
     const Tensor weights = as_contiguous<Real>(lam);
     over_samples(batch, elements, [&](int64_t b, int64_t first, int64_t last) {
       const V of_z = V::set(data<Real>(weights)[b]), of_x = V::set(1) - of_z, eps = V::set(kEps);
-      for (int64_t k = first; k < last; k += V::width) {
-        const V a = exp(load_lanes<V>(data<S>(xs) + k, last - k)), c = exp(load_lanes<V>(data<S>(zs) + k, last - k));
-        store_lanes(log_positive(fma(of_x, a, fma(of_z, c, eps))), mutable_data<S>(y) + k, last - k);
+      const auto mix = [&](auto a, auto c, auto weight, auto z_weight, auto epsilon) BYOLA_IN_PLACE {
+        return log_positive(fma(weight, exp_or_zero(a), fma(z_weight, exp_or_zero(c), epsilon)));
+      };
+      const S *a = data<S>(xs), *c = data<S>(zs);
+      S* to = mutable_data<S>(y);
+      const auto four = [](const S* p) BYOLA_IN_PLACE {
+        return Four<V>{load_lanes<V>(p, V::width), load_lanes<V>(p + V::width, V::width),
+                       load_lanes<V>(p + 2 * V::width, V::width), load_lanes<V>(p + 3 * V::width, V::width)};
+      };
+      int64_t k = first;
+      for (; k + 4 * V::width <= last; k += 4 * V::width) {
+        const auto y4 = mix(four(a + k), four(c + k), Four<V>::all(of_x), Four<V>::all(of_z), Four<V>::all(eps));
+        const V parts[] = {y4.a, y4.b, y4.c, y4.d};
+        for (int j = 0; j < 4; ++j) store_lanes(parts[j], to + k + j * V::width, V::width);
       }
+      for (; k < last; k += V::width)
+        store_lanes(mix(load_lanes<V>(a + k, last - k), load_lanes<V>(c + k, last - k), of_x, of_z, eps), to + k,
+                    last - k);
     });
   });
   return y;

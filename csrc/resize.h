@@ -1,14 +1,13 @@
-// Separable resize of crops: taps of one axis, rows resized along time, weighted sums of rows.
+// Separable resize of crops: rows of the crop made on demand, weighted sums of rows, then of taps along time.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
+#include "taps.h"
 #include "tensors.h"
 
 namespace byola::BYOLA_SIMD {
 
-constexpr int kMaxTaps = 4;
 constexpr const char* kFits = "size, canvas: expected at least 1 and the input's (F, T), and fewer than 2^31";
 
 // Positions along an axis are int32; a canvas holds the input.
@@ -34,108 +33,12 @@ inline Box clamp_box(int64_t start, int64_t extent, int64_t canvas) {
   return {std::clamp<int64_t>(start, 0, canvas - extent), extent};
 }
 
-// The taps of one axis, corners aligned: output o is at o (extent - 1) / (size - 1) of the crop. Quotient and remainder
-// are exact integers, updated from output to output; the fraction t is rounded once.
-template <typename V>
-struct AxisTaps {
-  using Real = typename V::Element;
-  int taps = 2;
-  Memory<int32_t> quotient, remainder;
-  Memory<int32_t> index[kMaxTaps];  // position of each tap, clamped to the crop
-  Memory<Real> weight[kMaxTaps];
-
-  void prepare(int64_t size, int64_t extent, bool bicubic) {
-    taps = bicubic ? 4 : 2;
-    const int64_t padded = (size + V::width - 1) / V::width * V::width;
-    quotient.assign(padded, 0);
-    remainder.assign(padded, 0);
-    const int64_t steps = std::max<int64_t>(size - 1, 1);
-    const int32_t whole = int32_t((extent - 1) / steps), part = int32_t((extent - 1) % steps);
-    for (int64_t o = 0, q = 0, r = 0; o < size; ++o) {
-      quotient[o] = int32_t(q);
-      remainder[o] = int32_t(r);
-      q += whole;
-      r += part;
-      if (r >= steps) r -= steps, ++q;
-    }
-    const int32_t last = int32_t(extent - 1), first_tap = bicubic ? -1 : 0;
-    for (int k = 0; k < taps; ++k) {
-      index[k].resize(padded);
-      weight[k].resize(padded);
-      for (int64_t o = 0; o < padded; ++o) index[k][o] = std::clamp(quotient[o] + first_tap + k, 0, last);
-    }
-    const V one = V::set(1), divisor = V::set(Real(steps)), a = V::set(Real(-0.75));
-    for (int64_t o = 0; o < padded; o += V::width) {
-      const V t = V::from_ints(&remainder[o]) / divisor, s = one - t;
-      if (bicubic) {  // the cubic convolution kernel at distances 1 + t, t, s = 1 - t and 1 + s
-        const V outer = V::set(Real(-2.25)), inner = V::set(Real(1.25));
-        (a * t * s * s).store(&weight[0][o]);
-        fma(fma(inner, t, outer) * t, t, one).store(&weight[1][o]);
-        fma(fma(inner, s, outer) * s, s, one).store(&weight[2][o]);
-        (a * s * t * t).store(&weight[3][o]);
-      } else {
-        s.store(&weight[0][o]);
-        t.store(&weight[1][o]);
-      }
-    }
-    for (int k = 0; k < taps; ++k) std::fill(weight[k].begin() + size, weight[k].end(), Real(0));
-  }
-};
-
-// The taps along time, in blocks of one vector of outputs. A block's taps lie in a window of the row. If the window
-// spans at most two vectors, a permutation of two registers replaces the gather from memory.
-template <typename V>
-struct FrameTaps : AxisTaps<V> {
-  using Real = typename V::Element;
-  struct Block {
-    int32_t window;
-    bool near;
-  };
-  std::vector<Block> blocks;
-
-  void prepare(int64_t size, int64_t extent, bool bicubic) {
-    AxisTaps<V>::prepare(size, extent, bicubic);
-    blocks.clear();
-    for (int64_t o = 0; o < size; o += V::width) {
-      const int64_t end = std::min<int64_t>(o + V::width, size) - 1;
-      const int32_t window = this->index[0][o], span = this->index[this->taps - 1][end] - window + 1;
-      blocks.push_back({window, span <= 2 * V::width});
-      for (int k = 0; k < this->taps; ++k)
-        for (int64_t lane = 0; lane < V::width; ++lane)
-          this->index[k][o + lane] = o + lane < size ? this->index[k][o + lane] - window : 0;
-    }
-  }
-
-  // Resize `count` rows of the crop, `row_stride` apart, block by block, so that a block's taps stay in registers. Rows
-  // must be readable for two vectors past their end; `out` holds rows of whole vectors, `out_stride` apart.
-  template <int Taps>
-  void apply(const Real* rows, int64_t row_stride, int64_t count, Real* out, int64_t out_stride) const {
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      const int64_t o = int64_t(b) * V::width;
-      typename V::Index index[Taps];
-      V weight[Taps];
-      for (int k = 0; k < Taps; ++k) {
-        index[k] = V::Index::load(&this->index[k][o]);
-        weight[k] = V::load(&this->weight[k][o]);
-      }
-      const Real* window = rows + blocks[b].window;
-      const auto resize = [&](auto lookup) {
-        for (int64_t r = 0; r < count; ++r) {
-          V sum = weight[0] * lookup(window + r * row_stride, index[0]);
-          for (int k = 1; k < Taps; ++k) sum = fma(weight[k], lookup(window + r * row_stride, index[k]), sum);
-          sum.store(out + r * out_stride + o);
-        }
-      };
-      if (blocks[b].near)
-        resize([](const Real* w, typename V::Index i) -> V { return V::lookup_near(w, i); });
-      else
-        resize([](const Real* w, typename V::Index i) -> V { return V::lookup_far(w, i); });
-    }
-  }
-};
-
-// Resize one crop of one sample: resize each row along time, then sum weighted rows into outputs.
-// Rows in the margin are zero and are neither computed nor read.
+// Resize one crop of one sample, in groups of output rows: make the input rows that they need, sum weighted rows (where
+// the crop has as many rows as the output, each is its own sum), then taps along time.
+//
+// An input row is kept at its place in time, between margins that are always zero, as the canvas is. Next to the crop's
+// edges lie copies of its first and last columns, as clamped taps read them; those in a margin are cleared afterwards.
+// So every tap along time is a plain load and a permutation. Only rows and columns of the crop are made.
 template <typename V>
 class CropResizer {
  public:
@@ -144,92 +47,149 @@ class CropResizer {
   CropResizer(int64_t mels, int64_t frames, const std::vector<int64_t>& size, const std::vector<int64_t>& canvas,
               bool bicubic)
       : mels_(mels), frames_(frames), size_(size), canvas_(canvas), bicubic_(bicubic) {
-    padded_ = round_up(size_[1]);
-    row_stride_ = round_up(canvas_[1]) + 3 * V::width;
-    scratch(staged_, kGroup * row_stride_);
-    zeros_.assign(padded_, Real(0));
+    lead_ = round_up((canvas[1] - frames) / 2 + 1);
+    stride_ = lead_ + round_up(canvas[1] - (canvas[1] - frames) / 2 + 2) + 2 * V::width;
+    memory_.assign((mels + 1 + kGroup) * stride_, Real(0));
   }
 
   // Length of an output row, rounded up to whole vectors.
-  int64_t padded() const { return padded_; }
+  int64_t padded() const { return round_up(size_[1]); }
 
-  // produce(f, c0, c1, row) writes columns c0 to c1 - 1 of mel row f, and at most one vector more, to row[0], row[1]...
-  // emit(o, sum) receives output row o: sum(t) returns outputs t to t + V::width - 1; those past the size are 0.
+  // produce(f, c0, c1, rows) writes columns c0 to c1 - 1 of the four mel rows f[0] to f[3] to rows[0] + c0 ...; c0 is a
+  // multiple of V::width, and whole vectors may be written.
+  // emit(o, count, t, sum) receives outputs t to t + V::width - 1 of output rows o to o + count - 1: sum(k, start) returns
+  // start plus those of row o + k.
   template <typename Produce, typename Emit>
   void run(const int64_t box[4], Produce produce, Emit emit) {
     const Box mel_box = clamp_box(box[0], box[2], canvas_[0]), frame_box = clamp_box(box[1], box[3], canvas_[1]);
-    if (mel_box.extent != mel_extent_) mel_taps_.prepare(size_[0], mel_extent_ = mel_box.extent, bicubic_);
-    if (frame_box.extent != frame_extent_) frame_taps_.prepare(size_[1], frame_extent_ = frame_box.extent, bicubic_);
-    if (bicubic_) {
-      resize_rows<4>(mel_box, frame_box, produce);
-      sum_rows<4>(emit);
-    } else {
-      resize_rows<2>(mel_box, frame_box, produce);
-      sum_rows<2>(emit);
-    }
+    if (mel_box.extent != mel_taps_.extent) mel_taps_.prepare(size_[0], mel_box.extent, bicubic_);
+    if (frame_box.extent != frame_taps_.extent) frame_taps_.prepare(size_[1], frame_box.extent, bicubic_);
+    top_ = mel_box.start - (canvas_[0] - mels_) / 2;
+    left_ = frame_box.start - (canvas_[1] - frames_) / 2;
+    right_ = left_ + frame_box.extent;
+    list_rows();
+    bicubic_ ? resize<4>(produce, emit) : resize<2>(produce, emit);
   }
 
  private:
-  static constexpr int64_t kGroup = 8;  // rows staged at a time: few enough for the L1 cache
+  static constexpr int64_t kGroup = 16;  // output rows at a time: few enough for the L1 cache
 
   static int64_t round_up(int64_t n) { return (n + V::width - 1) / V::width * V::width; }
 
-  template <int Taps, typename Produce>
-  void resize_rows(Box mel_box, Box frame_box, Produce produce) {
-    used_.assign(mel_box.extent, 0);
-    for (int k = 0; k < Taps; ++k)
-      for (int64_t o = 0; o < size_[0]; ++o) used_[mel_taps_.index[k][o]] = 1;
-    rows_.assign(mel_box.extent, zeros_.data());
-    Real* resized = scratch(resized_, (mel_box.extent + kGroup) * padded_);
+  // Column 0 of an input row; row mels is zero. Behind it lie the rows of the group.
+  Real* row(int64_t f) { return memory_.data() + f * stride_ + lead_; }
+  Real* row_of_group(int64_t k) { return row(mels_ + 1 + k); }
+  Real* row_of_crop(int64_t k) {
+    const int64_t f = top_ + k;
+    return row(f < 0 || f >= mels_ || left_ >= frames_ || right_ <= 0 ? mels_ : f);
+  }
 
-    const int64_t top = mel_box.start - (canvas_[0] - mels_) / 2, left = frame_box.start - (canvas_[1] - frames_) / 2;
-    const int64_t c0 = std::clamp<int64_t>(left, 0, frames_);
-    const int64_t c1 = std::clamp<int64_t>(left + frame_box.extent, c0, frames_);
-    if (c0 == c1) return;
-    int64_t staged = 0;
-    const auto flush = [&] {
-      frame_taps_.template apply<Taps>(staged_.data(), row_stride_, staged, resized, padded_);
-      resized += staged * padded_;
-      staged = 0;
-    };
-    for (int64_t k = 0; k < mel_box.extent; ++k) {
-      const int64_t f = top + k;
-      if (!used_[k] || f < 0 || f >= mels_) continue;
-      Real* row = staged_.data() + staged * row_stride_;
-      std::fill(row, row + (c0 - left), Real(0));
-      produce(f, c0, c1, row + (c0 - left));
-      std::fill(row + (c1 - left), row + frame_box.extent + 2 * V::width, Real(0));
-      rows_[k] = resized + staged * padded_;
-      if (++staged == kGroup) flush();
+  // List the input rows that some output row needs.
+  void list_rows() {
+    used_.resize(mels_);
+    count_used_ = 0;
+    if (left_ >= frames_ || right_ <= 0) return;
+    const bool all = mel_taps_.ratio_within(1, 1);  // no output row skips an input row
+    if (!all) {
+      needed_.assign(mel_taps_.extent, 0);
+      for (int64_t o = 0; o < size_[0]; ++o)
+        for (int k = 0; k < mel_taps_.taps; ++k) needed_[mel_taps_.position(o, k)] = 1;
     }
-    flush();
+    const int64_t end = std::min(top_ + mel_taps_.extent, mels_);
+    for (int64_t f = std::max<int64_t>(top_, 0); f < end; ++f)
+      if (all || needed_[f - top_]) used_[count_used_++] = f;
+  }
+
+  // Make four rows: columns of the input, and copies of the first and the last column of the crop beside them.
+  template <typename Produce>
+  void make_rows(const int64_t f[4], Produce produce) {
+    const int64_t c0 = std::max<int64_t>(left_, 0) / V::width * V::width, c1 = std::min(right_, frames_);
+    Real* const rows[4] = {row(f[0]), row(f[1]), row(f[2]), row(f[3])};
+    produce(f, c0, c1, rows);
+    for (Real* r : rows) {
+      std::fill(r + frames_, r + round_up(frames_), Real(0));
+      r[left_ - 1] = r[left_];
+      r[right_] = r[right_ + 1] = r[right_ - 1];
+    }
+  }
+
+  // Clear the copies of columns of the input that lie in a margin.
+  void clear_margins() {
+    if (left_ != 0 && right_ != frames_ && right_ + 1 != frames_) return;
+    const auto clear = [&](Real* r) {
+      if (left_ == 0) r[-1] = 0;
+      if (right_ == frames_ || right_ + 1 == frames_) r[frames_] = r[right_ + 1] = 0;
+    };
+    for (int64_t k = 0; k < count_used_; ++k) clear(row(used_[k]));
+    for (int64_t k = 0; k < kGroup; ++k) clear(row_of_group(k));
+  }
+
+  template <int Taps, typename Produce, typename Emit>
+  void resize(Produce produce, Emit emit) {
+    const Real* rows[kGroup];
+    int64_t made = 0;
+    for (int64_t o = 0; o < size_[0]; o += kGroup) {
+      const int64_t count = std::min(kGroup, size_[0] - o);
+      const int64_t needed = top_ + mel_taps_.position(o + count - 1, Taps - 1);
+      while (made < count_used_ && used_[made] <= needed) {
+        int64_t f[4];  // past the end, the last row again
+        for (int k = 0; k < 4; ++k) f[k] = used_[std::min(made + k, count_used_ - 1)];
+        make_rows(f, produce);
+        made += 4;
+      }
+      for (int64_t k = 0; k < count; ++k) rows[k] = sum_rows<Taps>(o + k, row_of_group(k)) + mel_taps_.first_tap();
+      sum_taps<Taps>(rows, o, count, emit);
+    }
+    clear_margins();
+  }
+
+  // Return the weighted sum of the rows of output row o, from the first column of the crop on.
+  template <int Taps>
+  const Real* sum_rows(int64_t o, Real* sums) {
+    if (mel_taps_.is_identity()) return row_of_crop(o) + left_;
+    const Real* taps[Taps];
+    V weight[Taps];
+#pragma GCC unroll 4
+    for (int k = 0; k < Taps; ++k) {
+      taps[k] = row_of_crop(mel_taps_.position(o, k));
+      weight[k] = V::set(mel_taps_.weight[k][o]);
+    }
+    // the columns that are not always zero, with the copies
+    const int64_t begin = left_ < 0 ? 0 : (left_ - 1 + lead_) / V::width * V::width - lead_;
+    const int64_t end = right_ > frames_ ? frames_ : right_ + 2;
+    for (int64_t c = begin; c < end; c += V::width) {
+      V sum = weight[0] * V::load(taps[0] + c);
+#pragma GCC unroll 4
+      for (int k = 1; k < Taps; ++k) sum = fma(weight[k], V::load(taps[k] + c), sum);
+      sum.store(sums + c);
+    }
+    return sums + left_;
   }
 
   template <int Taps, typename Emit>
-  void sum_rows(Emit emit) const {
-    for (int64_t o = 0; o < size_[0]; ++o) {
-      const Real* rows[Taps];
-      V weights[Taps];
-      for (int k = 0; k < Taps; ++k) {
-        rows[k] = rows_[mel_taps_.index[k][o]];
-        weights[k] = V::set(mel_taps_.weight[k][o]);
+  void sum_taps(const Real* const* rows, int64_t o, int64_t count, Emit emit) const {
+    const auto in_blocks = [&](auto taps_of) {
+      for (int64_t t = 0; t < size_[1]; t += V::width) {
+        const auto taps = taps_of(t);
+        emit(o, count, t, [&](int64_t k, V start) BYOLA_IN_PLACE -> V { return taps(rows[k], start); });
       }
-      emit(o, [&](int64_t t) -> V {
-        V sum = weights[0] * V::load(rows[0] + t);
-        for (int k = 1; k < Taps; ++k) sum = fma(weights[k], V::load(rows[k] + t), sum);
-        return sum;
-      });
+    };
+    if constexpr (V::is_simd) {
+      if (frame_taps_.ratio_within(1, 1))
+        return in_blocks([&](int64_t t) { return NarrowTaps<V, Taps>(frame_taps_, t); });
+      if (frame_taps_.ratio_within(9, 5))
+        return in_blocks([&](int64_t t) { return NearTaps<V, Taps>(frame_taps_, t); });
     }
+    in_blocks([&](int64_t t) { return FarTaps<V, Taps>(frame_taps_, t); });
   }
 
-  int64_t mels_, frames_, padded_, row_stride_, mel_extent_ = 0, frame_extent_ = 0;
+  int64_t mels_, frames_, lead_, stride_, top_ = 0, left_ = 0, right_ = 0, count_used_ = 0;
   std::vector<int64_t> size_, canvas_;
   bool bicubic_;
-  AxisTaps<V> mel_taps_;
-  FrameTaps<V> frame_taps_;
-  Memory<Real> staged_, zeros_, resized_;
-  std::vector<const Real*> rows_;
-  std::vector<char> used_;
+  AxisTaps<V> mel_taps_, frame_taps_;
+  Memory<Real> memory_;
+  std::vector<int64_t> used_;
+  std::vector<char> needed_;
 };
 
 }  // namespace byola::BYOLA_SIMD

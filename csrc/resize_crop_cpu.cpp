@@ -21,13 +21,16 @@ Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, c
       CropResizer<V> resizer(source.mels, source.frames, size, canvas, bicubic);
       for (int64_t b = begin; b < end; ++b) {
         S* target = mutable_data<S>(y) + b * size[0] * size[1];
-        const auto produce = [&](int64_t f, int64_t c0, int64_t c1, Compute<S>* row) {
-          const S* from = source.row<S>(b, f);
-          for (int64_t c = c0; c < c1; c += V::width, row += V::width)
-            load_strided<V>(from + c * source.frame_stride, source.frame_stride, c1 - c).store(row);
+        const auto produce = [&](const int64_t* f, int64_t c0, int64_t c1, Compute<S>* const* rows) {
+          for (int k = 0; k < 4; ++k) {
+            const S* from = source.row<S>(b, f[k]);
+            for (int64_t c = c0; c < c1; c += V::width)
+              load_strided<V>(from + c * source.frame_stride, source.frame_stride, c1 - c).store(rows[k] + c);
+          }
         };
-        const auto emit = [&](int64_t o, auto sum) {
-          for (int64_t t = 0; t < size[1]; t += V::width) store_lanes(sum(t), target + o * size[1] + t, size[1] - t);
+        const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_IN_PLACE {
+          S* to = target + o * size[1] + t;
+          for (int64_t k = 0; k < count; ++k) store_lanes(sum(k, V::set(0)), to + k * size[1], size[1] - t);
         };
         resizer.run(data<int64_t>(boxes) + 4 * b, produce, emit);
       }
@@ -65,9 +68,9 @@ Tensor resize_crop_backward_cpu(const Tensor& grad, const Tensor& crop, const Si
           const S* from = source.row<S>(b, o);
           for (int64_t t = 0; t < source.frames; ++t)
             for (int k = 0; k < frame_taps.taps; ++k)
-              line[frame_taps.index[k][t]] += frame_taps.weight[k][t] * Real(from[t * source.frame_stride]);
+              line[frame_taps.position(t, k)] += frame_taps.weight[k][t] * Real(from[t * source.frame_stride]);
           for (int k = 0; k < mel_taps.taps; ++k) {
-            Real* row = &rows[mel_taps.index[k][o] * frame_box.extent];
+            Real* row = &rows[mel_taps.position(o, k) * frame_box.extent];
             const Real weight = mel_taps.weight[k][o];
             for (int64_t c = 0; c < frame_box.extent; ++c) row[c] += weight * line[c];
           }

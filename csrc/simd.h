@@ -1,5 +1,6 @@
-// Vectors of floats for AVX-512, AVX2 with FMA, or any machine; exp and log on them. Every kernel is compiled once for
-// each instruction set, in a namespace of its name (BYOLA_SIMD); see ops/_native/cpu.py and library.cpp.
+// Vectors of floats for AVX-512, AVX2 with FMA, or any machine; exp and log on them, and on four of them at once. Every
+// kernel is compiled once for each instruction set, in a namespace of its name (BYOLA_SIMD); see ops/_native/cpu.py and
+// library.cpp.
 // No torch header. Never compile with -ffast-math: NaN and inf must propagate.
 #pragma once
 
@@ -19,19 +20,22 @@
 #include <immintrin.h>
 #endif
 
+// Vectors stay in registers only if what works on them is inlined, which compilers judge by size.
+#define BYOLA_IN_PLACE __attribute__((always_inline))
+
 namespace byola::BYOLA_SIMD {
 
-// Lanes of one type in plain C++, for float64 and for machines without AVX2. lookup_near and lookup_far read
-// window[index]; lookup_near needs every index below 2 * width.
+// Lanes of one type in plain C++, for float64 and for machines without AVX2.
 template <typename T, int Width>
 struct Lanes {
   static constexpr int width = Width;
+  static constexpr bool is_simd = false;
   using Element = T;
   struct Index {
     int32_t v[Width];
-    static Index load(const int32_t* p) {
+    static Index load(const int32_t* p, int32_t base = 0) {  // p[k] - base
       Index r;
-      std::memcpy(r.v, p, sizeof r.v);
+      for (int k = 0; k < Width; ++k) r.v[k] = p[k] - base;
       return r;
     }
   };
@@ -56,7 +60,6 @@ struct Lanes {
   void store(T* p, int64_t n) const {
     for (int k = 0; k < n && k < Width; ++k) p[k] = v[k];
   }
-  static Lanes lookup_near(const T* window, Index index) { return lookup_far(window, index); }
   static Lanes lookup_far(const T* window, Index index) {
     Lanes r;
     for (int k = 0; k < Width; ++k) r.v[k] = window[index.v[k]];
@@ -111,6 +114,7 @@ struct Lanes {
     for (int k = 0; k < Width; ++k) a.v[k] = std::exp(a.v[k]);
     return a;
   }
+  friend Lanes exp_or_zero(Lanes a) { return exp(a); }
   friend Lanes log_positive(Lanes a) {
     for (int k = 0; k < Width; ++k) a.v[k] = std::log(a.v[k]);
     return a;
@@ -121,11 +125,14 @@ struct Lanes {
 
 struct Floats {
   static constexpr int width = 16;
+  static constexpr bool is_simd = true;
   static constexpr const char* name = "AVX-512";
   using Element = float;
   struct Index {
     __m512i v;
-    static Index load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+    static Index load(const int32_t* p, int32_t base = 0) {
+      return {_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(base))};
+    }
   };
   __m512 v;
 
@@ -135,10 +142,8 @@ struct Floats {
   static Floats set(float x) { return {_mm512_set1_ps(x)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  static Floats lookup_near(const float* window, Index index) {
-    return {_mm512_permutex2var_ps(_mm512_loadu_ps(window), index.v, _mm512_loadu_ps(window + 16))};
-  }
   static Floats lookup_far(const float* window, Index index) { return {_mm512_i32gather_ps(index.v, window, 4)}; }
+  static Floats permute(Floats x, Index index) { return {_mm512_permutexvar_ps(index.v, x.v)}; }
   static Floats from_ints(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   Floats first_lanes(int64_t n) const { return {_mm512_maskz_mov_ps(first(n), v)}; }
   void add_to(double* sums) const {
@@ -166,15 +171,15 @@ struct Floats {
   }
   static Floats round(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static Floats times_power_of_two(Floats y, Floats n) { return {_mm512_scalef_ps(y.v, n.v)}; }
-  static void split(Floats x, Floats& mantissa, Floats& exponent) {
-    const __m512i bits = _mm512_castps_si512(x.v);
-    const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3F400000)), 23);
-    mantissa.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
-    exponent.v = _mm512_cvtepi32_ps(e);
+  static Floats shifted_to_exponent(Floats x) {  // the lowest 9 bits as sign and exponent
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
   }
-  static Floats where_finite(Floats x, Floats y) {  // y; x in lanes with x = inf or NaN
-    const __mmask16 finite = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-    return {_mm512_mask_mov_ps(x.v, finite, y.v)};
+  // e times 2^23 and 2^(2 - e), where x 2^-e is in [0.75, 1.5).
+  static void exponent(Floats x, Floats& e, Floats& scale) {
+    const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x3F400000));
+    const __m512i bits = _mm512_and_si512(above, _mm512_set1_epi32(-(1 << 23)));
+    e.v = _mm512_cvtepi32_ps(bits);
+    scale.v = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(0x40800000), bits));
   }
 };
 
@@ -182,11 +187,14 @@ struct Floats {
 
 struct Floats {
   static constexpr int width = 8;
+  static constexpr bool is_simd = true;
   static constexpr const char* name = "AVX2";
   using Element = float;
   struct Index {
     __m256i v;
-    static Index load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+    static Index load(const int32_t* p, int32_t base = 0) {
+      return {_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(base))};
+    }
   };
   __m256 v;
 
@@ -199,12 +207,8 @@ struct Floats {
   static Floats set(float x) { return {_mm256_set1_ps(x)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
-  static Floats lookup_near(const float* window, Index index) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window), index.v);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 8), index.v);
-    return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
-  }
   static Floats lookup_far(const float* window, Index index) { return {_mm256_i32gather_ps(window, index.v, 4)}; }
+  static Floats permute(Floats x, Index index) { return {_mm256_permutevar8x32_ps(x.v, index.v)}; }
   static Floats from_ints(const int32_t* p) { return {_mm256_cvtepi32_ps(Index::load(p).v)}; }
   Floats first_lanes(int64_t n) const { return {_mm256_and_ps(v, _mm256_castsi256_ps(first(n)))}; }
   void add_to(double* sums) const {
@@ -235,15 +239,14 @@ struct Floats {
     const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
     return {_mm256_mul_ps(_mm256_mul_ps(y.v, a), b)};
   }
-  static void split(Floats x, Floats& mantissa, Floats& exponent) {
-    const __m256i bits = _mm256_castps_si256(x.v);
-    const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F400000)), 23);
-    mantissa.v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)));
-    exponent.v = _mm256_cvtepi32_ps(e);
+  static Floats shifted_to_exponent(Floats x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
   }
-  static Floats where_finite(Floats x, Floats y) {
-    const __m256 finite = _mm256_cmp_ps(x.v, _mm256_set1_ps(INFINITY), _CMP_LT_OQ);
-    return {_mm256_blendv_ps(x.v, y.v, finite)};
+  static void exponent(Floats x, Floats& e, Floats& scale) {
+    const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x3F400000));
+    const __m256i bits = _mm256_and_si256(above, _mm256_set1_epi32(-(1 << 23)));
+    e.v = _mm256_cvtepi32_ps(bits);
+    scale.v = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x40800000), bits));
   }
 };
 
@@ -273,40 +276,101 @@ inline void transpose(const typename V::Element* from, int64_t from_stride, type
   for (int k = 0; k < n; ++k) a[k].store(to + k * to_stride);
 }
 
+// Four vectors, op by op. exp and log of one vector wait for the result of every op; those of four fill the wait.
+template <typename V>
+struct Four {
+  using Element = typename V::Element;
+  V a, b, c, d;
+
+  static Four set(Element x) { return all(V::set(x)); }
+  static Four all(V x) { return {x, x, x, x}; }
+  static Four load(const Element* const rows[4], int64_t c) {
+    return {V::load(rows[0] + c), V::load(rows[1] + c), V::load(rows[2] + c), V::load(rows[3] + c)};
+  }
+  void store(Element* const rows[4], int64_t k) const {
+    a.store(rows[0] + k), b.store(rows[1] + k), c.store(rows[2] + k), d.store(rows[3] + k);
+  }
+  friend Four operator+(Four x, Four y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+  friend Four operator-(Four x, Four y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
+  friend Four operator*(Four x, Four y) { return {x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+  friend Four fma(Four x, Four y, Four z) {
+    return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b), fma(x.c, y.c, z.c), fma(x.d, y.d, z.d)};
+  }
+  static Four clamp(Four x, float low, float high) {
+    return {V::clamp(x.a, low, high), V::clamp(x.b, low, high), V::clamp(x.c, low, high), V::clamp(x.d, low, high)};
+  }
+  static Four shifted_to_exponent(Four x) {
+    return {V::shifted_to_exponent(x.a), V::shifted_to_exponent(x.b), V::shifted_to_exponent(x.c),
+            V::shifted_to_exponent(x.d)};
+  }
+  static void exponent(Four x, Four& e, Four& scale) {
+    V::exponent(x.a, e.a, scale.a), V::exponent(x.b, e.b, scale.b);
+    V::exponent(x.c, e.c, scale.c), V::exponent(x.d, e.d, scale.d);
+  }
+};
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; scale exp(r) by a minimax polynomial of degree 5.
+template <typename F>
+BYOLA_IN_PLACE inline F reduced_exp(F x, F n, float scale) {
+  F r = fma(n, F::set(-0.693359375f), x);  // ln 2 in two parts; n times the first part is exact
+  r = fma(n, F::set(2.12194440e-4f), r);
+  F p = fma(F::set(scale * 0x1.10627cp-7f), r, F::set(scale * 0x1.572a08p-5f));
+  p = fma(p, r, F::set(scale * 0x1.5557aep-3f));
+  p = fma(p, r, F::set(scale * 0x1.fffdfcp-2f));
+  p = fma(p, r, F::set(scale));
+  return fma(p, r, F::set(scale));
+}
+
+// exp(x), but 0 below 2^-125: for sums with eps, which such terms do not change. Error below 3 ulp; overflows to inf.
+// x / ln 2 + 1.5 2^23 + 126 rounds to an integer whose low bits are n + 126, so one shift makes 2^(n - 1) of it.
+template <typename F>
+BYOLA_IN_PLACE inline F flushed_exp(F x) {
+  x = F::clamp(x, -87.5f, 89.0f);
+  const F magic = F::set(12582912.0f + 126.0f), shifted = fma(x, F::set(1.44269504f), magic);
+  return reduced_exp(x, shifted - magic, 2.0f) * F::shifted_to_exponent(shifted);
+}
+
+// log(x) = e ln 2 + log(1 + r), 1 + r in [0.75, 1.5); log(1 + r) = r + r^2 q(r), q minimax of degree 7. Only for
+// x >= 2^-125, +inf and NaN, as (1 - lam) exp(x) + lam exp(z) + eps is. Below 3 ulp. 1 + r is a product with a positive
+// power of two, so that inf and NaN pass through it.
+template <typename F>
+BYOLA_IN_PLACE inline F log_of_large(F x) {
+  F e, scale;
+  F::exponent(x, e, scale);
+  const F r = fma(x * scale, F::set(0.25f), F::set(-1.0f));
+  F q = fma(F::set(0x1.bb73f4p-5f), r, F::set(-0x1.ee477cp-4f));
+  q = fma(q, r, F::set(0x1.32deep-3f));
+  q = fma(q, r, F::set(-0x1.5887fcp-3f));
+  q = fma(q, r, F::set(0x1.99216cp-3f));
+  q = fma(q, r, F::set(-0x1.ffdd9ep-3f));
+  q = fma(q, r, F::set(0x1.5555e6p-2f));
+  q = fma(q, r, F::set(-0x1.000014p-1f));
+  return fma(e, F::set(0.693147181f * 0x1p-23f), fma(q, r * r, r));
+}
+
 #if defined(BYOLA_AVX512) || defined(BYOLA_AVX2)
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) by a minimax polynomial of degree 5.
+inline Floats exp_or_zero(Floats x) { return flushed_exp(x); }
+inline Floats log_positive(Floats x) { return log_of_large(x); }
+
 // Error below 3 ulp in every binade (tests/ops/test_cpu_math.py); overflows to inf, underflows via denormals to 0.
 inline Floats exp(Floats x) {
   x = Floats::clamp(x, -105.0f, 89.0f);
   const Floats n = Floats::round(x * Floats::set(1.44269504f));
-  Floats r = fma(n, Floats::set(-0.693359375f), x);  // ln 2 in two parts; n times the first part is exact
-  r = fma(n, Floats::set(2.12194440e-4f), r);
-  Floats p = fma(Floats::set(0x1.10627cp-7f), r, Floats::set(0x1.572a08p-5f));
-  p = fma(p, r, Floats::set(0x1.5557aep-3f));
-  p = fma(p, r, Floats::set(0x1.fffdfcp-2f));
-  p = fma(p, r, Floats::set(1.0f));
-  p = fma(p, r, Floats::set(1.0f));
-  return Floats::times_power_of_two(p, n);
-}
-
-// log(x) = e ln 2 + log(1 + r), 1 + r in [0.75, 1.5); log(1 + r) = r + r^2 q(r), q minimax of degree 7.
-// Only for normal positive x, +inf and NaN: the values that (1 - lam) exp(x) + lam exp(z) + eps takes. Below 3 ulp.
-inline Floats log_positive(Floats x) {
-  Floats m, e;
-  Floats::split(x, m, e);
-  const Floats r = m - Floats::set(1.0f);
-  Floats q = fma(Floats::set(0.05413231f), r, Floats::set(-0.12067359f));
-  q = fma(q, r, Floats::set(0.14983921f));
-  q = fma(q, r, Floats::set(-0.16822814f));
-  q = fma(q, r, Floats::set(0.19977077f));
-  q = fma(q, r, Floats::set(-0.24993442f));
-  q = fma(q, r, Floats::set(0.33333549f));
-  q = fma(q, r, Floats::set(-0.50000061f));
-  const Floats y = fma(e, Floats::set(0.693147181f), fma(q, r * r, r));
-  return Floats::where_finite(x, y);
+  return Floats::times_power_of_two(reduced_exp(x, n, 1.0f), n);
 }
 
 #endif
+
+template <typename V>
+BYOLA_IN_PLACE inline Four<V> exp_or_zero(Four<V> x) {
+  if constexpr (V::is_simd) return flushed_exp(x);
+  return {exp_or_zero(x.a), exp_or_zero(x.b), exp_or_zero(x.c), exp_or_zero(x.d)};
+}
+template <typename V>
+BYOLA_IN_PLACE inline Four<V> log_positive(Four<V> x) {
+  if constexpr (V::is_simd) return log_of_large(x);
+  return {log_positive(x.a), log_positive(x.b), log_positive(x.c), log_positive(x.d)};
+}
 
 }  // namespace byola::BYOLA_SIMD

@@ -84,6 +84,10 @@ WORK = {
     "two_views, bf16": TWO_VIEWS,
     "two_views, bicubic": replace(TWO_VIEWS, trips=(0, 1, 1, 1, 1, 0, 2, 1, 3)),
     "finish_views": Work(3 * 2048, (1, 3), constants=(("PUSH", False),)),  # a program that normalises
+    "exact_views": Work(VIEW, (2,)),  # rows of the tile
+    "exact_views, bf16": Work(VIEW, (2,)),
+    "exact_views, bicubic": Work(VIEW, (2,)),
+    "finish_exact_views": Work(VIEW),
     "draw_params": Work(),
     "write_inputs": Work(),
     "ema_update": Work(4096),

@@ -55,19 +55,20 @@ Accuracy in % of a linear probe on the tests of the study, by the protocol of `d
 ## Training
 
 `byola-fast pretrain {options}`,
-{step:,} steps of {batch_size}, seed {seed}.
+{step:,} steps, seed {seed}.{whitened}
 
 ## What it heard
 
-{hours:g} hours of sound of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits.
-`heard.tsv` lists each package with its version, the licences of its sounds, and their number and seconds.
+{hours:g} hours of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits. They are
+a selection of the corpus in `heard.tsv`, which lists each package with its version, the licences of its sounds, and
+their number and seconds.
 
 It is a small encoder after a short training. It has heard little of nature and of everyday life. Test it on your own
 task before you rely on it: `byola-fast eval TASK.csv`.
 """
 
 
-def card(record: dict[str, Any], hours: float, parameters: int) -> str:
+def card(record: dict[str, Any], hours: float, parameters: int, whitened: bool) -> str:
     """Return the model card."""
     settings, point = record["settings"], record["curve"][-1]
     random = json.loads((RESULTS / "gpu" / "random.json").read_text(encoding="utf-8"))["scores"]
@@ -83,15 +84,16 @@ def card(record: dict[str, Any], hours: float, parameters: int) -> str:
     for name, scores in rows.items():
         values = [*scores.values(), sum(scores.values()) / len(scores)]
         table.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
-    names = [name for name in ("preset", "objective", "unit_sec", "dtype") if name in settings]
+    names = ("preset", "objective", "reconstruction", "unit_sec", "batch_size", "lr", "dtype")
     return CARD.format(
         parameters=parameters,
         table="\n".join(table),
-        options=" ".join(f"--{name} {settings[name]}" for name in names),
+        options=" ".join(f"--{name} {settings[name]}" for name in names if name in settings),
         step=point["step"],
         seed=record["seed"],
         hours=hours,
-        **{name: settings[name] for name in ("encoder", "feature_d", "batch_size")},
+        whitened=" Then whitened (`byola-fast whiten`) on segments of the same sound." if whitened else "",
+        **{name: settings[name] for name in ("encoder", "feature_d")},
     )
 
 
@@ -104,7 +106,9 @@ def ship(encoder: Path, record: Path, hours: float, manifest: Path, folder: Path
         writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
         writer.writerows([("package", "version", "licences", "files", "seconds"), *heard(manifest)])
     run, parameters = json.loads(record.read_text(encoding="utf-8")), sum(x.numel() for x in network.parameters())
-    (folder / "README.md").write_text(card(run, hours, parameters), encoding="utf-8")
+    (folder / "README.md").write_text(
+        card(run, hours, parameters, getattr(network, "output", None) is not None), encoding="utf-8"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,10 +82,10 @@ def find_weights(path: str | Path | None) -> Path:
 
 
 def names_weights(path: str | Path, folders: bool = True) -> bool:
-    """Return whether a path is a file of weights by its suffix or, with ``folders``, a folder that holds an encoder.
+    """Return whether a path is weights: a file by its suffix, a name on the Hub, with ``folders`` a folder.
 
-    >>> names_weights("runs/mine/encoder.pth"), names_weights("sounds/kick.wav")
-    (True, False)
+    >>> names_weights("runs/mine/encoder.pth"), names_weights("hf-hub:user/name"), names_weights("sounds/kick.wav")
+    (True, True, False)
     """
     known = str(path).startswith(HUB) or Path(path).suffix in SUFFIXES
     return known or (folders and any(Path(path, name).is_file() for name in OF_A_FOLDER))

@@ -471,6 +471,11 @@ def batch_stats_reference(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([mean, torch.where(some, std, 1)]).to(dtype)
 
 
+def rounded_sqrt(x: Tensor) -> Tensor:
+    """Return the square root, rounded correctly as in C++; PyTorch's own in float32 on the CPU is not."""
+    return x.double().sqrt().to(x.dtype) if x.device.type == "cpu" else x.sqrt()
+
+
 def running_stats__reference(
     mean: Tensor, variance: Tensor, count: Tensor, updates: Tensor, sums: Tensor, max_updates: int
 ) -> Tensor:
@@ -494,7 +499,7 @@ def running_stats__reference(
     count.copy_(total)
     updates.add_(1)
     unbiased = variance * total / (total - 1).clamp_min(1)
-    seen = torch.stack([mean, unbiased.sqrt()])
+    seen = torch.stack([mean, rounded_sqrt(unbiased)])
     return torch.where(total > 0, seen, torch.stack([torch.zeros_like(mean), torch.ones_like(mean)]))
 
 

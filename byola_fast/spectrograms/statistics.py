@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops._route import op
-from byola_fast.ops.reference import compute_dtype
+from byola_fast.ops.reference import compute_dtype, rounded_sqrt
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.recomputation import refuse_recomputation
 
@@ -98,7 +98,7 @@ class RunningStats(FixedDtype):
     def stats(self) -> Tensor:
         """Return mean and unbiased std; mean 0 and std 1 before the first update."""
         unbiased = self.variance * self.count / (self.count - 1).clamp_min(1)
-        seen = torch.stack([self.mean, unbiased.sqrt()])
+        seen = torch.stack([self.mean, rounded_sqrt(unbiased)])
         return torch.where(self.count > 0, seen, torch.stack([torch.zeros_like(self.mean), torch.ones_like(self.mean)]))
 
 

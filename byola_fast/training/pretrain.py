@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byola_fast.audio.batches import Batches, as_float, durations
+from byola_fast.audio.batches import Batches, durations
 from byola_fast.audio.demo_corpus import write_demo_corpus
 from byola_fast.audio.sources import OwnSource, Source, open_source
 from byola_fast.networks.encoder_file import describe_encoder
@@ -221,7 +221,7 @@ def _train(
 
     def train_step(wav: Tensor) -> tuple[Tensor, Tensor]:
         with times("log-mel"):
-            lms = to_lms(as_float(wav).flatten(0, -2))
+            lms = to_lms(wav.flatten(0, -2))
         with times("augmentation"):
             view1, view2 = aug(lms, sample_offset=world.rank * len(lms))
             if segments == 2:  # one view of each
@@ -276,7 +276,7 @@ def _train(
         if config.profile and times.spans:
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
-        _draw(config, run, None if batch is None else to_lms(as_float(batch.wav).flatten(0, -2)), stats)
+        _draw(config, run, None if batch is None else to_lms(batch.wav.flatten(0, -2)), stats)
         run.compare(config, {name: value for name, value in (run.last_line or {}).items() if name in RESULTS})
     last = run.last_line or {}
     return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)

@@ -173,7 +173,7 @@ def test_without_ffmpeg_what_is_read_is_reported(tmp_path: Path, caplog: pytest.
         assert "pip install av" in message
         caplog.clear()
     for name in ("zero.wav", "aac.m4a", "ogg_flac.oga"):
-        with pytest.raises(AudioError, match=r"byola_fast\[av\]"):
+        with pytest.raises(AudioError, match=r"pip install av"):
             read_audio(TO_THE_END[name][1](tmp_path / name))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +83,23 @@ def bits(x: Tensor) -> Tensor:
     """Return the bits, so that NaN equals itself and no sign is lost."""
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.resolve_neg().contiguous().view(sizes[x.element_size()])
+
+
+@contextmanager
+def between_guards(x: Tensor, at_end: bool) -> Iterator[Tensor]:
+    """Yield a float32 copy whose memory begins after, or ends before, a page that cannot be accessed."""
+    page = mmap.PAGESIZE
+    inner = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, inner + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    offset = page + (inner - x.nbytes if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=torch.float32, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+    guards = (start, start + page + inner)
+    assert all(protect(guard, page, 0) == 0 for guard in guards)
+    try:
+        yield copy
+    finally:
+        for guard in guards:
+            protect(guard, page, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -77,6 +77,15 @@ def test_an_empty_bank_gives_partners_from_the_batch_or_a_pool(device):
     assert (params.bank_index.cpu() != torch.arange(3) + 2).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_of_the_batch_as_pool_gives_the_same_views(dtype, device):
+    """Powers that the samples of a batch share are those that each computes."""
+    x = torch.randn(9, 63, 97, device=device).to(dtype)
+    params, stats = draw(9, (63, 97), device), torch.tensor([-1.0, 2.0], device=device)
+    for shared, other in zip(run(x, params, stats=stats), run(x, params, stats=stats, pool=x.clone()), strict=True):
+        assert torch.equal(shared, other)
+
+
 def test_one_sample_is_not_mixed(device):
     x = torch.randn(1, 8, 12, device=device)
     params = draw(1, (8, 12), device)

@@ -36,6 +36,16 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             wide = x.double().requires_grad_()
             if shape[2] < 9:
                 assert torch.autograd.gradcheck(lambda x: ops.resize_crop(x, crop, interpolation=interpolation), wide)
+for inputs in (1, 5):
+    x, weight = torch.randn(3, inputs, 9, 11), torch.randn(70, inputs, 3, 3)
+    given, eps = [x, weight, *torch.randn(3, 70)], (None, None, 1e-5)
+    out, *kept = torch.ops.byola_fast.conv_block(*given, *eps, torch.float32)
+    wide, *exact = torch.ops.byola_fast.conv_block(*(t.double() for t in given), *eps, torch.float64)
+    torch.testing.assert_close(out.double(), wide, rtol=1e-5, atol=1e-5)
+    got = torch.ops.byola_fast.conv_block_backward(out, *given[:2], given[3], *kept, False, True)
+    exact = (wide, x.double(), weight.double(), given[3].double(), *exact, False, True)
+    for a, b in zip(got, torch.ops.byola_fast.conv_block_backward(*exact), strict=True):
+        assert (a - b).norm() <= 5e-6 * b.norm()
 check_math()
 print(cpu.in_use().split(",")[0])
 """

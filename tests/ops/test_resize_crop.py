@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layouts import between_guards
 from helpers.oracle import random_crops
 from helpers.oracle import resize_crop as interpolate_each
 from helpers.tolerances import assert_close
@@ -51,6 +52,41 @@ def test_other_sizes_and_canvases(shape, size, canvas, interpolation, device):
     crop = random_crops(5, canvas)
     y = ops.resize_crop(x, crop.to(device, torch.int64), size=size, interpolation=interpolation, canvas=canvas)
     assert_close(y, interpolate_each(x, crop, size, canvas, interpolation))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("frames", [1, 16, 97])
+def test_every_width_at_every_edge(frames, interpolation, device):
+    """One after another: a crop leaves nothing behind for the next, in the margins neither."""
+    shape, canvas = (5, frames), (7, frames + 2 * (frames // 3) + 1)
+    left = (canvas[1] - frames) // 2
+    boxes = []
+    for w in range(1, canvas[1] + 1):
+        last = canvas[1] - w
+        starts = {0, last, *(min(max(j, 0), last) for j in (left, left + 1, left + frames - w, left + frames - w - 1))}
+        boxes += [(w % 3, j, 1 + (w + j) % 5, w) for j in sorted(starts)]
+    crop = torch.tensor(boxes)
+    x = torch.randn(len(boxes), *shape, device=device)
+    for size in (shape, (4, 60)):
+        y = ops.resize_crop(x, crop.to(device), size, interpolation, canvas)
+        assert_close(y, interpolate_each(x, crop, size, canvas, interpolation))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (63, 97), (64, 96)])
+def test_nothing_beyond_the_memory_is_read(shape):
+    """Inputs end, or begin, at a page that cannot be read."""
+    x = torch.randn(3, *shape)
+    canvas = (shape[0] + 2, shape[1] + shape[1] // 2)
+    crop = torch.stack([random_crops(3, canvas, torch.Generator().manual_seed(k)) for k in range(2)])
+    lam, index, fader = torch.rand(2, 3), torch.tensor([[1, 2, 0], [2, 2, 1]]), torch.zeros(2, 3, 2)
+    for at_end in (False, True):
+        with between_guards(x, at_end) as guarded:
+            for interpolation in INTERPOLATIONS:
+                ops.resize_crop(guarded, crop[0], interpolation=interpolation, canvas=canvas)
+                for given in ({}, {"pool": guarded[1:]}, {"mixup": "linear"}, {"mixup": "none"}):
+                    settings = {"interpolation": interpolation, "canvas": canvas, "rng": torch.tensor([1, 2])}
+                    ops.augment_views(guarded, lam, index.clamp_max(1), crop, fader, **settings, **given)
+            ops.log_mixup_exp(guarded, guarded, lam[0])
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)

@@ -116,7 +116,7 @@ def test_training_is_drawn(tmp_path):
 def test_a_picture_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pretrain, "draw_training", lambda *_: 1 / 0)
     run = SimpleNamespace(lines=[{"step": 1, "loss": 4.0, "spread": 0.9}], path=tmp_path)
-    pretrain._draw(PretrainConfig(), run, None, None)
+    pretrain._draw(PretrainConfig().resolved("cpu"), run, None, None)
     assert "no training.png and views.png: division by zero" in caplog.text
 
 
