@@ -506,8 +506,7 @@ def fits(x: Tensor, pool: Tensor, out: Tensor, canvas: list[int], mixup: str) ->
         and x.stride(2) == pool.stride(2) == 1
         and frames % COLUMNS.value == out_frames % COLUMNS.value == out_mels % ROWS.value == 0
         and canvas[0] <= out_mels
-        # more than one output a lane: one square alone is fused into the sum, and no two lanes add up the same
-        and 32 * WARPS < out_mels * out_frames <= MOST_OUTPUTS * 32 * WARPS
+        and 32 * WARPS < out_mels * out_frames <= MOST_OUTPUTS * 32 * WARPS  # of one output, lanes' sums differ
         and tile_size(mels, frames) * 4 <= MOST_SHARED
     )
 
