@@ -373,8 +373,8 @@ def test_a_killed_first_packing_is_recognised(tmp_path: Path) -> None:
 def test_kill_9_from_outside_ends_the_workers_and_the_lock(tmp_path: Path) -> None:
     folder, out = write_clips(tmp_path / "audio", count=40), tmp_path / "out"
     slow = (
-        "import sys, time; from byola_fast.audio import pack as packing; read = packing.read_blocks\n"
-        "packing.read_blocks = lambda *given: (time.sleep(0.05), read(*given))[1]\n"
+        "import sys, time; from byola_fast.audio import pack as packing, segments; read = segments.read_blocks\n"
+        "segments.read_blocks = lambda *given: (time.sleep(0.05), read(*given))[1]\n"
         "packing.pack(sys.argv[1], sys.argv[2], workers=2, progress=lambda *report: print(*report, flush=True))"
     )
     command = [sys.executable, "-c", slow, str(folder), str(out)]

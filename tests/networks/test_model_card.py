@@ -1,11 +1,15 @@
-"""The Hub's layout, both ways, and model cards; no test asks the network."""
+"""The Hub's layout, both ways, and model cards; no test asks another machine."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 
@@ -84,6 +88,39 @@ def test_a_name_on_the_hub_loads(embedder, tmp_path, monkeypatch):
     for name in ("hf-hub:someone/none", "hf-hub:no name at all", "hf-hub:"):
         with pytest.raises(CheckpointError, match=f"{name}: no model"):
             load_encoder(name)
+
+
+class OneModel(SimpleHTTPRequestHandler):
+    """A hub of one model: the files of a saved folder, at the addresses and with the headers of the Hub."""
+
+    def translate_path(self, path):
+        start, _, name = path.partition("/resolve/main/")
+        return str(Path(self.directory, name)) if start == "/someone/sounds" else "/none"
+
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        super().end_headers()
+
+    def log_message(self, *_words):
+        pass
+
+
+def test_a_name_is_downloaded_once_from_a_hub_on_this_machine(embedder, tmp_path):
+    embedder.save_pretrained(tmp_path / "mine")
+    code = "import byola_fast, torch; encoder = byola_fast.load_encoder('hf-hub:someone/sounds')"
+    code += "; print(encoder(torch.ones(1, 8000)).tolist())"
+    handler = partial(OneModel, directory=str(tmp_path / "mine"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        for _again in range(2):  # the second time without a server
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            assert torch.allclose(torch.tensor(json.loads(done.stdout)), embedder(torch.ones(1, 8000)))
+            server.shutdown()
 
 
 def test_nothing_else_asks_the_network(tmp_path, monkeypatch):
