@@ -50,8 +50,8 @@ Tensor batch_stats_cpu(const Tensor& sums, ScalarType dtype) {
   const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
   const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN stays NaN
   if (dtype == ScalarType::Double) return mean_and_std<double>(mean, std, count > 0);
-  BYOLA_CHECK(dtype == ScalarType::Float, "dtype: expected float32 or float64");
-  return mean_and_std<float>(float(mean), float(std), count > 0);
+  const Tensor stats = mean_and_std<float>(float(mean), float(std), count > 0);
+  return dtype == ScalarType::Float ? stats : torch::stable::to(stats, dtype);
 }
 
 // mean, variance (), count, updates () int64, sums (B, 3) -> (2,) in the dtype of mean

@@ -45,8 +45,9 @@ def _times(context: Any, inputs: int, mels: int, frames: int) -> dict[str, dict[
     grad = torch.randn(batch, 64, mels // 2, frames // 2, device=device).bfloat16().contiguous(memory_format=last)
     leaves = [conv.weight, conv.bias, norm.weight, norm.bias] + ([x] if inputs > 1 else [])
 
+    state = [x.clone() for x in norm.buffers()]  # autograd of the layers keeps theirs
+
     def fused() -> Tensor:
-        state = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         return ops.conv_block(x, conv.weight, conv.bias, norm.weight, norm.bias, *state, training=True)
 
     def layers() -> Tensor:

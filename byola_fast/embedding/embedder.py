@@ -187,7 +187,9 @@ class Embedder(nn.Module):
         frames = torch.arange(count, device=self.to_lms.window.device) * stride
         return (frames.float() + (stride - 1) / 2) * hop_ms
 
-    def forward(self, wav: Any, *, frames: bool = False, sample_rate: int | None = None) -> Any:
+    def forward(
+        self, wav: Any, *, frames: bool = False, sample_rate: int | None = None
+    ) -> Tensor | FrameEmbeddings | list[FrameEmbeddings]:
         """Return one embedding per waveform, or with ``frames`` the ``FrameEmbeddings``; see the class."""
         if isinstance(wav, list | tuple):
             if not wav:

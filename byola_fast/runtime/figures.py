@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from byola_fast.runtime.files import printable, write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("byola_fast")
@@ -36,11 +38,12 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def read_picture(path: Path) -> Any:
+def read_picture(path: Path) -> npt.NDArray[np.uint8]:
     """Return a PNG as an array ``(height, width, 3)`` uint8."""
     import matplotlib.image
 
-    return (matplotlib.image.imread(path)[..., :3] * 255).round().astype("uint8")
+    pixels: npt.NDArray[np.uint8] = (matplotlib.image.imread(path)[..., :3] * 255).round().astype("uint8")
+    return pixels
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -260,7 +260,7 @@ def test_other_errors_of_workers_come_through(source: Callable[..., Source], mon
 @pytest.mark.slow
 def test_a_program_that_fails_ends_its_workers(sources: dict[str, Path]) -> None:
     code = (
-        "import sys; from byola_fast.audio.batches import Batches\n"
+        "import sys; from byola_fast.audio.batches import Batches; from byola_fast.audio.sources import open_source\n"
         "running = Batches(open_source(sys.argv[1]), 4, seed=0, workers=2).run(10**9); next(running)\n"
         "raise SystemExit('failed')"
     )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from byola_fast import ops
+from byola_fast.ops._dispatch import backend_in_use
 
 OPS = torch.ops.byola_fast
 EPS = 1e-5
@@ -205,8 +206,9 @@ def test_float32_moves_gradients_only_where_a_maximum_flips(inputs, device):
     grad = torch.randn_like(out)
     wanted = OPS.conv_block_backward(grad.double(), wide[0], wide[1], wide[3], *exact[1:], False, True)
     got = OPS.conv_block_backward(grad, x, weight, gamma, exact[1], kept, stats, False, True)
+    is_ours = backend_in_use(device.type.upper(), "conv_block")[0] == "cpp"  # else PyTorch's convolution rounds more
     for a, e in zip(got, wanted, strict=True):
-        assert_near(a, e, BOUNDS[torch.float32])
+        assert_near(a, e, BOUNDS[torch.float32] if is_ours else FLIPS[torch.float32])
 
 
 def test_second_derivative_says_no(device):

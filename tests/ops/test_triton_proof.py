@@ -74,8 +74,8 @@ def log_mel():
 
 def two_views():
     aug, x = Augment(seed=8, n_memory=8), torch.randn(6, 40, 70)
-    exact = Augment(seed=8, n_memory=8)  # sizes of exact_views.py
-    made = [*aug(x), *aug(2 * x), *augment(x, seed=2, interpolation="bicubic"), *exact(torch.randn(6, 40, 64))]
+    exact, y = Augment(seed=8, n_memory=8), torch.randn(6, 40, 64)  # sizes of exact_views.py
+    made = [*aug(x), *aug(2 * x), *augment(x, seed=2, interpolation="bicubic"), *exact(y), *exact(2 * y)]
     return [*made, *aug.state_dict().values(), *exact.state_dict().values()]
 
 
