@@ -24,13 +24,20 @@ Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, c
         const auto produce = [&](const int64_t* f, int64_t c0, int64_t c1, Compute<S>* const* rows) {
           for (int k = 0; k < 4; ++k) {
             const S* from = source.row<S>(b, f[k]);
-            for (int64_t c = c0; c < c1; c += V::width)
-              load_strided<V>(from + c * source.frame_stride, source.frame_stride, c1 - c).store(rows[k] + c);
+            const int64_t step = source.frame_stride, ahead = 12 * source.mel_stride;  // three times four rows
+            for (int64_t c = c0; c < c1; c += V::width) {
+              load_strided<V>(from + c * step, step, c1 - c).store(rows[k] + c);
+              __builtin_prefetch(from + c * step + ahead, 0, 2);
+            }
           }
         };
         const auto emit = [&](int64_t o, int64_t count, int64_t t, auto sum) BYOLA_IN_PLACE {
           S* to = target + o * size[1] + t;
-          for (int64_t k = 0; k < count; ++k) store_lanes(sum(k, V::set(0)), to + k * size[1], size[1] - t);
+          const int64_t row_size = size[1], n = row_size - t;
+          for (int64_t k = 0; k < count; ++k) {
+            store_lanes(sum(k, V::set(0)), to + k * row_size, n);
+            __builtin_prefetch(to + (k + count) * row_size, 1, 2);  // of the next rows
+          }
         };
         resizer.run(data<int64_t>(boxes) + 4 * b, produce, emit);
       }

@@ -146,6 +146,24 @@ struct Floats {
   static Floats permute(Floats x, Index index) { return {_mm512_permutexvar_ps(index.v, x.v)}; }
   static Floats from_ints(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   Floats first_lanes(int64_t n) const { return {_mm512_maskz_mov_ps(first(n), v)}; }
+  // n lanes of float16 or bfloat16, as bits
+  using Bits16 = __m256i;
+  static Bits16 load16(const void* p, int64_t n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+  static void store16(Bits16 bits, void* p, int64_t n) {
+    n >= 16 ? _mm256_storeu_si256(static_cast<__m256i*>(p), bits) : _mm256_mask_storeu_epi16(p, first(n), bits);
+  }
+  static Floats from_float16(Bits16 bits) { return {_mm512_cvtph_ps(bits)}; }
+  static Floats from_bfloat16(Bits16 bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  Bits16 to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  Bits16 to_bfloat16() const {  // to nearest, ties to even; every NaN becomes 0x7FC0
+    const __m512i bits = _mm512_castps_si512(v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0)));
+  }
   void add_to(double* sums) const {
     const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
     _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(low)));
@@ -211,6 +229,28 @@ struct Floats {
   static Floats permute(Floats x, Index index) { return {_mm256_permutevar8x32_ps(x.v, index.v)}; }
   static Floats from_ints(const int32_t* p) { return {_mm256_cvtepi32_ps(Index::load(p).v)}; }
   Floats first_lanes(int64_t n) const { return {_mm256_and_ps(v, _mm256_castsi256_ps(first(n)))}; }
+  using Bits16 = __m128i;
+  static Bits16 load16(const void* p, int64_t n) {
+    Bits16 bits = _mm_setzero_si128();
+    n >= 8 ? std::memcpy(&bits, p, 16) : std::memcpy(&bits, p, 2 * n);
+    return bits;
+  }
+  static void store16(Bits16 bits, void* p, int64_t n) {
+    n >= 8 ? std::memcpy(p, &bits, 16) : std::memcpy(p, &bits, 2 * n);
+  }
+  static Floats from_float16(Bits16 bits) { return {_mm256_cvtph_ps(bits)}; }
+  static Floats from_bfloat16(Bits16 bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  Bits16 to_float16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  Bits16 to_bfloat16() const {
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i r = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
   void add_to(double* sums) const {
     const __m128 low = _mm256_castps256_ps128(v), high = _mm256_extractf128_ps(v, 1);
     _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(low)));

@@ -27,15 +27,11 @@ template <typename V, typename S>
 inline V load_lanes(const S* p, int64_t n) {
   if constexpr (std::is_same_v<S, typename V::Element>) {
     return n >= V::width ? V::load(p) : V::load(p, n);
+  } else if constexpr (V::is_simd && std::is_same_v<S, Half>) {
+    return V::from_float16(V::load16(p, n));
+  } else if constexpr (V::is_simd && std::is_same_v<S, BFloat16>) {
+    return V::from_bfloat16(V::load16(p, n));
   } else {
-#if defined(BYOLA_AVX512)
-    if constexpr (std::is_same_v<V, Floats>) {
-      const __m256i bits = _mm256_maskz_loadu_epi16(Floats::first(n), p);
-      if constexpr (std::is_same_v<S, Half>) return {_mm512_cvtph_ps(bits)};
-      if constexpr (std::is_same_v<S, BFloat16>)
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
-    }
-#endif
     typename V::Element lanes[V::width] = {};
     for (int k = 0; k < n && k < V::width; ++k) lanes[k] = static_cast<typename V::Element>(p[k]);
     return V::load(lanes);
@@ -47,14 +43,11 @@ template <typename V, typename S>
 inline void store_lanes(V x, S* p, int64_t n) {
   if constexpr (std::is_same_v<S, typename V::Element>) {
     n >= V::width ? x.store(p) : x.store(p, n);
+  } else if constexpr (V::is_simd && std::is_same_v<S, Half>) {
+    V::store16(x.to_float16(), p, n);
+  } else if constexpr (V::is_simd && std::is_same_v<S, BFloat16>) {
+    V::store16(x.to_bfloat16(), p, n);
   } else {
-#if defined(BYOLA_AVX512)
-    if constexpr (std::is_same_v<V, Floats> && std::is_same_v<S, Half>) {
-      const __m256i bits = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      _mm256_mask_storeu_epi16(p, Floats::first(n), bits);
-      return;
-    }
-#endif
     typename V::Element lanes[V::width];
     x.store(lanes);
     for (int k = 0; k < n && k < V::width; ++k) p[k] = static_cast<S>(static_cast<float>(lanes[k]));

@@ -100,3 +100,27 @@ def test_bad_input():
         MemoryBank(4, shape=(5, 7)).load_state_dict(bank.state_dict())
     with pytest.raises(RuntimeError, match="rows"):
         MemoryBank(3).load_state_dict(bank.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_and_every_tie_between_two(dtype, device):
+    """Widened exactly; rounded to nearest, ties to even; NaN of any payload is never taken for a number."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    finite = numbers[numbers.isfinite()].double().sort().values
+    above = 2 ** finite[-1].log2().ceil()  # rounds to inf, as does the tie before it
+    finite = torch.cat([-above[None], finite, above[None]])
+    ties = ((finite[1:] + finite[:-1]) / 2).float()  # exact
+    beside = [torch.nextafter(ties, torch.full((), end)) for end in (-math.inf, math.inf)]
+    payloads = torch.tensor([1, 0x7FFF, 0x8000, 0x3FFFFF, 0x400000, 0x7FFFFF])
+    nan = torch.cat([payloads + 0x7F800000, payloads - 0x800000]).int().view(torch.float32)
+    wide = torch.cat([numbers, ties, *beside, nan])
+    for source, target in ((numbers.to(dtype), torch.float32), (wide, dtype)):
+        for frames in (1, 16):  # parts of vectors, whole vectors
+            x = source.to(device)[:, None, None].expand(-1, 1, frames).contiguous()
+            rows = torch.zeros(x.shape, dtype=target, device=device)
+            cursor = torch.zeros(3, dtype=torch.int64, device=device)
+            ops.bank_push_(rows, cursor, x)
+            expected = x.to(target)
+            expected = expected[expected.isfinite().flatten(1).all(1)]
+            assert cursor[1] == len(expected)
+            assert torch.equal(rows[: len(expected)].view(torch.int8), expected.view(torch.int8))

@@ -123,17 +123,36 @@ def test_another_batch_size_compiles_nothing(launched):
     assert variants(launched) <= 4  # numbers of frames: multiples of 16 and others
 
 
-def test_another_batch_of_exact_views_compiles_nothing(launched, monkeypatch):
+def fuse_views(monkeypatch, shape, *, dtype=torch.float32, bank=torch.float32):
+    """Launch both views of ``shape``, with memory of the dtype ``bank``, if any."""
     from byola_fast.ops._triton import exact_views, two_views
 
     monkeypatch.setattr(exact_views, "approximate", lambda x: True)
+    x, rng = torch.zeros(shape, dtype=dtype), torch.zeros(2).long()
+    memory = (None, None) if bank is None else (torch.zeros(2048, *shape[1:], dtype=bank), torch.zeros(3).long())
+    ranges = [[0, 1], [2**45, 2**20], [shape[1], int(1.5 * shape[2])]]
+    given = (x, None, *memory, torch.zeros(2), rng, 0, 0, *ranges, 0.4, 1.0, "bilinear", "log", True, True)
+    two_views.two_views_(*given, x.new_empty(2, *shape))
+
+
+def test_another_batch_of_exact_views_compiles_nothing(launched, monkeypatch):
     for batch in (256, 31, 1):
-        x, rows, cursor = torch.zeros(batch, 64, 96), torch.zeros(2048, 64, 96), torch.zeros(3).long()
-        ranges = [[0, 1], [2**45, 2**20], [64, 144]]
-        given = (x, None, rows, cursor, torch.zeros(2), torch.zeros(2).long(), 0, 0, *ranges, 0.4, 1.0)
-        two_views.two_views_(*given, "bilinear", "log", True, True, x.new_empty(2, *x.shape))
+        fuse_views(monkeypatch, (batch, 64, 96))
     assert {name for name, _kernel in launched} == {"exact_views_kernel", "finish_exact_views_kernel"}
     assert variants(launched) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exact_views_of_every_dtype_of_memory(dtype, launched, monkeypatch):
+    for bank in (None, torch.float32, torch.bfloat16, torch.float16):
+        fuse_views(monkeypatch, (2, 16, 32), dtype=dtype, bank=bank)
+    assert {name for name, _kernel in launched} == {"exact_views_kernel", "finish_exact_views_kernel"}
+
+
+def test_views_of_one_output_a_lane_are_not_exact(launched, monkeypatch):
+    """Each lane would fuse its only square into the sum of squares, and lanes write sums that differ."""
+    fuse_views(monkeypatch, (2, 8, 32))
+    assert {name for name, _kernel in launched} == {"two_views_kernel", "finish_views_kernel"}
 
 
 @pytest.mark.parametrize(

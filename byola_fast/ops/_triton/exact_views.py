@@ -312,8 +312,8 @@ def exact_views_kernel(
         for block in tl.static_range(BLOCKS):
             if (block * COLUMNS < end_c) & ((block + 1) * COLUMNS > first_c):
                 value = (values[block].to(tl.float32) - mean) * scale_2
-                z = (others[block].to(tl.float32) - other_mean) * other_scale
-                mixed = (exp2(value, SHARED) * (1 - lam) + EPS) + exp2(z, SHARED) * lam
+                partner_value = (others[block].to(tl.float32) - other_mean) * other_scale
+                mixed = (exp2(value, SHARED) * (1 - lam) + EPS) + exp2(partner_value, SHARED) * lam
                 put_four(place + block * (COLUMNS * CELL), tl.where(alone, value, log2(mixed, SHARED)), SHARED)
     tl.debug_barrier()
 
@@ -506,7 +506,8 @@ def fits(x: Tensor, pool: Tensor, out: Tensor, canvas: list[int], mixup: str) ->
         and x.stride(2) == pool.stride(2) == 1
         and frames % COLUMNS.value == out_frames % COLUMNS.value == out_mels % ROWS.value == 0
         and canvas[0] <= out_mels
-        and out_mels * out_frames <= MOST_OUTPUTS * 32 * WARPS
+        # more than one output a lane: one square alone is fused into the sum, and no two lanes add up the same
+        and 32 * WARPS < out_mels * out_frames <= MOST_OUTPUTS * 32 * WARPS
         and tile_size(mels, frames) * 4 <= MOST_SHARED
     )
 
