@@ -1,9 +1,9 @@
 """Put an encoder of the study into the package: weights, card, and the list of what it heard.
 
-    python -m benchmarks.quality.ship ENCODER RECORD --hours H [--manifest corpus.tsv.xz] [--folder byola_fast/weights]
+    python -m benchmarks.quality.ship ENCODER RECORD [--heard LIST] [--folder byola_fast/weights]
 
 ENCODER is a file of weights, RECORD the JSON of its run: ``settings``, ``seed``, and a ``curve`` whose last point has
-``scores``. H is how many hours of the manifest's corpus it heard.
+``scores``. LIST has package, version, licences, files and seconds of what it heard; default: the whole corpus.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "quality"
 TASK_WORDS = {"fsdd": "spoken digits", "drum6": "drums", "env10": "effects", "gm_family": "instruments"}
 
 
-def heard(manifest: Path) -> list[tuple[str, str, str, str, str]]:
-    """Return package, version, licences, number of files and seconds for each package of a corpus's manifest."""
+def whole_corpus() -> list[tuple[str, str, str, str, str]]:
+    """Return package, version, licences, number of files and seconds for each package of the corpus's manifest."""
     packages: dict[str, list[Any]] = {}
     here: list[Any] = []
-    with lzma.open(manifest, "rt", encoding="utf-8") as file:
+    with lzma.open(MANIFEST, "rt", encoding="utf-8") as file:
         for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             if line[0] == "package":
                 packages[line[1]] = here = [line[2], line[4], 0, 0.0]
@@ -59,16 +59,16 @@ Accuracy in % of a linear probe on the tests of the study, by the protocol of `d
 
 ## What it heard
 
-{hours:g} hours of freely licensed packages of Debian 12: speech, music and effects of games, notes, drum hits. They are
-a selection of the corpus in `heard.tsv`, which lists each package with its version, the licences of its sounds, and
-their number and seconds.
+{hours:.1f} hours of {packages} freely licensed packages of Debian 12: speech, music and effects of games, notes, drum
+hits. `heard.tsv` lists each package with its version, the licences of its sounds, and the number of files and the
+seconds that it heard of them.
 
 It is a small encoder after a short training. It has heard little of nature and of everyday life. Test it on your own
 task before you rely on it: `byola-fast eval TASK.csv`.
 """
 
 
-def card(record: dict[str, Any], hours: float, parameters: int, whitened: bool) -> str:
+def card(record: dict[str, Any], heard: list[tuple[str, ...]], parameters: int, whitened: bool) -> str:
     """Return the model card."""
     settings, point = record["settings"], record["curve"][-1]
     random = json.loads((RESULTS / "gpu" / "random.json").read_text(encoding="utf-8"))["scores"]
@@ -91,23 +91,28 @@ def card(record: dict[str, Any], hours: float, parameters: int, whitened: bool) 
         options=" ".join(f"--{name} {settings[name]}" for name in names if name in settings),
         step=point["step"],
         seed=record["seed"],
-        hours=hours,
+        hours=sum(float(line[-1]) for line in heard) / 3600,
+        packages=len(heard),
         whitened=" Then whitened (`byola-fast whiten`) on segments of the same sound." if whitened else "",
         **{name: settings[name] for name in ("encoder", "feature_d")},
     )
 
 
-def ship(encoder: Path, record: Path, hours: float, manifest: Path, folder: Path) -> None:
+def ship(encoder: Path, record: Path, heard: Path | None, folder: Path) -> None:
     """Write weights, list and card into a folder."""
     network, config, stats = read_encoder(encoder)
+    lines: list[tuple[str, ...]] = [*whole_corpus()]
+    if heard is not None:
+        with open(heard, encoding="utf-8") as file:
+            lines = [tuple(line) for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][1:]
     folder.mkdir(parents=True, exist_ok=True)
     save_encoder(folder / IN_THE_BOX.name, network.to(torch.float16), config=config, stats=stats)
     with open(folder / "heard.tsv", "w", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
-        writer.writerows([("package", "version", "licences", "files", "seconds"), *heard(manifest)])
+        writer.writerows([("package", "version", "licences", "files", "seconds"), *lines])
     run, parameters = json.loads(record.read_text(encoding="utf-8")), sum(x.numel() for x in network.parameters())
     (folder / "README.md").write_text(
-        card(run, hours, parameters, getattr(network, "output", None) is not None), encoding="utf-8"
+        card(run, lines, parameters, getattr(network, "output", None) is not None), encoding="utf-8"
     )
 
 
@@ -116,8 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.ship", description=__doc__.splitlines()[0])
     parser.add_argument("encoder", type=Path)
     parser.add_argument("record", type=Path)
-    parser.add_argument("--hours", type=float, required=True, help="of sound that it heard, of the manifest's corpus")
-    parser.add_argument("--manifest", type=Path, default=MANIFEST)
+    parser.add_argument("--heard", type=Path, help="list of the packages that it heard; default: the whole corpus")
     parser.add_argument("--folder", type=Path, default=IN_THE_BOX.parent)
     ship(**vars(parser.parse_args(arguments)))
     return 0
