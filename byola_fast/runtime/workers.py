@@ -107,7 +107,8 @@ def read_in_processes(read: Callable[[K], T], keys: Sequence[K], workers: int) -
     team: list[tuple[BaseProcess, BinaryIO]] = []
 
     def end() -> None:
-        for process, items in team if os.getpid() == main else ():  # a fork of this process has a copy of the team
+        while team and os.getpid() == main:  # a fork of this process has a copy of the team
+            process, items = team.pop()  # once: later, while Python ends, there may be no module signal
             process.kill()
             process.join()
             items.close()

@@ -54,6 +54,9 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     part = lambda n: ("train", "train", "train", "valid", "test")[n // 3 % 5]  # noqa: E731
     make_task(tmp_path, labels, part, "file_name,label,split").rename(tmp_path / "TASK.csv")
     (tmp_path / "audio").rename(tmp_path / "my_sounds")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "small.csv").symlink_to(tmp_path / "TASK.csv")
+    (tmp_path / "tasks" / "audio").symlink_to(tmp_path / "my_sounds")
     (tmp_path / "FOLDER").symlink_to("my_sounds")
     for number, label in enumerate(labels):
         (tmp_path / "my_classes" / label).mkdir(parents=True, exist_ok=True)
