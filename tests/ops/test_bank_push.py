@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byola_fast import MemoryBank, ops
-from byola_fast.ops._route import INTERPRETED
 
 
 def check_against_deque(n_memory, batches, dtype=torch.float32, device="cpu", stats=None):
@@ -103,7 +102,6 @@ def test_bad_input():
         MemoryBank(3).load_state_dict(bank.state_dict())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter rounds bfloat16 otherwise than a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_precision_number_and_every_tie_between_two(dtype, device):
     """Widened exactly; rounded to nearest, ties to even; NaN of any payload is never taken for a number."""
