@@ -27,7 +27,7 @@ FILES = {
     "ops/test_log_mixup_exp.py": "not gradcheck",
     "ops/test_resize_crop.py": f"not gradcheck and not any_shape and not dtype3 and {DTYPES}",
     "ops/test_augment_views.py": f"not gradcheck and not any_shape and not standard_normal and not linear and {DTYPES}",
-    "ops/test_bank_push.py": DTYPES,
+    "ops/test_bank_push.py": f"{DTYPES} and not half_precision",  # the interpreter rounds otherwise
     "ops/test_conv_block.py": "not gradcheck and not shape2 and not 1-70 and not 17-16 and not dtype2",
     "ops/test_sums.py": "not gradient",
     "spectrograms/test_statistics.py": "",
