@@ -9,18 +9,12 @@ namespace byola::BYOLA_SIMD {
 namespace {
 
 void normalize_to(const Tensor& x, const Tensor& sums, Tensor& y) {
-  const Tensor parts = as_contiguous<double>(sums);
-  double count = 0, total = 0, squares = 0;
-  for (const double *p = data<double>(parts), *end = p + parts.numel(); p < end; p += 3)
-    count += p[0], total += p[1], squares += p[2];
-  const double mean = total / (count < 1 ? 1 : count);
-  const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
-  const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN stays NaN
+  const JointStatistics joint = joint_statistics(sums);
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
     using V = Vector<S>;
     using Real = Compute<S>;
-    const V shift = V::set(Real(mean)), scale = V::set(Real(1 / std));
+    const V shift = V::set(Real(joint.mean)), scale = V::set(Real(1 / joint.std));
     torch::stable::parallel_for(0, x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
       const S* source = data<S>(x);
       S* target = mutable_data<S>(y);

@@ -42,13 +42,7 @@ Tensor merge(Tensor& mean, Tensor& variance, Tensor& count, Tensor& updates, con
 
 // sums (..., 3) -> (2,) in the given dtype
 Tensor batch_stats_cpu(const Tensor& sums, ScalarType dtype) {
-  const Tensor parts = as_contiguous<double>(sums);
-  double count = 0, total = 0, squares = 0;
-  for (const double *p = data<double>(parts), *end = p + parts.numel(); p < end; p += 3)
-    count += p[0], total += p[1], squares += p[2];
-  const double mean = total / (count < 1 ? 1 : count);
-  const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
-  const double floor = double(kEps), std = variance < floor * floor ? floor : std::sqrt(variance);  // NaN stays NaN
+  const auto [count, mean, std] = joint_statistics(sums);
   if (dtype == ScalarType::Double) return mean_and_std<double>(mean, std, count > 0);
   const Tensor stats = mean_and_std<float>(float(mean), float(std), count > 0);
   return dtype == ScalarType::Float ? stats : torch::stable::to(stats, dtype);

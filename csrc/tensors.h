@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -88,6 +89,22 @@ inline PreNorm pre_norm(const std::optional<Tensor>& stats) {
     mean = data<double>(values)[0], std = data<double>(values)[1];
   }
   return {mean, 1 / (std < kEps ? double(kEps) : std)};
+}
+
+struct JointStatistics {
+  double count, mean, std;
+};
+
+// Mean and unbiased std, at least kEps, of the samples whose count, sum and sum of squares `sums` (..., 3) holds.
+inline JointStatistics joint_statistics(const Tensor& sums) {
+  const Tensor parts = as_contiguous<double>(sums);
+  double count = 0, total = 0, squares = 0;
+  for (const double *p = data<double>(parts), *end = p + parts.numel(); p < end; p += 3)
+    count += p[0], total += p[1], squares += p[2];
+  const double mean = total / (count < 1 ? 1 : count);
+  const double variance = (squares - total * mean) / (count < 2 ? 1 : count - 1);
+  const double floor = double(kEps);
+  return {count, mean, variance < floor * floor ? floor : std::sqrt(variance)};  // NaN stays NaN
 }
 
 // A tensor (N, F, T) with any strides.
