@@ -48,10 +48,10 @@ def samples(device):
             yield "resize_crop", (x(grad=True), crop[0], [4, 6], canvas, interpolation)
             yield "resize_crop_backward", (x(), crop[0], [5, 7], canvas, interpolation)
         for source in ((None, None, None), (None, bank, count), (x(shape=(9, 5, 7)), bank, count * 0)):
-            tail = (*source, stats, lam, index, crop, fader, rng, 7)
+            tail = (*source, stats, lam, index, crop, fader, rng, 7, 0)
             yield "augment_views", (x(grad=source[0] is None), *tail, [4, 6], canvas, "bilinear", "log")
             yield "augment_views_out", (x(), *tail, canvas, "bicubic", "linear", x(shape=(2, 3, 4, 6)))
-        backward = (bank, count, stats, lam, index, crop, rng, 7, canvas, "bilinear", "gaussian")
+        backward = (bank, count, stats, lam, index, crop, rng, 7, 0, canvas, "bilinear", "gaussian")
         yield "augment_views_backward", (torch.randn(2, 3, 5, 7, device=device), x(), *backward)
         sums = torch.rand(2, 3, 3, dtype=torch.float64, device=device) + torch.tensor([8.0, 0, 8], device=device)
         yield "sample_sums", (x(grad=True),)
