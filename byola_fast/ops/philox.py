@@ -73,7 +73,7 @@ def view_words(
     """
     seed, step = rng[0], rng[1] & MASK32
     sample = (torch.arange(batch, device=rng.device) + sample_offset) & MASK32
-    view = (torch.arange(views, device=rng.device) + first_view)[:, None]
+    view = ((torch.arange(views, device=rng.device) + first_view) & MASK32)[:, None]
     counter = [word.expand(views, batch) for word in (step, sample, view)]
     if isinstance(slot, torch.Tensor):
         counter = [word[..., None] for word in counter]
