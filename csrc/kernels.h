@@ -20,8 +20,9 @@ using Tensor = torch::stable::Tensor;
 using AugmentViews = Tensor(const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
                             const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats,
                             const Tensor& lam, const Tensor& bank_index, const Tensor& crop, const Tensor& fader,
-                            const Tensor& rng, int64_t sample_offset, const std::vector<int64_t>& canvas,
-                            const std::string& interpolation, const std::string& mixup_name, Tensor out);
+                            const Tensor& rng, int64_t sample_offset, int64_t first_view,
+                            const std::vector<int64_t>& canvas, const std::string& interpolation,
+                            const std::string& mixup_name, Tensor out);
 
 struct Kernels {
   const char* name;

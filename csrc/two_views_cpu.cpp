@@ -77,7 +77,7 @@ void two_views__cpu(const Tensor& x, const Tensor& settings, Tensor rng, const s
       draw_wide_params_cpu(drawn_from, held, batch, offset, {set.mels[0], set.mels[1]}, {set.frames[0], set.frames[1]},
                            canvas, set.mixup_ratio, set.fader_gain);
   const Tensor sums =
-      chosen().augment_views(x, std::nullopt, rows, held, of_pre_norm, lam, index, crop, fader, drawn_from, offset,
+      chosen().augment_views(x, std::nullopt, rows, held, of_pre_norm, lam, index, crop, fader, drawn_from, offset, 0,
                              canvas, set.bicubic ? "bicubic" : "bilinear", kMixers[set.mixup], out);
   if (set.flags & Settings::kPostNorm) normalize__cpu(out, sums);
   if (!advance) return;
