@@ -171,7 +171,7 @@ def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequ
     def reused(k: int) -> Any:
         return mine(data.x[k % data.count], step=k % data.count, out=out)
 
-    def floor(k: int) -> Sequence[Tensor]:
+    def exp_and_log(k: int) -> Sequence[Tensor]:
         torch.exp(data.x[k % data.count], out=positive)
         torch.log(positive, out=out[0])
         return out[0], torch.log(positive, out=out[1])
@@ -183,13 +183,13 @@ def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequ
         "byola_fast": fresh,
         "byola_fast, out=": reused,
         "copy": lambda k: out.copy_(source).unbind(0),
-        "exp/log floor": floor,
+        "exp + log": exp_and_log,
     }
     expected = {
         "copy": lambda k: source.unbind(0),
-        "exp/log floor": lambda k: [data.x[k % data.count]] * 2,
+        "exp + log": lambda k: [data.x[k % data.count]] * 2,
     }
-    moved = {"copy": 4.0, "exp/log floor": 6.0}
+    moved = {"copy": 4.0, "exp + log": 6.0}
     backend = backend_of(data.device, VIEW_OPS)
     return [
         data.contender(
