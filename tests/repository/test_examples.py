@@ -26,6 +26,7 @@ from examples import (
     event_detection,
     fine_tune,
     lightning_module,
+    multi_crop,
     own_encoder,
     own_loop,
     similar_sounds,
@@ -34,7 +35,7 @@ from examples import (
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"}
-CHECKED |= {"atst_views.py", "dataset_transforms.py", "lightning_module.py"}
+CHECKED |= {"atst_views.py", "dataset_transforms.py", "lightning_module.py", "multi_crop.py"}
 CHECKED |= {"similar_sounds.py", "sound_map.py", "fine_tune.py", "event_detection.py"}  # with an encoder that is there
 CHECKED |= {"hugging_face_datasets.py", "webdataset_shards.py"}  # tests/training/test_own_data.py runs them
 
@@ -107,6 +108,11 @@ def test_transforms_in_a_dataset(small_demo):
     assert len(views.flatten(1).unique(dim=0)) == len(views)
     again = dataset_transforms.main(str(small_demo), batch_size=8)
     assert torch.equal(views, torch.cat([torch.cat(pair) for pair in again]))
+
+
+def test_multi_crop(small_demo):
+    losses = multi_crop.main(str(small_demo), steps=20, batch_size=8)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @pytest.mark.slow
