@@ -91,7 +91,7 @@ def draw(x: Tensor, step: int) -> Params:
     sizes = list(size_range("freq_scale", mels, SCALE)), list(size_range("time_scale", frames, SCALE))
     rng = torch.tensor([SEED, step], device=x.device)
     canvas = list(canvas_size(mels, frames))
-    return reference.draw_params_reference(rng, None, batch, batch, 0, 0, *sizes, canvas, MIXUP_RATIO, 0.0)
+    return reference.draw_params_reference(rng, None, batch, batch, 0, 0, *sizes, canvas, MIXUP_RATIO, 0.0, 2, 0)
 
 
 def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> t
     out = x.new_empty(2, *x.shape)
     rng = params[1].new_zeros(2)  # only the Gaussian mixer reads it
     canvas = list(canvas_size(*x.shape[1:]))
-    given = (x, pool, None, None, None, *params, rng, 0, canvas, interpolation, "log")
+    given = (x, pool, None, None, None, *params, rng, 0, 0, canvas, interpolation, "log")
     return out, reference.augment_views_out_reference(*given, out)
 
 

@@ -399,7 +399,7 @@ def test_boxes_and_rows_out_of_range_are_moved_inside_below_the_checks(device):
         torch.testing.assert_close(back, expected, rtol=0, atol=0)
     params = augment(x, seed=1, return_params=True)[2]
     far, last = params.bank_index + 10**9, torch.full_like(params.bank_index, 3)
-    rest = (params.crop, params.fader, params.rng.to(device), 0, [8, 12], [8, 18], "bilinear", "log")
+    rest = (params.crop, params.fader, params.rng.to(device), 0, 0, [8, 12], [8, 18], "bilinear", "log")
     got, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, far, *rest)
     expected, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, last, *rest)
     assert torch.equal(got, expected)

@@ -87,6 +87,7 @@ def make_views(
         *given,
         torch.zeros(2).long(),
         offset,
+        0,
         canvas,
         interpolation,
         mixup,
@@ -187,7 +188,7 @@ def test_all_others(shape, dtype, launched):
     normalize.running_stats_(*state, sums, 1)
     bank_push.bank_push_(torch.zeros(1, *shape[1:]), torch.zeros(3).long(), x, stats)
     for count in (None, torch.tensor(1)):
-        ranges = [0, 1], [2**45, 2**20], canvas, 1.0, 0.0
+        ranges = [0, 1], [2**45, 2**20], canvas, 1.0, 0.0, 2, 0
         draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges)
     assert len(launched) == 16
 
