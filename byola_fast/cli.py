@@ -125,7 +125,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if option in valued and words and not words[0].startswith("--"):
             option += "=" + words.popleft()
         if option.partition("=")[0] in paired:
-            option = re.sub(r"=([^\[,]+,[^,]+)$", r"=[\1]", option)  # 0.6,1.5 for [0.6,1.5]
+            option = re.sub(r"=([^[(,]+,[^,]+)$", r"=[\1]", option)  # 0.6,1.5 for [0.6,1.5]
         options.append(_renamed(command, _named_like_nothing(option)))
     return options, others
 

@@ -3,7 +3,7 @@
     python examples/multi_crop.py AUDIO_DIR
 
 Each small view is compared with both whole ones, as in SwAV (arXiv:2006.09882) and DINO (arXiv:2104.14294); the target
-network sees whole views alone. byola-fast pretrain --local-views 6 --local-size 64,32 does it with the library's encoders.
+network sees whole views alone. The trainer does the same: byola-fast pretrain --local-views 6 --local-size 64,32.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class BYOL(Learner):
         online: encoder and projector. predictor: the MLP after them. target: their ``EMA``.
 
     Shape:
-        Views as the encoder takes them, ``(B, 1, F, T)``, with B of at least 2 in training; local views, of another size
-        that it takes, are a list of such tensors.
+        Views as the encoder takes them, ``(B, 1, F, T)``, with B of at least 2 in training. Local views are a list of
+        such tensors, of another size.
 
     Raises:
         ValueError: views of different batch sizes (with ``joint_batch``, shapes), or of one sample in training.

@@ -208,7 +208,7 @@ class PretrainConfig(FrontEnd, ViewSettings):
                 f"got {self.local_views}"
             )
         if self.local_size is None:
-            raise ValueError(f"local_size: expected the mel bins and frames of local views, as [{self.n_mels},48]")
+            raise ValueError(f"local_size: expected mel bins and frames of local views, as {self.n_mels},48, got none")
         Augment(self.preset, n_memory=0, seed=0, stats=(0.0, 1.0), **self.local_settings())  # checks the values
 
     def local_settings(self) -> dict[str, Any]:
