@@ -372,7 +372,7 @@ def explain(message: str, flags: Collection[str] = ()) -> str:
     if found := re.match(r'Parser key "([^"]+)": ', message):
         message = f"{found[1]}: {message[found.end() :]}"
         types = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
-        value = re.search(r"(?:Got|Given) value: (.*)$", message)
+        value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected a <.*)?$", message)
         if types and value:
             return f"{found[1]}: expected {' or '.join(WORDS.get(name, name) for name in types)}, got {value[1]}"
     if message.startswith("unrecognized arguments: "):
