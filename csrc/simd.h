@@ -306,7 +306,7 @@ struct Four {
   static Four load(const Element* const rows[4], int64_t c) {
     return {V::load(rows[0] + c), V::load(rows[1] + c), V::load(rows[2] + c), V::load(rows[3] + c)};
   }
-  void store(Element* const rows[4], int64_t k) const {
+  BYOLA_IN_PLACE void store(Element* const rows[4], int64_t k) const {
     a.store(rows[0] + k), b.store(rows[1] + k), c.store(rows[2] + k), d.store(rows[3] + k);
   }
   friend Four operator+(Four x, Four y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
