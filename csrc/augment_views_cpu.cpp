@@ -4,8 +4,8 @@
 // exp(x) is computed once per sample and serves all views; where the batch fits in the cache and its samples are each
 // other's partners, all of them first, so that each also serves the views that it is mixed into. A view mixes four rows
 // at a time, and only the crop's rows and columns, just before the resize reads them.
-// Reads x and a partner for each view; writes the views and 24 bytes of sums for each. The only buffer of the batch's size is that
-// of exp(x), kept between calls.
+// Reads x and a partner for each view; writes the views and 24 bytes of sums for each. The only buffer of the batch's
+// size is that of exp(x), kept between calls.
 #include <cmath>
 #include <tuple>
 

@@ -160,6 +160,9 @@ CALLS = {
     "sums of float32": (lambda: ops.normalize(X, SUMS.float()), TypeError, "sums: expected torch.float64, got"),
     "sums of nothing": (lambda: ops.normalize(X, SUMS[:0]), ValueError, "sums: expected those of x, got none"),
     "a batch below 0": (lambda: ops.draw_params(RNG, -1, (8, 12)), ValueError, "batch: expected an integer in [0, "),
+    "no views to draw": (lambda: ops.draw_params(RNG, 3, (8, 12), views=0), ValueError, "views: expected an integer"),
+    "a view below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), first_view=-1), ValueError, "first_view: expected"),
+    "no views": (lambda: ops.augment_views(X, **drawn(lam=LAM[None][:0])), ValueError, "lam: expected shape (1, 3), g"),
     "no mels to draw for": (lambda: ops.draw_params(RNG, 3, (0, 12)), ValueError, "input_size: expected (mels, fra"),
     "a pool below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), pool=-3), ValueError, "pool: expected an int"),
     "bank_count beyond rows": (

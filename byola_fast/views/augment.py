@@ -195,7 +195,7 @@ class _Call:
 
 
 class Augment(FixedDtype):
-    """Make random views of each batch, two or more, mixing in past inputs from a memory bank.
+    """Make random views of each batch, two by default, mixing in past inputs from a memory bank.
 
     The bank, the statistics of the pre-normalisation and the random state (seed and step) are buffers, so that a new
     ``Augment`` with the same ``state_dict`` continues the stream of views. A call advances step and bank once and never
