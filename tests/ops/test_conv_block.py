@@ -112,8 +112,8 @@ def test_gradcheck(inputs, training, device):
     with torch.no_grad():
         leaves[3][0] = -0.5  # at 0 all values of a window tie
     state = running(3, torch.float64, device)
-    known = (None, None) if training else state[:2]
-    assert torch.autograd.gradcheck(lambda *a: OPS.conv_block(*a, *known, EPS, torch.float64)[0], leaves)
+    known = [None, None] if training else [t.double().requires_grad_() for t in state[:2]]
+    assert torch.autograd.gradcheck(lambda *a: OPS.conv_block(*a, EPS, torch.float64)[0], (*leaves, *known))
 
 
 @pytest.mark.parametrize("inputs", [1, 3])
