@@ -25,6 +25,7 @@ from byola_fast.evaluation.recipes import RECIPES, write_task
 from byola_fast.networks.encoder_file import names_weights
 from byola_fast.ops import BackendError
 from byola_fast.runtime.console import reader_may_leave, say
+from byola_fast.runtime.device import keep_freed_memory
 from byola_fast.runtime.distributed import RankError
 from byola_fast.runtime.interrupts import INTERRUPTED, interruptible
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE_ERROR
         with reader_may_leave(sys.stdout) if sys.stdout else nullcontext():  # --help prints
             settings = parser.parse_args([*argv[:1], *options, *(["--", *others] if others else [])])
+        keep_freed_memory()  # a process of our own; a library may not
         with interruptible():
             return _run(settings.command, settings[settings.command])
     except ArgumentError as error:

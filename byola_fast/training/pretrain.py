@@ -22,7 +22,7 @@ from byola_fast.networks.encoder_file import describe_encoder
 from byola_fast.networks.encoders import ENCODERS, AudioNTT, feature_width, make_encoder, require_embeddings
 from byola_fast.objectives.learner import Learner
 from byola_fast.objectives.registry import find_learner, make_learner
-from byola_fast.runtime.device import keep_freed_memory, pick_device, warn_of_slow_bfloat16
+from byola_fast.runtime.device import pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.distributed import World, join, name_lost_rank
 from byola_fast.runtime.plugins import class_name
 from byola_fast.runtime.progress import Progress
@@ -111,10 +111,8 @@ def pretrain(
     if encoder is not None:
         config = replace(config, encoder=class_name(encoder, ENCODERS), feature_d=feature_width(encoder))
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if config.dtype == "bfloat16":
-            warn_of_slow_bfloat16()
+    if device.type == "cpu" and config.dtype == "bfloat16":
+        warn_of_slow_bfloat16()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with (
