@@ -16,7 +16,7 @@ from byola_fast.ops._native import build
 NAME = "byola_fast_cpu"
 # -O1: the kernels are written out in vectors, and -O2 takes half as long again to make code of the same speed.
 # Never -ffast-math: it breaks NaN. -Wno-psabi: of no interest, since no vector is passed from one library to another.
-FLAGS = ["-O1", "-fstrict-aliasing", "-fschedule-insns2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+FLAGS = ["-O1", "-fstrict-aliasing", "-fschedule-insns2", "-fcaller-saves", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 FLAGS += ["-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SIMD_FLAGS = {
