@@ -14,10 +14,10 @@ from byola_fast.ops._dispatch import Backend
 from byola_fast.ops._native import build
 
 NAME = "byola_fast_cpu"
-# -O1: the kernels are written out in vectors, and -O2 takes half as long again to make code of the same speed.
-# Never -ffast-math: it breaks NaN. -Wno-psabi: of no interest, since no vector is passed from one library to another.
-FLAGS = ["-O1", "-fstrict-aliasing", "-fschedule-insns2", "-fcaller-saves", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-FLAGS += ["-Wno-psabi"]
+# The kernels are written out in vectors: with two more passes, -O1 makes code as fast as -O2 does, in a fifth less time.
+# Never -ffast-math: it breaks NaN. -Wno-psabi: of no interest, since no vector passes from one library to another.
+FLAGS = ["-O1", "-fschedule-insns2", "-fcaller-saves", "-fstrict-aliasing", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SIMD_FLAGS = {
     "avx2": AVX2,
