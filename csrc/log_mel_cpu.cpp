@@ -175,7 +175,7 @@ Tensor log_mel_cpu(const Tensor& wav, const Tensor& window, const Tensor& filter
   const Tensor wavs = wav.stride(1) == 1 ? wav : torch::stable::contiguous(wav);
   const PreNorm norm = pre_norm(stats);
   const bool whole = wav.scalar_type() == ScalarType::Short;
-  Tensor lms = torch::stable::new_empty(wav, {batch, mels, frames}, whole ? ScalarType::Float : wav.scalar_type());
+  Tensor lms = new_on_cpu({batch, mels, frames}, whole ? ScalarType::Float : wav.scalar_type());
 
   const auto run = [&](auto kind, auto out_kind) {
     using S = decltype(kind);

@@ -13,7 +13,7 @@ Tensor resize_crop_cpu(const Tensor& x, const Tensor& crop, const Sizes& size, c
   const Tensor boxes = as_contiguous<int64_t>(crop);
   BYOLA_CHECK(boxes.numel() == 4 * source.count, "crop: expected shape (B, 4)");
   BYOLA_CHECK(fits(size, canvas, source.mels, source.frames), kFits);
-  Tensor y = torch::stable::new_empty(x, {source.count, size[0], size[1]});
+  Tensor y = new_on_cpu({source.count, size[0], size[1]}, x.scalar_type());
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
     using V = Vector<S>;

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -58,10 +59,27 @@ inline Tensor new_on_cpu(const Sizes& sizes, ScalarType dtype) {
 // The tensor itself if it is contiguous; PyTorch's own takes a call of the dispatcher to find out.
 inline Tensor compact(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// The tensor as contiguous values of T, converted if necessary; for small tensors (parameters, sums).
+// The values of a small tensor (parameters, sums) in order, as T. Converted here where the dispatcher would take longer.
 template <typename T>
 Tensor as_contiguous(const Tensor& x) {
-  return compact(x.scalar_type() == dtype_of<T>() ? x : torch::stable::to(x, dtype_of<T>()));
+  const ScalarType dtype = x.scalar_type();
+  if (dtype == dtype_of<T>()) return compact(x);
+  const auto converted = [&](auto kind) {
+    using S = decltype(kind);
+    const Tensor given = compact(x);
+    const auto sizes = x.sizes();
+    Tensor values = new_on_cpu(Sizes(sizes.begin(), sizes.end()), dtype_of<T>());
+    const S* from = static_cast<const S*>(given.data_ptr());
+    std::transform(from, from + x.numel(), static_cast<T*>(values.data_ptr()), [](S value) { return T(value); });
+    return values;
+  };
+  switch (dtype) {
+    case ScalarType::Float: return converted(float{});
+    case ScalarType::Double: return converted(double{});
+    case ScalarType::Int: return converted(int32_t{});
+    case ScalarType::Long: return converted(int64_t{});
+    default: return compact(torch::stable::to(x, dtype_of<T>()));
+  }
 }
 
 template <typename T>
