@@ -13,6 +13,7 @@ from helpers.tasks import PITCHES, make_task
 
 import byola_fast
 from benchmarks.quality import ship
+from benchmarks.quality.runs import AUDIOSET
 from byola_fast import cli
 from byola_fast.embedding.export import ExportConfig, run_export
 from byola_fast.networks import encoder_file
@@ -112,6 +113,11 @@ def test_the_card_and_the_list_are_of_these_weights():
     parameters = sum(x.numel() for x in encoder.encoder.parameters())
     assert f"{type(encoder.encoder).__name__}, {encoder.feature_d}-d, {parameters:,} parameters" in text
     assert IN_THE_BOX.stat().st_size < 2.1 * parameters
+    measured = json.loads((ship.RESULTS / "in_the_box.json").read_text(encoding="utf-8"))
+    assert measured
+    for name, scores in measured.items():
+        assert f"| {name} | {' | '.join(f'{scores[task]:.1f}' for task in AUDIOSET)} |" in text
+    assert "one seed" in text
     with open(IN_THE_BOX.with_name("heard.tsv"), newline="", encoding="utf-8") as file:
         packages = list(csv.DictReader(file, delimiter="\t"))
     assert len(packages) > 100
@@ -136,5 +142,10 @@ def test_one_command_replaces_them(tmp_path):
     assert "28.7 hours of 202 " in text
     assert f"| {record['curve'][-1]['mean']:.1f} |" in text
     assert len((tmp_path / "w" / "heard.tsv").read_text().splitlines()) == 203
+    (tmp_path / "scores.json").write_text(json.dumps({"measured": dict.fromkeys(AUDIOSET, 12.5)}))
+    assert ship.main([*words, f"--scores={tmp_path / 'scores.json'}"]) == 0
+    text = (tmp_path / "w" / "README.md").read_text()
+    assert "| measured | 12.5 | 12.5 | 12.5 | 12.5 | 12.5 |" in text
+    assert "this encoder" not in text
     assert ship.main([*words, f"--heard={IN_THE_BOX.with_name('heard.tsv')}"]) == 0
     assert (tmp_path / "w" / "heard.tsv").read_bytes() == IN_THE_BOX.with_name("heard.tsv").read_bytes()
