@@ -55,7 +55,7 @@ Accuracy in % of a linear probe on the tests of the study, by the protocol of `d
 {table}
 
 The last two rows have `--stats task`. This is one seed; others will differ. It was chosen by ridge regression on
-training and validation parts, before its test. Digits have no validation part, so there the choice saw the tested clips.
+training and validation parts, before its test. Digits have no validation part: there the choice saw the tested clips.
 
 ## Training
 
