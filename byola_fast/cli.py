@@ -73,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, others = _split(argv)
         if argv[:1] == ["pretrain"]:
+            if others and any(option.startswith("--audio_dir=") for option in options):
+                raise ValueError(
+                    f"audio_dir: expected the argument or the option, got both: {others[0]} is the argument"
+                )
             options = [*_own_config(options, others), *options]
             options = [_published(option) for option in options]
         parser = _make_parser(demo="--demo" in options)

@@ -409,7 +409,7 @@ def _make_optimizer(
         assert config.lr is not None
         lr: Any = torch.tensor(config.lr, device=trained[0].device) if graphed else config.lr
         return torch.optim.Adam(trained, lr=lr, fused=True, capturable=graphed)
-    made = make(trained)
+    made = make(trained) if callable(make) else make
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected a function that returns a torch optimiser, got {type(made).__name__}")
     return made

@@ -169,6 +169,17 @@ def test_your_own_optimiser_resumes_bit_for_bit(tmp_path):
         ({"sample_by": "hour"}, {"source": Memory(6, 4000)}, "sample_by: expected one of .*, got 'hour'"),
         ({}, {"source": Memory(6, 4000), "encoder": torch.nn.Identity()}, "encoder: expected an attribute feature_d"),
         ({}, {"source": Memory(6, 4000), "optimizer": list}, "optimizer: expected a function that returns a torch opt"),
+        (
+            {},
+            {"source": Memory(6, 4000), "optimizer": "adam"},
+            "expected a function that returns a torch optimiser, got",
+        ),
+        (
+            {},
+            {"source": Memory(6, 4000), "encoder": Flat},
+            "encoder: expected a module, got <class 'helpers.own.Flat'>",
+        ),
+        ({"probe_every": 5}, {"source": Memory(6, 4000)}, "probe_every: expected a probe to score, got none"),
         ({"cuda_graph": True}, {"source": Memory(6, 4000)}, "cuda_graph: expected false"),
     ],
 )
