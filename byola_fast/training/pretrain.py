@@ -270,6 +270,7 @@ def _train(
                 if watch.ending:
                     break
 
+    last = world.broadcast(lambda: run.last_line or {})
     if world.first:
         if probe is not None and probe.best is not None:
             logger.info("best score of the probe: %.1f %%, at step %d", 100 * probe.best[1], probe.best[0])
@@ -277,8 +278,7 @@ def _train(
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
         _draw(config, run, None if batch is None else to_lms(batch.wav.flatten(0, -2)), stats)
-        run.compare(config, {name: value for name, value in (run.last_line or {}).items() if name in RESULTS})
-    last = run.last_line or {}
+        run.compare(config, {name: value for name, value in last.items() if name in RESULTS})
     return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)
 
 
