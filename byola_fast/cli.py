@@ -25,6 +25,7 @@ from byola_fast.evaluation.recipes import RECIPES, write_task
 from byola_fast.networks.encoder_file import names_weights
 from byola_fast.ops import BackendError
 from byola_fast.runtime.console import reader_may_leave, say
+from byola_fast.runtime.device import keep_freed_memory
 from byola_fast.runtime.distributed import RankError
 from byola_fast.runtime.interrupts import INTERRUPTED, interruptible
 from byola_fast.spectrograms.corpus_statistics import StatsConfig, run_stats
@@ -44,7 +45,7 @@ WORDS = {
     "int": "a whole number",
     "bool": "true or false",
     "str": "text",
-    "tuple": "two numbers, as [0.6,1.5]",
+    "tuple": "two numbers, as 0.6,1.5",
     "NoneType": "null",
 }
 
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE_ERROR
         with reader_may_leave(sys.stdout) if sys.stdout else nullcontext():  # --help prints
             settings = parser.parse_args([*argv[:1], *options, *(["--", *others] if others else [])])
+        keep_freed_memory()  # a process of our own; a library may not
         with interruptible():
             return _run(settings.command, settings[settings.command])
     except ArgumentError as error:
@@ -115,6 +117,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     command, words = next(iter(argv), ""), deque(argv[1:])
     types = get_type_hints(CONFIGS[command]) if command in CONFIGS else {}
     valued = {f"--{name}" for name in types if types[name] is not bool} | {"--config", *OLD_FLAGS}
+    paired = {f"--{name}" for name in types if "tuple" in str(types[name])}
     options: list[str] = []
     others: list[str] = []
     while words:
@@ -127,6 +130,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         option = _with_underscores(word)
         if option in valued and words and not words[0].startswith("--"):
             option += "=" + words.popleft()
+        if option.partition("=")[0] in paired:
+            option = re.sub(r"=([^[(,]+,[^,]+)$", r"=[\1]", option)  # 0.6,1.5 for [0.6,1.5]
         options.append(_renamed(command, _named_like_nothing(option)))
     return options, others
 
@@ -373,7 +378,7 @@ def explain(message: str, flags: Collection[str] = ()) -> str:
     if found := re.match(r'Parser key "([^"]+)": ', message):
         message = f"{found[1]}: {message[found.end() :]}"
         types = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
-        value = re.search(r"(?:Got|Given) value: (.*)$", message)
+        value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected a <.*)?$", message)
         if types and value:
             return f"{found[1]}: expected {' or '.join(WORDS.get(name, name) for name in types)}, got {value[1]}"
     if message.startswith("unrecognized arguments: "):

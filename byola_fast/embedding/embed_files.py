@@ -20,7 +20,7 @@ from byola_fast.embedding.streaming import BATCH_SEC, embed_clips, require_batch
 from byola_fast.embedding.tables import TABLE_FORMATS, write_table
 from byola_fast.embedding.unfinished import Unfinished
 from byola_fast.networks.encoder_file import find_weights
-from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device, warn_of_slow_bfloat16
+from byola_fast.runtime.device import DTYPES, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.distributed import join, name_lost_rank
 from byola_fast.runtime.files import file_sha256, fingerprint, require_writable
 from byola_fast.runtime.progress import Progress
@@ -117,10 +117,8 @@ def run_embed(config: EmbedConfig) -> EmbedResult | None:
     loaded = fingerprint(weights)
     embedder = open_encoder(weights, config.stats, config.device, encoder=config.encoder)
     embedder.to(DTYPES[config.dtype])
-    if embedder.to_lms.window.device.type == "cpu":
-        keep_freed_memory()
-        if config.dtype == "bfloat16":
-            warn_of_slow_bfloat16()
+    if embedder.to_lms.window.device.type == "cpu" and config.dtype == "bfloat16":
+        warn_of_slow_bfloat16()
     times = {}
     if config.frames:
         hop_ms = 1000 * embedder.to_lms.hop_length / embedder.sample_rate

@@ -34,7 +34,7 @@ from byola_fast.evaluation.report import (
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
 from byola_fast.networks.encoder_file import find_weights, names_weights
 from byola_fast.networks.encoders import make_encoder
-from byola_fast.runtime.device import DTYPES, keep_freed_memory, pick_device, warn_of_slow_bfloat16
+from byola_fast.runtime.device import DTYPES, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
 from byola_fast.runtime.progress import Progress
 from byola_fast.spectrograms.corpus_statistics import read_stats, take_stats
@@ -82,7 +82,6 @@ def run_eval(config: EvalConfig) -> EvalResult:
     if config.weights is not None or config.features == "trained":
         config = replace(config, weights=str(find_weights(config.weights)))
     _check(config)
-    keep_freed_memory()
     if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu":
         warn_of_slow_bfloat16()
     out, (task, left_out) = Path(config.out), read_task(config.task, keep_going=config.keep_going)

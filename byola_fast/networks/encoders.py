@@ -17,7 +17,7 @@ from byola_fast.runtime.plugins import find_class
 
 CHANNELS = 64
 DROPOUT = 0.3
-BLOCK: list[type] = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+BLOCKS: list[list[type]] = [[nn.Conv2d, norm, nn.ReLU, nn.MaxPool2d] for norm in (nn.BatchNorm2d, nn.SyncBatchNorm)]
 GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
@@ -110,11 +110,13 @@ class AudioNTT(nn.Module):
 
 def _conv_block(x: Tensor, layers: list[Any]) -> Tensor:
     """Convolution, BatchNorm, ReLU, MaxPool2: ``(B, C, F, T)`` to ``(B, C', F // 2, T // 2)``."""
-    if not _is_as_built(layers):
+    conv, norm = layers[:2]
+    group = _joint_group(norm)
+    library_wins = group is not None and x.is_cuda and x.shape[1] > 1  # SyncBatchNorm has kernels for CUDA
+    if library_wins or not _is_as_built(layers):
         for layer in layers:
             x = layer(x)
         return x
-    conv, norm = layers[:2]
     return ops.conv_block(
         x,
         conv.weight,
@@ -127,12 +129,23 @@ def _conv_block(x: Tensor, layers: list[Any]) -> Tensor:
         training=norm.training,
         momentum=norm.momentum,
         eps=norm.eps,
+        group=group,
     )
+
+
+def _joint_group(norm: Any) -> Any:
+    """Return the process group over which a layer takes statistics; None for its own batch."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def _is_as_built(layers: list[Any]) -> bool:
     """Return whether a block's layers are the constructor's, with no hook to call."""
-    if [type(layer) for layer in layers] != BLOCK:
+    if [type(layer) for layer in layers] not in BLOCKS:
         return False
     if not torch.compiler.is_compiling() and nn.modules.module._has_any_global_hook():
         return False

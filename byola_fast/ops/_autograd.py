@@ -57,7 +57,7 @@ def _resize_crop_backward(ctx: Any, grad: Tensor) -> Any:
 
 def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
     x, pool, bank, bank_count, stats, lam, bank_index, crop, _fader, rng, *settings = inputs
-    ctx.sample_offset, _size, ctx.canvas, ctx.interpolation, ctx.mixup = settings
+    ctx.sample_offset, ctx.first_view, _size, ctx.canvas, ctx.interpolation, ctx.mixup = settings
     ctx.foreign_pool = pool is not None
     ctx.save_for_backward(x, bank, bank_count, stats, lam, bank_index, crop, rng, output[0])
 
@@ -80,11 +80,12 @@ def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> 
         crop,
         rng,
         ctx.sample_offset,
+        ctx.first_view,
         ctx.canvas,
         ctx.interpolation,
         ctx.mixup,
     )
-    return to_x, None, None, None, None if stats is None else to_stats, *[None] * 10
+    return to_x, None, None, None, None if stats is None else to_stats, *[None] * 11
 
 
 def _save_sample_sums(ctx: Any, inputs: Any, output: Any) -> None:
@@ -132,9 +133,10 @@ def _through_statistics(sums: Tensor, of_mean: Tensor, of_std: Tensor) -> Tensor
 
 
 def _save_conv_block(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, gamma, _beta, mean, *_settings = inputs
+    x, weight, bias, gamma, _beta, mean, variance, *_settings = inputs
     _out, which, kept, stats = output
     ctx.frozen, ctx.has_bias = mean is not None, bias is not None
+    ctx.dtypes = [None if known is None else known.dtype for known in (mean, variance)]
     ctx.save_for_backward(x, weight, gamma, which, kept, stats)
     ctx.mark_non_differentiable(which, kept, stats)
     ctx.set_materialize_grads(False)  # else autograd fills tensors of kept's size with zeros
@@ -143,12 +145,18 @@ def _save_conv_block(ctx: Any, inputs: Any, output: Any) -> None:
 def _conv_block_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
     if grad is None:
         return (None,) * 10
-    needs_x = ctx.needs_input_grad[0]
+    needs_x, needs_statistics = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:7])
     to_x, to_weight, to_bias, to_gamma, to_beta = _op("conv_block_backward")(
         grad, *ctx.saved_tensors, ctx.frozen, needs_x
     )
     to_x, to_bias = to_x if needs_x else None, to_bias if ctx.has_bias else None
-    return to_x, to_weight, to_bias, to_gamma, to_beta, *[None] * 5
+    to_statistics: list[Tensor | None] = [None, None]
+    if needs_statistics:
+        _x, _weight, gamma, _which, _kept, stats = ctx.saved_tensors
+        a, r = gamma * stats[1], stats[1]
+        each = zip((-a * to_beta, -a * r * to_gamma / 2), ctx.dtypes, strict=True)
+        to_statistics = [gradient.to(dtype) for gradient, dtype in each]
+    return to_x, to_weight, to_bias, to_gamma, to_beta, *to_statistics, *[None] * 3
 
 
 _register("log_mel", _log_mel_backward, _save_log_mel)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from byola_fast.ops import _checks as check
+from byola_fast.ops._joint_blocks import joint_conv_block
 from byola_fast.ops._route import has_kernels
 
 __all__ = ["conv_block"]
@@ -28,6 +31,7 @@ def conv_block(
     training: bool,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    group: Any = None,
 ) -> Tensor:
     """Convolve 3 x 3, normalise by BatchNorm, clip by ReLU, and pool the maximum of 2 x 2.
 
@@ -51,6 +55,8 @@ def conv_block(
         training: normalise by the batch; else by the running statistics.
         momentum: weight of the batch in the running statistics; None for the mean over all batches.
         eps: added to the variance.
+        group: a process group of torch.distributed over whose batches, of at least one image each, statistics are taken
+            in training, as ``nn.SyncBatchNorm`` does; None for the own batch.
 
     Shape:
         x ``(B, C', F, T)``, weight ``(C, C', 3, 3)``, the others ``(C,)``; ``(B, C, F // 2, T // 2)``, channels-last
@@ -69,11 +75,13 @@ def conv_block(
         the CPU more input channels are convolved by Winograd's algorithm, in float32 to 1e-6 of a channel's spread.
 
     Autograd:
-        To x, weight, bias, gamma and beta, once differentiable.
+        To x, weight, bias, gamma and beta, once differentiable. With ``group`` the sum over its processes is the
+        gradient of the sum of their losses.
 
     Backends:
         C++ on the CPU, which stores no convolution unless a gradient is needed. Triton on CUDA, with cuDNN's
-        convolution for more than one input channel. Plain PyTorch elsewhere, in exported graphs and in ``torch.func``.
+        convolution for more than one input channel. Plain PyTorch elsewhere, in exported graphs and in ``torch.func``,
+        and with ``group`` for more than one input channel.
 
     Source:
         BYOL-A, arXiv:2103.06695, a block of its encoder; batch normalisation, arXiv:1502.03167; Winograd's convolution,
@@ -91,6 +99,12 @@ def conv_block(
         if values is not None:
             check.require_shape(name, values, (channels,))
     tracked = running_mean is not None and running_var is not None
+    if training and group is not None:
+        updates = x.new_zeros((), dtype=torch.int64) if num_batches_tracked is None else num_batches_tracked
+        state: Any = (running_mean, running_var, updates) if tracked else None
+        by_patches = x.shape[1] == 1 and not x.requires_grad and has_kernels(x) and _fits(x, weight)
+        given = (x, weight, bias, gamma, beta, state, momentum, eps, _result_dtype(x))
+        return joint_conv_block(*given, group, by_patches)
     if not has_kernels(x) or not _fits(x, weight) or (tracked and num_batches_tracked is None):
         return _plain(
             x, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, training, momentum, eps

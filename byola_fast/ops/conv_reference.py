@@ -58,7 +58,7 @@ def conv_block_reference(
         centre = mean.to(compute) - bias.to(compute)
         mean, variance = mean.to(compute), variance.to(compute)
     elif x.shape[1] == 1:
-        patches, of_anchor = _second_moments(kept), kept[55] * weight.double().sum((1, 2, 3))
+        patches, of_anchor = second_moments(kept), kept[55] * weight.double().sum((1, 2, 3))
         flat = weight.double().flatten(1)
         centre = flat @ patches[9, :9]
         extended = torch.cat([flat, -centre[:, None]], 1)
@@ -90,7 +90,7 @@ def patch_moments(x: Tensor) -> Tensor:
     return torch.cat([(q.T @ q / len(q))[i, j], anchor[None]])
 
 
-def _second_moments(kept: Tensor) -> Tensor:
+def second_moments(kept: Tensor) -> Tensor:
     """Return the symmetric ``(10, 10)`` of the moments."""
     i, j = torch.tril_indices(10, 10, device=kept.device)
     full = kept.new_zeros(10, 10)
@@ -138,7 +138,7 @@ def conv_block_backward_reference(
 
 
 def batch_norm_running__reference(
-    mean: Tensor, variance: Tensor, updates: Tensor, stats: Tensor, count: int, momentum: float | None
+    mean: Tensor, variance: Tensor, updates: Tensor, stats: Tensor, count: int | Tensor, momentum: float | None
 ) -> None:
     """Move running statistics to those of a batch of ``count`` values, as ``nn.BatchNorm2d`` does; count the update.
 

@@ -104,6 +104,15 @@ def test_the_input_needs_no_gradient(inputs, device):
         assert_near(a, e, 1e-11)
 
 
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_nothing_is_kept_for_no_backward_pass(inputs, device):
+    leaves = [t.detach() for t in draw(inputs, 6, (3, 9, 11), torch.float32, device)]
+    wanted, *_ = OPS.conv_block(*leaves, None, None, EPS, torch.float32)
+    out, which, kept, _stats = OPS.conv_block(*leaves, None, None, EPS, torch.float32, False)
+    assert torch.equal(out, wanted)
+    assert which.numel() == kept.numel() == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("inputs", [1, 2])
@@ -112,8 +121,8 @@ def test_gradcheck(inputs, training, device):
     with torch.no_grad():
         leaves[3][0] = -0.5  # at 0 all values of a window tie
     state = running(3, torch.float64, device)
-    known = (None, None) if training else state[:2]
-    assert torch.autograd.gradcheck(lambda *a: OPS.conv_block(*a, *known, EPS, torch.float64)[0], leaves)
+    known = [None, None] if training else [t.double().requires_grad_() for t in state[:2]]
+    assert torch.autograd.gradcheck(lambda *a: OPS.conv_block(*a, EPS, torch.float64)[0], (*leaves, *known))
 
 
 @pytest.mark.parametrize("inputs", [1, 3])

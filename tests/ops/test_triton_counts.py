@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu import counts, kernels
+from benchmarks.gpu import counts, kernels, step_bytes
 from byola_fast.ops import _triton
 
 # kernel: maximum instructions, rounds of loads and barriers of a warp, at the shape of benchmarks/gpu/counts.py
@@ -111,3 +111,15 @@ def test_loops_rounds_and_branches_are_counted():
 def test_the_host_takes_time():
     pytest.importorskip("triton")
     assert 0 < counts.host_us("normalize", 2) < 1e4
+
+
+def test_a_training_step_moves_a_third_of_the_bytes_of_the_layers():
+    """Of the networks at B = 256, 2048-d, bfloat16, with Adam and EMA; counted from the sizes of all arguments."""
+    pytest.importorskip("triton")
+    ours, layers = (step_bytes.count(fused=fused) for fused in (True, False))
+    assert ours.total() <= 5.5e9
+    assert layers.total() >= 2.9 * ours.total()
+    pooled, given = 256 * 64 * 32 * 48, 4 * 256 * 64 * 96
+    # four passes; values in bfloat16, and in those of the online network the place of each maximum
+    assert ours["first_forward_kernel"] == pytest.approx(4 * (2 * pooled + given) + 2 * pooled, rel=1e-3)
+    assert ours["first_sums_kernel"] == pytest.approx(2 * (3 * pooled + given), rel=0.05)

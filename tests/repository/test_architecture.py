@@ -33,6 +33,12 @@ def test_ops_import_torch_and_triton_alone():
             assert top in LIGHT or top in sys.stdlib_module_names or name.startswith("byola_fast.ops"), (path, name)
 
 
+def test_the_command_line_alone_changes_malloc():
+    """It changes it for the whole process, which belongs to a library's user."""
+    changing = [path for path in PACKAGE.rglob("*.py") if any("keep_freed_memory" in name for name in imports(path))]
+    assert changing == [PACKAGE / "cli.py"]
+
+
 def test_files_can_be_read_in_one_sitting():
     for path in [
         *PACKAGE.rglob("*.py"),

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 tests=(
     tests/ops/test_log_mixup_exp.py tests/ops/test_resize_crop.py tests/ops/test_augment_views.py tests/ops/test_bank_push.py
     tests/ops/test_ema_update.py tests/ops/test_ema_lists.py tests/ops/test_philox.py tests/spectrograms/test_statistics.py
-    tests/ops/test_log_mel.py tests/ops/test_sums.py tests/ops/test_fuzz_ops.py tests/ops/test_threads.py
+    tests/ops/test_log_mel.py tests/ops/test_conv_block.py tests/ops/test_sums.py tests/ops/test_fuzz_ops.py tests/ops/test_threads.py
 )
 
 check() {  # NAME LIBRARY FLAGS: build the kernels with these flags and run the tests

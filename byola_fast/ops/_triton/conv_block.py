@@ -43,7 +43,7 @@ def conv_block(
     channels = len(weight)
     shape = (batch, channels, rows // 2, columns // 2)
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    which = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+    places = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last) if keep else None
     stats = torch.empty(4, channels, dtype=compute_dtype(x.dtype), device=x.device)
     gamma, beta, bias = gamma.contiguous(), beta.contiguous(), None if bias is None else bias.contiguous()
     pooled = batch * shape[2] * shape[3]
@@ -78,7 +78,7 @@ def conv_block(
                 stats,
                 kept,
                 out,
-                which,
+                places,
                 pooled,
                 rows,
                 columns,
@@ -87,7 +87,7 @@ def conv_block(
                 PIXELS=FIRST_PIXELS,
                 CHANNELS=block,
             )
-            return (out, which, kept, stats) if keep else (out, which.new_empty(0), kept.new_empty(0), stats)
+            return _results(out, places, kept, stats)
         y = _convolve(x.to(dtype), weight.to(dtype))
         if mean is None:
             _channel_stats(y, bias, stats, eps)
@@ -99,7 +99,7 @@ def conv_block(
             beta,
             stats,
             out,
-            which,
+            places,
             pooled,
             rows,
             columns,
@@ -108,7 +108,14 @@ def conv_block(
             PIXELS=PIXELS,
             CHANNELS=block,
         )
-    return (out, which, y, stats) if keep else (out, which.new_empty(0), y.new_empty(0), stats)
+    return _results(out, places, y, stats)
+
+
+def _results(out: Tensor, places: Tensor | None, kept: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the op does; without places nothing is kept."""
+    if places is None:
+        return out, out.new_empty(0, dtype=torch.uint8), kept.new_empty(0), stats
+    return out, places, kept, stats
 
 
 def _first_stats(x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, eps: float) -> Tensor:

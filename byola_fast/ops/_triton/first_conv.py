@@ -133,10 +133,11 @@ def first_maximum(best, place, value, d: tl.constexpr):
 
 @triton.jit
 def store_maximum(best, place, out, which, at, some):
-    """Write relu of a window's maximum and its place (0 to 3; 4 if clipped to 0)."""
+    """Write relu of a window's maximum and its place (0 to 3; 4 if clipped to 0); ``which`` None: no place."""
     clipped = best <= 0  # NaN is not
     tl.store(out + at, tl.where(clipped, 0, best), some)
-    tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
+    if which is not None:
+        tl.store(which + at, tl.where(clipped, 4, place).to(tl.uint8), some)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
