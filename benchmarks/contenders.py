@@ -91,7 +91,7 @@ def draw(x: Tensor, step: int) -> Params:
     sizes = list(size_range("freq_scale", mels, SCALE)), list(size_range("time_scale", frames, SCALE))
     rng = torch.tensor([SEED, step], device=x.device)
     canvas = list(canvas_size(mels, frames))
-    return reference.draw_params_reference(rng, None, batch, batch, 0, 0, *sizes, canvas, MIXUP_RATIO, 0.0)
+    return reference.draw_params_reference(rng, None, batch, batch, 0, 0, *sizes, canvas, MIXUP_RATIO, 0.0, 2, 0)
 
 
 def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def views_sums(x: Tensor, pool: Tensor, params: Params, interpolation: str) -> t
     out = x.new_empty(2, *x.shape)
     rng = params[1].new_zeros(2)  # only the Gaussian mixer reads it
     canvas = list(canvas_size(*x.shape[1:]))
-    given = (x, pool, None, None, None, *params, rng, 0, canvas, interpolation, "log")
+    given = (x, pool, None, None, None, *params, rng, 0, 0, canvas, interpolation, "log")
     return out, reference.augment_views_out_reference(*given, out)
 
 
@@ -171,7 +171,7 @@ def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequ
     def reused(k: int) -> Any:
         return mine(data.x[k % data.count], step=k % data.count, out=out)
 
-    def floor(k: int) -> Sequence[Tensor]:
+    def exp_and_log(k: int) -> Sequence[Tensor]:
         torch.exp(data.x[k % data.count], out=positive)
         torch.log(positive, out=out[0])
         return out[0], torch.log(positive, out=out[1])
@@ -183,13 +183,13 @@ def view_contenders(data: Batches, place: Place, interpolation: str, names: Sequ
         "byola_fast": fresh,
         "byola_fast, out=": reused,
         "copy": lambda k: out.copy_(source).unbind(0),
-        "exp/log floor": floor,
+        "exp + log": exp_and_log,
     }
     expected = {
         "copy": lambda k: source.unbind(0),
-        "exp/log floor": lambda k: [data.x[k % data.count]] * 2,
+        "exp + log": lambda k: [data.x[k % data.count]] * 2,
     }
-    moved = {"copy": 4.0, "exp/log floor": 6.0}
+    moved = {"copy": 4.0, "exp + log": 6.0}
     backend = backend_of(data.device, VIEW_OPS)
     return [
         data.contender(

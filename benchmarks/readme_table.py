@@ -30,6 +30,7 @@ QUALITY = {
     "ablations": quality_tables.ablation_table,
     "gpu": quality_tables.gpu_table,
     "gpu_tests": quality_tables.gpu_test_table,
+    "poolings": quality_tables.pooling_table,
 }
 MARKER = re.compile(r"<!-- benchmarks:")
 

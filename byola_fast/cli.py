@@ -45,7 +45,7 @@ WORDS = {
     "int": "a whole number",
     "bool": "true or false",
     "str": "text",
-    "tuple": "two numbers, as [0.6,1.5]",
+    "tuple": "two numbers, as 0.6,1.5",
     "NoneType": "null",
 }
 
@@ -113,6 +113,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     command, words = next(iter(argv), ""), deque(argv[1:])
     types = get_type_hints(CONFIGS[command]) if command in CONFIGS else {}
     valued = {f"--{name}" for name in types if types[name] is not bool} | {"--config", *OLD_FLAGS}
+    paired = {f"--{name}" for name in types if "tuple" in str(types[name])}
     options: list[str] = []
     others: list[str] = []
     while words:
@@ -125,6 +126,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         option = _with_underscores(word)
         if option in valued and words and not words[0].startswith("--"):
             option += "=" + words.popleft()
+        if option.partition("=")[0] in paired:
+            option = re.sub(r"=([^[(,]+,[^,]+)$", r"=[\1]", option)  # 0.6,1.5 for [0.6,1.5]
         options.append(_renamed(command, _named_like_nothing(option)))
     return options, others
 
@@ -371,7 +374,7 @@ def explain(message: str, flags: Collection[str] = ()) -> str:
     if found := re.match(r'Parser key "([^"]+)": ', message):
         message = f"{found[1]}: {message[found.end() :]}"
         types = dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message))
-        value = re.search(r"(?:Got|Given) value: (.*)$", message)
+        value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected a <.*)?$", message)
         if types and value:
             return f"{found[1]}: expected {' or '.join(WORDS.get(name, name) for name in types)}, got {value[1]}"
     if message.startswith("unrecognized arguments: "):

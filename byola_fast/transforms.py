@@ -2,7 +2,7 @@
 
     transform = nn.Sequential(PrecomputedNorm((-7.1, 4.2)), LogMixupExp(), RandomResizeCrop(), RandomLinearFader())
 
-``Augment`` makes two views in one call, several times as fast; use it where both views are made alike.
+``Augment`` makes all views in one call, several times as fast; use it where they are made alike.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-// Both views of every sample in one pass over the batch: pre-norm, mix, crop and resize, fader, sums.
+// V views of every sample in one pass over the batch: pre-norm, mix, crop and resize, fader, sums.
 // BYOL-A, arXiv:2103.06695; the fader: arXiv:2204.07402.
 //
-// exp(x) is computed once per sample and serves both views; where the batch fits in the cache and its samples are each
+// exp(x) is computed once per sample and serves all views; where the batch fits in the cache and its samples are each
 // other's partners, all of them first, so that each also serves the views that it is mixed into. A view mixes four rows
 // at a time, and only the crop's rows and columns, just before the resize reads them.
-// Reads x and two partners per sample; writes two views and 48 bytes of sums. The only buffer of the batch's size is that
-// of exp(x), kept between calls.
+// Reads x and a partner for each view; writes the views and 24 bytes of sums for each. The only buffer of the batch's
+// size is that of exp(x), kept between calls.
 #include <cmath>
 #include <tuple>
 
@@ -115,20 +115,20 @@ void draw_normals(Real* out, int64_t count, uint64_t seed, uint32_t step, uint32
 
 }  // namespace
 
-// x (B, F, T), pool (P, F, T), bank (N, F, T), stats (2,) -> out (2, B, *size), sums (2, B, 3)
+// x (B, F, T), pool (P, F, T), bank (N, F, T), stats (2,) -> out (V, B, *size), sums (V, B, 3)
 Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
                              const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats,
                              const Tensor& lam, const Tensor& bank_index, const Tensor& crop, const Tensor& fader,
-                             const Tensor& rng, int64_t sample_offset, const Sizes& canvas,
+                             const Tensor& rng, int64_t sample_offset, int64_t first_view, const Sizes& canvas,
                              const std::string& interpolation, const std::string& mixup_name, Tensor out) {
   const Spectrograms source(x, "x");
   const int64_t batch = source.count, mels = source.mels, frames = source.frames;
-  BYOLA_CHECK(out.dim() == 4 && out.is_contiguous() && out.scalar_type() == x.scalar_type() && out.size(0) == 2 &&
-                  out.size(1) == batch,
-              "out: expected a contiguous (2, B, F, T) tensor in the dtype of x");
-  BYOLA_CHECK(lam.numel() == 2 * batch && bank_index.numel() == 2 * batch && crop.numel() == 8 * batch &&
-                  fader.numel() == 4 * batch && rng.numel() == 2,
-              "parameters: expected two views of B samples");
+  BYOLA_CHECK(out.dim() == 4 && out.is_contiguous() && out.scalar_type() == x.scalar_type() && out.size(1) == batch,
+              "out: expected a contiguous (V, B, F, T) tensor in the dtype of x");
+  const int64_t views = out.size(0), of_all = views * batch;
+  BYOLA_CHECK(lam.numel() == of_all && bank_index.numel() == of_all && crop.numel() == 4 * of_all &&
+                  fader.numel() == 2 * of_all && rng.numel() == 2,
+              "parameters: expected ", views, " views of ", batch, " samples");
   const Sizes size{out.size(2), out.size(3)};
   BYOLA_CHECK(fits(size, canvas, mels, frames), kFits);
   const int64_t elements = size[0] * size[1];
@@ -141,7 +141,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
 
   const Tensor boxes = as_contiguous<int64_t>(crop), index = as_contiguous<int64_t>(bank_index);
   const Tensor words = as_contiguous<int64_t>(rng), ends = as_contiguous<double>(fader);
-  Tensor sums = new_on_cpu({2, batch, 3}, ScalarType::Double);
+  Tensor sums = new_on_cpu({views, batch, 3}, ScalarType::Double);
 
   with_float_type(x.scalar_type(), "x", [&](auto kind) {
     using S = decltype(kind);
@@ -183,7 +183,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
           compute_powers(b, shared_powers + b * sample_powers, scratch(memory, 4 * stride));
       });
 
-    torch::stable::parallel_for(0, batch, grain(2 * elements), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, batch, grain(views * elements), [&](int64_t begin, int64_t end) {
       CropResizer<V> resizer(mels, frames, size, canvas, bicubic);
       static thread_local Memory<Real> powers_memory, normals_memory, rows_memory, fade_memory;
       Real* own_powers = scratch(powers_memory, needs_exp && !shared ? sample_powers : 0);
@@ -198,17 +198,18 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
         const Real* powers = shared ? shared_powers + b * sample_powers : own_powers;
         if (needs_exp && !shared) compute_powers(b, own_powers, memory);
 
-        for (int64_t view = 0; view < 2; ++view) {
+        for (int64_t view = 0; view < views; ++view) {
           const int64_t row = view * batch + b, partner = std::min(data<int64_t>(index)[row], partner_rows.count - 1);
           const V4 of_z = V4::set(data<Real>(weights)[row]), of_x = V4::set(1) - of_z, eps = V4::set(kEps);
           if (mixup == Mixup::kGaussian)
             draw_normals(normals, mels * frames, uint64_t(data<int64_t>(words)[0]), uint32_t(data<int64_t>(words)[1]),
-                         uint32_t(sample_offset + b), uint32_t(view));
+                         uint32_t(sample_offset + b), uint32_t(first_view + view));
 
           // What the next view reads and its first outputs, fetched while this one is mixed.
           Ahead next_partner, next_input, next_out;
-          if (view == 0 || b + 1 < end) {
-            const int64_t next = view == 0 ? row + batch : row + 1 - batch;
+          const bool is_last = view == views - 1;
+          if (!is_last || b + 1 < end) {
+            const int64_t next = is_last ? b + 1 : row + batch;
             const int64_t* box = data<int64_t>(boxes) + 4 * next;
             const int64_t top = std::clamp<int64_t>(box[0] - (canvas[0] - mels) / 2, 0, mels - 1);
             const int64_t count = std::clamp<int64_t>(box[2], 0, mels - top);
@@ -217,7 +218,7 @@ Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool,
               next_partner = Ahead::of(shared_powers + sample * sample_powers + top * stride, count * stride);
             else if (sample >= 0 && (mixup == Mixup::kLog || mixup == Mixup::kLinear))
               next_partner = partners.ahead(sample, top, count);
-            if (view == 1)
+            if (is_last)
               next_input = shared ? Ahead::of(powers + sample_powers, sample_powers) : inputs.ahead(b + 1, 0, mels);
             next_out = Ahead::of(mutable_data<S>(out) + next * elements, std::min<int64_t>(16 * size[1], elements));
           }

@@ -13,20 +13,17 @@ constexpr int kClipped = 4;
 // x where a > b; y elsewhere, and where either is NaN.
 template <typename T, int W>
 inline Lanes<T, W> where_greater(Lanes<T, W> a, Lanes<T, W> b, Lanes<T, W> x, Lanes<T, W> y) {
-  for (int k = 0; k < W; ++k) x.v[k] = a.v[k] > b.v[k] ? x.v[k] : y.v[k];
-  return x;
+  return {a.v > b.v ? x.v : y.v};
 }
 // x where a = b, y elsewhere.
 template <typename T, int W>
 inline Lanes<T, W> where_equal(Lanes<T, W> a, Lanes<T, W> b, Lanes<T, W> x, Lanes<T, W> y) {
-  for (int k = 0; k < W; ++k) x.v[k] = a.v[k] == b.v[k] ? x.v[k] : y.v[k];
-  return x;
+  return {a.v == b.v ? x.v : y.v};
 }
 // x where a or b is NaN, y elsewhere.
 template <typename T, int W>
 inline Lanes<T, W> where_nan(Lanes<T, W> a, Lanes<T, W> b, Lanes<T, W> x, Lanes<T, W> y) {
-  for (int k = 0; k < W; ++k) x.v[k] = a.v[k] != a.v[k] || b.v[k] != b.v[k] ? x.v[k] : y.v[k];
-  return x;
+  return {((a.v != a.v) | (b.v != b.v)) ? x.v : y.v};
 }
 template <typename T, int W>
 inline void store_places(Lanes<T, W> place, uint8_t* p, int64_t n) {

@@ -1,5 +1,5 @@
-// Draw the parameters of two views: integer arithmetic on 24-bit draws, one rounding per float.
-// Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4), fader (2, B, 2). About 0.1 us per sample.
+// Draw the parameters of V views: integer arithmetic on 24-bit draws, one rounding per float.
+// Reads seed and step; writes lam (V, B), bank_index (V, B), crop (V, B, 4), fader (V, B, 2). 0.05 us per view.
 #include "draws.h"
 #include "philox.h"
 
@@ -7,11 +7,11 @@ namespace byola::BYOLA_SIMD {
 
 namespace {
 
-// rng (2,), bank_count () -> lam (2, B), bank_index (2, B), crop (2, B, 4) of Int, fader (2, B, 2) of Real
+// rng (2,), bank_count () -> lam (V, B), bank_index (V, B), crop (V, B, 4) of Int, fader (V, B, 2) of Real
 template <typename Int, typename Real>
 Draws draw(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch, int64_t pool, int64_t pool_offset,
            int64_t sample_offset, const Sizes& mels, const Sizes& frames, const Sizes& canvas, double mixup_ratio,
-           double fader_gain) {
+           double fader_gain, int64_t views, int64_t first_view) {
   const Tensor words = as_contiguous<int64_t>(rng);
   BYOLA_CHECK(words.numel() == 2, "rng: expected seed and step");
   const uint64_t seed = uint64_t(data<int64_t>(words)[0]);
@@ -19,16 +19,16 @@ Draws draw(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t b
   const int64_t filled = bank_count ? data<int64_t>(as_contiguous<int64_t>(*bank_count))[0] : 0;
   const float ratio = float(mixup_ratio), gain = float(fader_gain);
 
-  Tensor lam = new_on_cpu({2, batch}, ScalarType::Float);
-  Tensor bank_index = new_on_cpu({2, batch}, ScalarType::Long);
-  Tensor crop = new_on_cpu({2, batch, 4}, dtype_of<Int>());
-  Tensor fader = new_on_cpu({2, batch, 2}, dtype_of<Real>());
+  Tensor lam = new_on_cpu({views, batch}, ScalarType::Float);
+  Tensor bank_index = new_on_cpu({views, batch}, ScalarType::Long);
+  Tensor crop = new_on_cpu({views, batch, 4}, dtype_of<Int>());
+  Tensor fader = new_on_cpu({views, batch, 2}, dtype_of<Real>());
 
   const auto draw = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t view = row / batch, b = row % batch;
       const auto u24 = [&](Slot slot) {
-        auto u = philox({step, uint32_t(sample_offset + b), uint32_t(view), slot}, seed);
+        auto u = philox({step, uint32_t(sample_offset + b), uint32_t(first_view + view), slot}, seed);
         for (auto& word : u) word >>= 8;
         return u;
       };
@@ -58,7 +58,7 @@ Draws draw(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t b
         mutable_data<Real>(fader)[2 * row + k] = float(int32_t(ends[k]) - (1 << 23)) * 0x1p-23f * gain;
     }
   };
-  torch::stable::parallel_for(0, 2 * batch, 512, draw);
+  torch::stable::parallel_for(0, views * batch, 512, draw);
   return {lam, bank_index, crop, fader};
 }
 
@@ -66,17 +66,17 @@ Draws draw(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t b
 
 Draws draw_params_cpu(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch, int64_t pool,
                       int64_t pool_offset, int64_t sample_offset, const Sizes& mels, const Sizes& frames,
-                      const Sizes& canvas, double mixup_ratio, double fader_gain) {
+                      const Sizes& canvas, double mixup_ratio, double fader_gain, int64_t views, int64_t first_view) {
   return draw<int32_t, float>(rng, bank_count, batch, pool, pool_offset, sample_offset, mels, frames, canvas,
-                              mixup_ratio, fader_gain);
+                              mixup_ratio, fader_gain, views, first_view);
 }
 
-// The same values in the types that augment_views_out_cpu computes with.
+// Two views' values in the types that augment_views_out_cpu computes with.
 Draws draw_wide_params_cpu(const Tensor& rng, const std::optional<Tensor>& bank_count, int64_t batch,
                            int64_t sample_offset, const Sizes& mels, const Sizes& frames, const Sizes& canvas,
                            double mixup_ratio, double fader_gain) {
   return draw<int64_t, double>(rng, bank_count, batch, batch, 0, sample_offset, mels, frames, canvas, mixup_ratio,
-                               fader_gain);
+                               fader_gain, 2, 0);
 }
 
 BYOLA_OPS(draw_params, m) { m.impl("draw_params", TORCH_BOX(&draw_params_cpu)); }

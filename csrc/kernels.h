@@ -2,8 +2,12 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "ema_update.cuh"
 
@@ -12,9 +16,18 @@ namespace byola {
 // Updates the elements `from` to `to` - 1 of one target.
 using EmaMove = void (*)(void* target, const void* online, int64_t from, int64_t to, double decay);
 
+using Tensor = torch::stable::Tensor;
+using AugmentViews = Tensor(const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
+                            const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats,
+                            const Tensor& lam, const Tensor& bank_index, const Tensor& crop, const Tensor& fader,
+                            const Tensor& rng, int64_t sample_offset, int64_t first_view,
+                            const std::vector<int64_t>& canvas, const std::string& interpolation,
+                            const std::string& mixup_name, Tensor out);
+
 struct Kernels {
   const char* name;
   void (*add_ops)(torch::stable::detail::StableLibrary& library);
+  AugmentViews* augment_views;
   EmaMove (*ema_move)(ema::Kind kind);
   void (*exp_)(float* values, int64_t count);  // in place, for tests
   void (*log_positive_)(float* values, int64_t count);
@@ -29,5 +42,9 @@ Kernels kernels();
 namespace portable {
 Kernels kernels();
 }
+
+const Kernels& chosen();  // those of the best instruction set that the CPU has
+void add_common_ops(
+    torch::stable::detail::StableLibrary& library);  // those compiled once; ops/_native/cpu.py writes it
 
 }  // namespace byola

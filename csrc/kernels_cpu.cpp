@@ -16,9 +16,13 @@ void apply(float* p, int64_t count, F f) {
 
 void add_ops(torch::stable::detail::StableLibrary& library);  // ops/_native/cpu.py writes it: one call for each file
 EmaMove ema_move(ema::Kind kind);
+AugmentViews augment_views_out_cpu;
 
 Kernels kernels() {
-  return {Floats::name, add_ops, ema_move,
+  return {Floats::name,
+          add_ops,
+          augment_views_out_cpu,
+          ema_move,
           [](float* p, int64_t count) { apply(p, count, [](Floats x) -> Floats { return exp(x); }); },
           [](float* p, int64_t count) { apply(p, count, [](Floats x) -> Floats { return log_positive(x); }); }};
 }

@@ -25,7 +25,7 @@
 
 namespace byola::BYOLA_SIMD {
 
-// Lanes of one type in plain C++, for float64 and for machines without AVX2.
+// Lanes of one type in a vector of the compiler's own, for float64 and for machines without AVX2.
 template <typename T, int Width>
 struct Lanes {
   static constexpr int width = Width;
@@ -39,11 +39,12 @@ struct Lanes {
       return r;
     }
   };
-  T v[Width];
+  typedef T Lane __attribute__((vector_size(Width * sizeof(T))));
+  Lane v;
 
   static Lanes load(const T* p) {
     Lanes r;
-    std::memcpy(r.v, p, sizeof r.v);
+    std::memcpy(&r.v, p, sizeof r.v);
     return r;
   }
   static Lanes load(const T* p, int64_t n) {  // the first n lanes, zeros in the others
@@ -51,12 +52,8 @@ struct Lanes {
     for (int k = 0; k < n && k < Width; ++k) r.v[k] = p[k];
     return r;
   }
-  static Lanes set(T x) {
-    Lanes r;
-    for (int k = 0; k < Width; ++k) r.v[k] = x;
-    return r;
-  }
-  void store(T* p) const { std::memcpy(p, v, sizeof v); }
+  static Lanes set(T x) { return {x - Lane{}}; }
+  void store(T* p) const { std::memcpy(p, &v, sizeof v); }
   void store(T* p, int64_t n) const {
     for (int k = 0; k < n && k < Width; ++k) p[k] = v[k];
   }
@@ -78,30 +75,12 @@ struct Lanes {
   void add_to(double* sums) const {  // sums[width]
     for (int k = 0; k < Width; ++k) sums[k] += double(v[k]);
   }
-  friend Lanes operator+(Lanes a, Lanes b) {
-    for (int k = 0; k < Width; ++k) a.v[k] += b.v[k];
-    return a;
-  }
-  friend Lanes operator-(Lanes a, Lanes b) {
-    for (int k = 0; k < Width; ++k) a.v[k] -= b.v[k];
-    return a;
-  }
-  friend Lanes operator*(Lanes a, Lanes b) {
-    for (int k = 0; k < Width; ++k) a.v[k] *= b.v[k];
-    return a;
-  }
-  friend Lanes operator/(Lanes a, Lanes b) {
-    for (int k = 0; k < Width; ++k) a.v[k] /= b.v[k];
-    return a;
-  }
-  friend Lanes fma(Lanes a, Lanes b, Lanes c) {
-    for (int k = 0; k < Width; ++k) a.v[k] = a.v[k] * b.v[k] + c.v[k];
-    return a;
-  }
-  friend Lanes fnma(Lanes a, Lanes b, Lanes c) {  // c - a b
-    for (int k = 0; k < Width; ++k) a.v[k] = c.v[k] - a.v[k] * b.v[k];
-    return a;
-  }
+  friend Lanes operator+(Lanes a, Lanes b) { return {a.v + b.v}; }
+  friend Lanes operator-(Lanes a, Lanes b) { return {a.v - b.v}; }
+  friend Lanes operator*(Lanes a, Lanes b) { return {a.v * b.v}; }
+  friend Lanes operator/(Lanes a, Lanes b) { return {a.v / b.v}; }
+  friend Lanes fma(Lanes a, Lanes b, Lanes c) { return {a.v * b.v + c.v}; }
+  friend Lanes fnma(Lanes a, Lanes b, Lanes c) { return {c.v - a.v * b.v}; }  // c - a b
   // The first, or second, half of a[0], b[0], a[1], b[1], ...
   friend Lanes zip_low(Lanes a, Lanes b) { return zip(a, b, 0); }
   friend Lanes zip_high(Lanes a, Lanes b) { return zip(a, b, Width / 2); }
@@ -327,7 +306,7 @@ struct Four {
   static Four load(const Element* const rows[4], int64_t c) {
     return {V::load(rows[0] + c), V::load(rows[1] + c), V::load(rows[2] + c), V::load(rows[3] + c)};
   }
-  void store(Element* const rows[4], int64_t k) const {
+  BYOLA_IN_PLACE void store(Element* const rows[4], int64_t k) const {
     a.store(rows[0] + k), b.store(rows[1] + k), c.store(rows[2] + k), d.store(rows[3] + k);
   }
   friend Four operator+(Four x, Four y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }

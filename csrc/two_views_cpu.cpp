@@ -2,6 +2,7 @@
 // For one sample the calls of these ops from Python would take ten times as long as their work. The settings come as one
 // tensor that Python keeps, because each argument of an op costs up to a microsecond.
 #include "draws.h"
+#include "kernels.h"
 #include "tensors.h"
 
 namespace byola::BYOLA_SIMD {
@@ -10,11 +11,6 @@ Tensor sample_sums_cpu(const Tensor& x);
 Tensor batch_stats_cpu(const Tensor& sums, ScalarType dtype);
 Tensor running_stats__cpu(Tensor mean, Tensor variance, Tensor count, Tensor updates, const Tensor& sums,
                           int64_t max_updates);
-Tensor augment_views_out_cpu(const Tensor& x, const std::optional<Tensor>& pool, const std::optional<Tensor>& bank,
-                             const std::optional<Tensor>& bank_count, const std::optional<Tensor>& stats,
-                             const Tensor& lam, const Tensor& bank_index, const Tensor& crop, const Tensor& fader,
-                             const Tensor& rng, int64_t sample_offset, const Sizes& canvas,
-                             const std::string& interpolation, const std::string& mixup_name, Tensor out);
 void normalize__cpu(Tensor x, const Tensor& sums);
 void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::optional<Tensor>& stats);
 
@@ -81,8 +77,8 @@ void two_views__cpu(const Tensor& x, const Tensor& settings, Tensor rng, const s
       draw_wide_params_cpu(drawn_from, held, batch, offset, {set.mels[0], set.mels[1]}, {set.frames[0], set.frames[1]},
                            canvas, set.mixup_ratio, set.fader_gain);
   const Tensor sums =
-      augment_views_out_cpu(x, std::nullopt, rows, held, of_pre_norm, lam, index, crop, fader, drawn_from, offset,
-                            canvas, set.bicubic ? "bicubic" : "bilinear", kMixers[set.mixup], out);
+      chosen().augment_views(x, std::nullopt, rows, held, of_pre_norm, lam, index, crop, fader, drawn_from, offset, 0,
+                             canvas, set.bicubic ? "bicubic" : "bilinear", kMixers[set.mixup], out);
   if (set.flags & Settings::kPostNorm) normalize__cpu(out, sums);
   if (!advance) return;
   if (rows) bank_push__cpu(*rows, *cursor, x, of_pre_norm);

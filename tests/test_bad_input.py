@@ -160,6 +160,9 @@ CALLS = {
     "sums of float32": (lambda: ops.normalize(X, SUMS.float()), TypeError, "sums: expected torch.float64, got"),
     "sums of nothing": (lambda: ops.normalize(X, SUMS[:0]), ValueError, "sums: expected those of x, got none"),
     "a batch below 0": (lambda: ops.draw_params(RNG, -1, (8, 12)), ValueError, "batch: expected an integer in [0, "),
+    "no views to draw": (lambda: ops.draw_params(RNG, 3, (8, 12), views=0), ValueError, "views: expected an integer"),
+    "a view below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), first_view=-1), ValueError, "first_view: expected"),
+    "no views": (lambda: ops.augment_views(X, **drawn(lam=LAM[None][:0])), ValueError, "lam: expected shape (1, 3), g"),
     "no mels to draw for": (lambda: ops.draw_params(RNG, 3, (0, 12)), ValueError, "input_size: expected (mels, fra"),
     "a pool below 0": (lambda: ops.draw_params(RNG, 3, (8, 12), pool=-3), ValueError, "pool: expected an int"),
     "bank_count beyond rows": (
@@ -399,7 +402,7 @@ def test_boxes_and_rows_out_of_range_are_moved_inside_below_the_checks(device):
         torch.testing.assert_close(back, expected, rtol=0, atol=0)
     params = augment(x, seed=1, return_params=True)[2]
     far, last = params.bank_index + 10**9, torch.full_like(params.bank_index, 3)
-    rest = (params.crop, params.fader, params.rng.to(device), 0, [8, 12], [8, 18], "bilinear", "log")
+    rest = (params.crop, params.fader, params.rng.to(device), 0, 0, [8, 12], [8, 18], "bilinear", "log")
     got, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, far, *rest)
     expected, _ = torch.ops.byola_fast.augment_views(x, None, None, None, None, params.lam, last, *rest)
     assert torch.equal(got, expected)

@@ -19,7 +19,8 @@ from byola_fast.cli import main, read_yaml
     [
         (["pretrain", "x", "--lr=fast"], "lr: expected a number or null, got fast"),
         (["pretrain", "x", "--steps=1.5"], "steps: expected a whole number or null, got 1.5"),
-        (["pretrain", "x", "--freq-scale", "0.6", "1.5"], "freq_scale: expected two numbers, as [0.6,1.5], got 0.6"),
+        (["pretrain", "x", "--freq-scale", "0.6", "1.5"], "freq_scale: expected two numbers, as 0.6,1.5, got 0.6"),
+        (["pretrain", "x", "--local-size", "64,a"], "local_size: expected a whole number or null, got a\n"),
         (["pretrain", "x", "--freq-scale=[a,1]"], "freq_scale: expected a number, got a"),
         (["show", "x", "--seed=a b"], "seed: expected a whole number, got a b"),
         (["pretrain", "x", "--batch-sz=3"], "--batch_sz=3; did you mean --batch-size?"),

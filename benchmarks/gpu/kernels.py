@@ -99,6 +99,9 @@ def _variants() -> dict[str, Variant]:
         constants |= {"BLOCKS_AT_ONCE": at_once[0], "TURNS_AT_ONCE": at_once[1]}
         odd: tuple[str, ...] = (*views_module.RUNTIME, "mel_shift", "frame_shift")
         wide: tuple[str, ...] = magic
+        if not fused:
+            constants |= {"VIEWS": 2}
+            odd += ("first_view",)
         pointers = views_pointers | _names("x pool out", element) | {"sums": "fp64"}
         if fused:
             constants |= {"PUSH": True}
@@ -212,7 +215,7 @@ def _variants() -> dict[str, Variant]:
             _names("rng bank_count bank_index", "i64") | _names("lam fader", "fp32") | {"crop": "i32"},
             {"HAS_BANK": True, "BLOCK": 128},
             ("mel_base", "mel_slope", "frame_base", "frame_slope"),
-            ("batch", "pool", "pool_offset", "sample_offset", "canvas_mels", "canvas_frames"),
+            ("batch", "pool", "pool_offset", "sample_offset", "canvas_mels", "canvas_frames", "views", "first_view"),
         ),
         "write_inputs": Variant(
             "write_inputs.write_inputs_kernel",

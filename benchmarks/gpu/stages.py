@@ -182,7 +182,7 @@ def properties(context: Any) -> dict[str, Any]:
     drawn = ops.draw_params(torch.tensor([5, 9], device=device), batch, (64, 96), fader_gain=1.0)
     mels, frames = (list(ops.functional.size_range("scale", n, (0.6, 1.5))) for n in (64, 96))
     rng = torch.tensor([5, 9])
-    expected = reference.draw_params_reference(rng, None, batch, batch, 0, 0, mels, frames, [64, 144], 0.4, 1.0)
+    expected = reference.draw_params_reference(rng, None, batch, batch, 0, 0, mels, frames, [64, 144], 0.4, 1.0, 2, 0)
     for mine, theirs in zip(drawn, expected, strict=True):
         assert torch.equal(mine.cpu(), theirs)
     found["parameters_bit_identical_to_the_cpu"] = True

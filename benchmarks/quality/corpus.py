@@ -102,6 +102,12 @@ def kind_of(path: str, package_kind: str, seconds: float) -> str:
     return "speech" if SPEECH.search(path) else "effects"
 
 
+def _named(licence: str) -> str:
+    """Return the name of a licence that a text quotes or links to."""
+    licence = re.sub(r"CREATIVECOMMONS\.ORG/LICENSES/([A-Z-]+)/", r"CC-\1-", licence)
+    return "BSD" if licence == "REDISTRIBUTION AND USE IN SOURCE" else licence
+
+
 def licences(copyright_text: str, paths: Iterable[str]) -> list[str]:
     """Return the licences that a copyright file names for paths of the package; else those it mentions.
 
@@ -118,7 +124,8 @@ def licences(copyright_text: str, paths: Iterable[str]) -> list[str]:
             r"CC[- ]BY(?:[- ]SA)?[- ][1-4]\.[05]|creativecommons\.org/licenses/[a-z-]+/[1-4]\.[05]|CC0|Public Domain"
             r"|L?GPL|Artistic|MIT License|BSD|Redistribution and use in source|OFL|Apache|zlib|EFF Open Audio License"
         )
-        return sorted({one.upper() for one in re.findall(rf"\b(?:{known})\b", copyright_text, re.I)}) or [UNKNOWN]
+        found = {one.upper() for one in re.findall(rf"\b(?:{known})\b", copyright_text, re.I)}
+        return sorted({_named(one) for one in found}) or [UNKNOWN]
     patterns = [(re.compile(fnmatch.translate(one)), licence) for globs, licence in stanzas for one in globs]
     found = set()
     for path in paths:
@@ -504,7 +511,10 @@ def main() -> None:
     if args.renew:
         choose(args.folder, packages, args.renew, args.jobs)
         text = "\n".join(manifest_lines(packages)) + "\n"
-        write_whole(args.folder / MANIFEST.name, lambda file: file.write(lzma.compress(text.encode(), preset=9)))
+        write_whole(
+            args.folder / MANIFEST.name,
+            lambda file: file.write(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)),
+        )
     print(summary(packages))
 
 

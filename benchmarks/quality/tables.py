@@ -113,13 +113,35 @@ def _gpu(folder: Path, what: str, mean: str) -> str:
     return "\n".join(rows)
 
 
+def pooling_table(folder: Path) -> str:
+    """Return the ways to pool frames, best first for each width, by training and validation parts alone."""
+    points: defaultdict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in _read(folder / "gpu" / "poolings.json") or []:
+        points[one["feature_d"], one["pooling"]].append(one)
+    rows = [
+        _row("width", "pooling", "seeds", *AUDIOSET, "mean", "whitened, logistic"),
+        _row("---:", "---", *["---:"] * 7),
+    ]
+
+    def means(of: list[dict[str, Any]], what: str) -> list[float]:
+        return [statistics.fmean(one[what][task] for task in AUDIOSET) for one in of if what in one]
+
+    for (width, pooling), of in sorted(
+        points.items(), key=lambda item: (item[0][0], -statistics.fmean(means(item[1], "valid")))
+    ):
+        logistic = means(of, "whitened_logistic")
+        whitened = _mean_std(logistic) if logistic else ""
+        rows.append(_row(width, pooling, len(of), *_scores(of, "valid"), _mean_std(means(of, "valid")), whitened))
+    return "\n".join(rows)
+
+
 def _runs(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the runs of a row, one per seed."""
     paths = [path for path in sorted(folder.glob(f"{name}-*.json")) if path.stem[len(name) + 1 :].isdigit()]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

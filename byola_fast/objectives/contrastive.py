@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,18 +19,22 @@ from byola_fast.runtime.distributed import gather_rows
 class SimCLR(Learner):
     """Learn an encoder by matching the two views of each sample among all views of the batch (NT-Xent).
 
+    With L local views, small crops of the same samples (multi-crop), the loss is the mean of NT-Xent over ``1 + 2 L``
+    pairs of views: both whole ones, and each local one with each whole one. The negatives of a pair are its own.
+
     Args:
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
         proj_size: width of the projection.
         proj_dim: hidden width of the projector.
         temperature: of the softmax over cosines, above 0.
         reconstruction: weight of a second loss, the mean squared error of a linear decoder from each frame-level
-            feature to its own patch of the view. It keeps what the first loss lets the encoder drop.
+            feature to its own patch of the view. It keeps what the first loss lets the encoder drop. Local views are
+            not reconstructed.
         joint_batch: as ``BYOL``.
         gather: under torch.distributed, use the batches of all ranks as negatives; they must be equally large.
 
     Shape:
-        Views ``(B, 1, F, T)``, B of at least 2.
+        As ``BYOL``, B of at least 2.
 
     Raises:
         As ``BYOL``; ValueError: a temperature that is not above 0; ``reconstruction`` below 0, or with an encoder that
@@ -41,7 +46,8 @@ class SimCLR(Learner):
 
     Source:
         SimCLR, arXiv:2002.05709. Differs: the projector is BYOL's, with BatchNorm, so that only objectives differ; each
-        view passes the networks separately unless ``joint_batch``. It has no reconstruction.
+        view passes the networks separately unless ``joint_batch``. It has no reconstruction. Local views: SwAV,
+        arXiv:2006.09882; DINO, arXiv:2104.14294.
 
     >>> from byola_fast.networks.encoders import AudioNTT2020
     >>> simclr = SimCLR(AudioNTT2020(d=32), proj_size=16, proj_dim=64)
@@ -50,6 +56,7 @@ class SimCLR(Learner):
     """
 
     loss_name = "NT-Xent"
+    takes_local_views = True
 
     def __init__(
         self,
@@ -73,19 +80,24 @@ class SimCLR(Learner):
                 raise ValueError(f"reconstruction: expected AudioNTT2020 or AudioNTT2022 as the encoder, got {kind}")
             self.decoder = nn.Linear(feature_width(encoder), encoder.frame_stride * encoder.n_mels)
 
-    def forward(self, view1: Tensor, view2: Tensor) -> Output:
-        self._check_views(view1, view2)
+    def forward(self, view1: Tensor, view2: Tensor, local_views: Sequence[Tensor] = ()) -> Output:
+        views = [view1, view2]
+        self._check_views(view1, view2, local_views)
+        local_projections = self._each(self.online, local_views)  # first, as in BYOL
         if not self.reconstruction:
-            projection1, projection2 = self._both(self.online, view1, view2)
-            loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
-            return Output(loss, detached(projection1))
+            projections = self._each(self.online, views)
+            return Output(self._loss(projections, local_projections), detached(projections[0]))
         encoder: Any = self.encoder
-        frames1, frames2 = self._both(encoder.forward_frames, view1, view2)
-        projector = self.online.get_submodule("projector")
-        projection1, projection2 = self._both(projector, encoder.pool(frames1), encoder.pool(frames2))
-        loss = nt_xent_loss(projection1, projection2, self.temperature, gather=self.gather)
-        errors = self._error(view1, frames1) + self._error(view2, frames2)
-        return Output(loss + self.reconstruction / 2 * errors, detached(projection1))
+        frames = self._each(encoder.forward_frames, views)
+        projections = self._each(self.online.get_submodule("projector"), [encoder.pool(x) for x in frames])
+        errors = self._error(view1, frames[0]) + self._error(view2, frames[1])
+        loss = self._loss(projections, local_projections) + self.reconstruction / 2 * errors
+        return Output(loss, detached(projections[0]))
+
+    def _loss(self, whole: Sequence[Tensor], local: Sequence[Tensor]) -> Tensor:
+        """Return the mean over all pairs of views."""
+        pairs = [(whole[0], whole[1]), *((z, other) for z in local for other in whole)]
+        return torch.stack([nt_xent_loss(*pair, self.temperature, gather=self.gather) for pair in pairs]).mean()
 
     def _error(self, view: Tensor, frames: Tensor) -> Tensor:
         """Return the mean squared error of the decoder: views ``(B, 1, F, T)``, frames ``(B, T // stride, d)``."""
@@ -244,7 +256,7 @@ class COLA(Learner):
 
     def forward(self, view1: Tensor, view2: Tensor) -> Output:
         self._check_views(view1, view2)
-        projection1, projection2 = self._both(self.online, view1, view2)
+        projection1, projection2 = self._each(self.online, [view1, view2])
         loss = bilinear_loss(projection1, projection2, self.similarity.weight, gather=self.gather)
         return Output(loss, detached(projection1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,8 +45,9 @@ class MLP(nn.Sequential):
 class Learner(nn.Module):
     """An encoder with its loss: the interface of the trainer.
 
-    ``learner(view1, view2)`` returns an ``Output``. ``update_target()`` is called after each step of the optimiser. All
-    parameters that require a gradient are trained. ``state_dict`` holds everything that a resumed run needs.
+    ``learner(view1, view2)`` returns an ``Output``; a learner that takes local views is also called as ``learner(view1,
+    view2, local_views)``. ``update_target()`` is called after each step of the optimiser. All parameters that require a
+    gradient are trained. ``state_dict`` holds everything that a resumed run needs.
 
     Args:
         encoder: any module that maps a view to ``(B, feature_d)`` and has an attribute ``feature_d``.
@@ -57,10 +58,12 @@ class Learner(nn.Module):
         online: encoder and projector.
         loss_name: title of the loss in pictures.
         segments: segments per clip and step: 1 for both views, or 2, one for each view.
+        takes_local_views: whether ``forward`` takes a list of local views too, small crops of the same samples.
     """
 
     loss_name = "loss"
     segments = 1
+    takes_local_views = False
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, joint_batch: bool = False) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class Learner(nn.Module):
     def update_target(self) -> None:
         """Move the target after a step of the optimiser; does nothing without a target network."""
 
-    def _check_views(self, view1: Tensor, view2: Tensor) -> None:
+    def _check_views(self, view1: Tensor, view2: Tensor, local_views: Sequence[Tensor] = ()) -> None:
         if len(view1) != len(view2):
             raise ValueError(f"view2: expected as many samples as in view1 ({len(view1)}), got {len(view2)}")
         if self.training and len(view1) < 2:
@@ -89,13 +92,19 @@ class Learner(nn.Module):
                 f"view2: expected the shape of view1 {tuple(view1.shape)} with joint_batch, got {tuple(view2.shape)}"
             )
 
-    def _both(self, network: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Pass two batches through a network."""
-        if not self.joint_batch:
-            return network(x1), network(x2)
-        joint: Tensor = network(torch.cat([x1, x2]))
-        y1, y2 = joint.chunk(2)
-        return y1, y2
+        for number, view in enumerate(local_views):
+            if len(view) != len(view1):
+                wanted = f"as many samples as in view1 ({len(view1)})"
+                raise ValueError(f"local_views[{number}]: expected {wanted}, got {len(view)}")
+            if self.joint_batch and view.shape != local_views[0].shape:
+                wanted = f"the shape of the first {tuple(local_views[0].shape)} with joint_batch"
+                raise ValueError(f"local_views[{number}]: expected {wanted}, got {tuple(view.shape)}")
+
+    def _each(self, network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+        """Pass batches of one shape through a network."""
+        if not self.joint_batch or not views:
+            return [network(x) for x in views]
+        return list(network(torch.cat(list(views))).chunk(len(views)))
 
 
 def detached(projection: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ def make_learner(
 ) -> Learner:
     """Return a ``Learner`` for an encoder: ``learner(view1, view2) -> Output(loss, projection)``.
 
+    byol and simclr also take a list of local views: ``learner(view1, view2, local_views)``.
+
     Settings left None have the published values:
 
         objective  loss                                   proj_size  proj_dim  ema_decay  temperature  queue_size

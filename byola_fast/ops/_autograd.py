@@ -57,7 +57,7 @@ def _resize_crop_backward(ctx: Any, grad: Tensor) -> Any:
 
 def _save_augment_views(ctx: Any, inputs: Any, output: Any) -> None:
     x, pool, bank, bank_count, stats, lam, bank_index, crop, _fader, rng, *settings = inputs
-    ctx.sample_offset, _size, ctx.canvas, ctx.interpolation, ctx.mixup = settings
+    ctx.sample_offset, ctx.first_view, _size, ctx.canvas, ctx.interpolation, ctx.mixup = settings
     ctx.foreign_pool = pool is not None
     ctx.save_for_backward(x, bank, bank_count, stats, lam, bank_index, crop, rng, output[0])
 
@@ -80,11 +80,12 @@ def _augment_views_backward(ctx: Any, grad_views: Tensor, grad_sums: Tensor) -> 
         crop,
         rng,
         ctx.sample_offset,
+        ctx.first_view,
         ctx.canvas,
         ctx.interpolation,
         ctx.mixup,
     )
-    return to_x, None, None, None, None if stats is None else to_stats, *[None] * 10
+    return to_x, None, None, None, None if stats is None else to_stats, *[None] * 11
 
 
 def _save_sample_sums(ctx: Any, inputs: Any, output: Any) -> None:

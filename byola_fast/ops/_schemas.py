@@ -1,7 +1,7 @@
 """The table of ops: each op's schema, backends and composition. Below it, each op's reference and fake.
 
 Legend: B batch, F mels, T frames, N rows of the bank, P rows of the pool (partners come from it while the bank is
-empty; None for the batch itself). Views come first: lam (2, B), crop (2, B, 4), views (2, B, F, T). No argument may be
+empty; None for the batch itself). Views come first: lam (V, B), crop (V, B, 4), views (V, B, F, T). No argument may be
 called "mode": PyTorch passes arguments of mutating ops by keyword to a function of its own that has one.
 """
 
@@ -44,17 +44,18 @@ TABLE = (
        "-> Tensor", cpu=True, triton="resize_crop"),
     Op("draw_params(Tensor rng, Tensor? bank_count, SymInt batch, SymInt pool, SymInt pool_offset, "
        "SymInt sample_offset, SymInt[2] mels, SymInt[2] frames, SymInt[2] canvas, float mixup_ratio, "
-       "float fader_gain) -> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)",
-       cpu=True, triton="draw_params"),
+       "float fader_gain, SymInt views, SymInt first_view) "
+       "-> (Tensor lam, Tensor bank_index, Tensor crop, Tensor fader)", cpu=True, triton="draw_params"),
     Op("augment_views(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
-       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] size, "
-       "SymInt[2] canvas, str interpolation, str mixup) -> (Tensor views, Tensor sums)", made_of="augment_views_out"),
+       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt first_view, "
+       "SymInt[2] size, SymInt[2] canvas, str interpolation, str mixup) -> (Tensor views, Tensor sums)",
+       made_of="augment_views_out"),
     Op("augment_views_out(Tensor x, Tensor? pool, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
-       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt[2] canvas, "
-       "str interpolation, str mixup, Tensor(a!) out) -> Tensor", cpu=True, triton="augment_views"),
+       "Tensor bank_index, Tensor crop, Tensor fader, Tensor rng, SymInt sample_offset, SymInt first_view, "
+       "SymInt[2] canvas, str interpolation, str mixup, Tensor(a!) out) -> Tensor", cpu=True, triton="augment_views"),
     Op("augment_views_backward(Tensor grad, Tensor x, Tensor? bank, Tensor? bank_count, Tensor? stats, Tensor lam, "
-       "Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt[2] canvas, str interpolation, "
-       "str mixup) -> (Tensor, Tensor)", made_of="resize_crop_backward and plain PyTorch"),
+       "Tensor bank_index, Tensor crop, Tensor rng, SymInt sample_offset, SymInt first_view, SymInt[2] canvas, "
+       "str interpolation, str mixup) -> (Tensor, Tensor)", made_of="resize_crop_backward and plain PyTorch"),
     Op("sample_sums(Tensor x) -> Tensor", cpu=True, triton="normalize"),
     Op("batch_stats(Tensor sums, ScalarType dtype) -> Tensor", cpu=True, triton="normalize"),
     Op("running_stats_(Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) count, Tensor(d!) updates, Tensor sums, "
@@ -86,10 +87,16 @@ for _op in TABLE:
     library.define(_op.schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+def _views(args: Sequence[Any]) -> int:
+    """Return V, from the arguments of ``augment_views`` after the first."""
+    lam: Tensor = args[4]
+    return lam.shape[0]
+
+
 def augment_views_allocate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Allocate the views and fill them, on every device and backend."""
     *parameters, size, canvas, interpolation, mixup = args
-    out = x.new_empty(2, x.shape[0], *size)
+    out = x.new_empty(_views(args), x.shape[0], *size)
     sums = torch.ops.byola_fast.augment_views_out(x, *parameters, canvas, interpolation, mixup, out)
     return out, sums
 
@@ -129,9 +136,9 @@ for _name in OPS:
 
 # not public: the C++ of ema_update_ calls them for lists that are new to it
 library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
-library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
+library.define("_ema_find_fault(Tensor[] target, Tensor[] online) -> str")
 library.impl("_ema_have_clash", _ema_checks.have_clash, "CompositeExplicitAutograd")
-library.impl("_ema_require_separate_memory", _ema_checks.require_separate_memory, "CompositeExplicitAutograd")
+library.impl("_ema_find_fault", _ema_checks.find_fault, "CompositeExplicitAutograd")
 # not public: the checks of _checks.py in one pass, where the C++ kernels are loaded
 library.define("_all_weights(Tensor x) -> bool")
 library.define("_all_inside(Tensor boxes, int mels, int frames) -> bool")
@@ -196,27 +203,28 @@ def _(grad: Tensor, crop: Tensor, input_size: Sequence[int], canvas: Sequence[in
 
 @_fake("draw_params")
 def _(rng: Tensor, bank_count: Tensor | None, batch: int, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_settings, views, _first_view = args
     return (
-        rng.new_empty(2, batch, dtype=torch.float32),
-        rng.new_empty(2, batch, dtype=torch.int64),
-        rng.new_empty(2, batch, 4, dtype=torch.int32),
-        rng.new_empty(2, batch, 2, dtype=torch.float32),
+        rng.new_empty(views, batch, dtype=torch.float32),
+        rng.new_empty(views, batch, dtype=torch.int64),
+        rng.new_empty(views, batch, 4, dtype=torch.int32),
+        rng.new_empty(views, batch, 2, dtype=torch.float32),
     )
 
 
-def _empty_sums(x: Tensor) -> Tensor:
-    return x.new_empty(2, x.shape[0], 3, dtype=reference.sums_dtype(x.device))
+def _empty_sums(x: Tensor, views: int) -> Tensor:
+    return x.new_empty(views, x.shape[0], 3, dtype=reference.sums_dtype(x.device))
 
 
 @_fake("augment_views")
 def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *_parameters, size, _canvas, _interpolation, _mixup = args
-    return x.new_empty(2, x.shape[0], *size), _empty_sums(x)
+    return x.new_empty(_views(args), x.shape[0], *size), _empty_sums(x, _views(args))
 
 
 @_fake("augment_views_out")
 def _(x: Tensor, *args: Any) -> Tensor:
-    return _empty_sums(x)
+    return _empty_sums(x, _views(args))
 
 
 @_fake("augment_views_backward")

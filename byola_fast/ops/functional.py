@@ -226,8 +226,10 @@ def draw_params(
     pool: int | None = None,
     pool_offset: int = 0,
     sample_offset: int = 0,
+    views: int = 2,
+    first_view: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw the parameters of two views of a batch, bit-identical on every device and backend.
+    """Draw the parameters of V views of a batch, bit-identical on every device and backend.
 
     ``lam = mixup_ratio U(0, 1)``; ``h = clip(int(U(*freq_scale) F), 1, canvas)``, ``w`` likewise with T; ``i`` and
     ``j`` uniform over all positions that fit; ``head, tail = fader_gain U(-1, 1)``; the partner uniform over the bank's
@@ -241,10 +243,12 @@ def draw_params(
         pool: number of rows in the pool, which partners come from while the bank is empty; B by default.
         pool_offset: row of the batch's first sample in the pool.
         sample_offset: number of the batch's first sample in the global batch, in [0, 2^63) and taken modulo 2^32.
+        views: V. What a view draws does not depend on it.
+        first_view: number of the first view.
 
     Shape:
-        rng ``(2,)`` int64, bank_count ``()`` int64; returns lam ``(2, B)`` float32, bank_index ``(2, B)`` int64 (-1:
-        no partner), crop ``(2, B, 4)`` int32 and fader ``(2, B, 2)`` float32.
+        rng ``(2,)`` int64, bank_count ``()`` int64; returns lam ``(V, B)`` float32, bank_index ``(V, B)`` int64 (-1:
+        no partner), crop ``(V, B, 4)`` int32 and fader ``(V, B, 2)`` float32.
 
     Raises:
         TypeError, ValueError: arguments out of range; bank_count, at most 2^24, is checked on the CPU only.
@@ -281,6 +285,8 @@ def draw_params(
         canvas_size(mels, frames, virtual_crop_scale),
         mixup_ratio,
         fader_gain,
+        check.whole("views", views, 1, 2**32),
+        check.whole("first_view", first_view, 0, 2**32),
     )
 
 
@@ -297,6 +303,7 @@ def augment_views(
     bank_count: Tensor | None = None,
     stats: Tensor | None = None,
     sample_offset: int = 0,
+    first_view: int = 0,
     size: tuple[int, int] | None = None,
     canvas: tuple[int, int] | None = None,
     interpolation: str = "bilinear",
@@ -304,7 +311,7 @@ def augment_views(
     out: Tensor | None = None,
     mode: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make both views of a batch in one pass (pre-normalise, mix, crop and resize, fade), and their sums.
+    """Make V views of a batch in one pass (pre-normalise, mix, crop and resize, fade), and their sums.
 
     Args:
         x: log-mel spectrograms.
@@ -313,14 +320,14 @@ def augment_views(
         bank: past pre-normalised inputs, float32 or float16.
         bank_count: number of filled rows in the bank; at 0 the pool is used.
         stats: mean and std of the pre-normalisation; None for none.
-        sample_offset: number of the first sample in the global batch, as in ``draw_params`` (Gaussian noise needs it).
+        sample_offset, first_view: as in ``draw_params``; Gaussian noise needs them.
         size, canvas, interpolation, mode: as in ``resize_crop``.
         mixup: "log" (log-mixup-exp), "linear", "gaussian" or "none".
         out: a contiguous tensor to write the views to, with memory of its own.
 
     Shape:
-        x ``(B, F, T)``, pool ``(P, F, T)``, bank ``(N, F, T)``, stats ``(2,)``; views ``(2, B, *size)`` in the dtype of
-        x, sums ``(2, B, 3)`` float64: count, sum and sum of squares of each view of each sample, for ``normalize``.
+        x ``(B, F, T)``, pool ``(P, F, T)``, bank ``(N, F, T)``, stats ``(2,)``; views ``(V, B, *size)`` in the dtype of
+        x, sums ``(V, B, 3)`` float64: count, sum and sum of squares of each view of each sample, for ``normalize``.
 
     Raises:
         TypeError, ValueError: arguments that do not match. RuntimeError: ``out=`` while x, stats or out requires a
@@ -344,21 +351,23 @@ def augment_views(
     check.require_one_of("interpolation", interpolation, check.INTERPOLATIONS)
     check.require_one_of("mixup", mixup, check.MIXERS)
     batch, mels, frames = x.shape
+    check.require_float("lam", lam)
+    views = max([1, *lam.shape[:1]])
     for name, tensor, shape in (
-        ("lam", lam, (2, batch)),
-        ("bank_index", bank_index, (2, batch)),
-        ("crop", crop, (2, batch, 4)),
-        ("fader", fader, (2, batch, 2)),
+        ("lam", lam, (views, batch)),
+        ("bank_index", bank_index, (views, batch)),
+        ("crop", crop, (views, batch, 4)),
+        ("fader", fader, (views, batch, 2)),
         ("rng", rng, (2,)),
     ):
         check.require_shape(name, tensor, shape)
         check.require_same_device(name, tensor, "x", x)
     check.require_integer("rng", rng, (torch.int64,))
-    check.require_float("lam", lam)
     check.require_float("fader", fader)
     check.require_integer("bank_index", bank_index)
     check.require_integer("crop", crop)
     sample_offset = check.whole("sample_offset", sample_offset, 0, 2**63)
+    first_view = check.whole("first_view", first_view, 0, 2**32)
     for name, rows in (("pool", pool), ("bank", bank)):
         if rows is not None:
             check.require_float(name, rows)
@@ -378,14 +387,14 @@ def augment_views(
     check.require_no_grad("augment_views", bank=bank, pool=pool, lam=lam, fader=fader)
     size = (mels, frames) if size is None else pair("size", size, (1, 1))
     canvas = canvas_size(mels, frames) if canvas is None else pair("canvas", canvas, (mels, frames))
-    parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset)
+    parameters = (x, pool, bank, bank_count, stats, lam, bank_index, crop, fader, rng, sample_offset, first_view)
     if out is None:
         made = op("augment_views", x, stats)
         if not is_without_autograd(made):
             return made(*parameters, size, canvas, interpolation, mixup)
-        views = x.new_empty((2, batch, *size))  # as the op does, but without its Python
-        return views, op("augment_views_out")(*parameters, canvas, interpolation, mixup, views)
-    check_out(out, x, size)
+        out = x.new_empty((views, batch, *size))  # as the op does, but without its Python
+        return out, op("augment_views_out")(*parameters, canvas, interpolation, mixup, out)
+    check_out(out, x, size, views)
     parameters_read = dict(lam=lam, bank_index=bank_index, crop=crop, fader=fader, rng=rng, bank_count=bank_count)
     check.require_own_memory("out", out, x=x, pool=pool, bank=bank, stats=stats, **parameters_read)
     check.require_no_grad("augment_views with out=", x=x, stats=stats, out=out)
@@ -394,9 +403,9 @@ def augment_views(
     return out, sums
 
 
-def check_out(out: Tensor, x: Tensor, size: tuple[int, int]) -> None:
+def check_out(out: Tensor, x: Tensor, size: tuple[int, int], views: int = 2) -> None:
     """Require an ``out`` that can hold the views of ``x (B, F, T)``."""
-    check.require_shape("out", out, (2, x.shape[0], *size))
+    check.require_shape("out", out, (views, x.shape[0], *size))
     check.require_same_dtype("out", out, "x", x)
     check.require_same_device("out", out, "x", x)
     if not out.is_contiguous():

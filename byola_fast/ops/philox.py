@@ -56,7 +56,7 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
 
 
 def view_words(
-    rng: torch.Tensor, batch: int, sample_offset: int, slot: int | torch.Tensor
+    rng: torch.Tensor, batch: int, sample_offset: int, slot: int | torch.Tensor, views: int = 2, first_view: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return four words for each view and sample of a batch.
 
@@ -65,14 +65,16 @@ def view_words(
         batch: B, the number of samples.
         sample_offset: number of the first sample in the global batch.
         slot: a slot, or a 1-D tensor of N slots.
+        views: V, the number of views.
+        first_view: number of the first view.
 
     Shape:
-        Four int64 tensors of ``(2, B)``, or ``(2, B, N)`` for N slots, on the device of ``rng``.
+        Four int64 tensors of ``(V, B)``, or ``(V, B, N)`` for N slots, on the device of ``rng``.
     """
     seed, step = rng[0], rng[1] & MASK32
     sample = (torch.arange(batch, device=rng.device) + sample_offset) & MASK32
-    view = torch.arange(2, device=rng.device)[:, None]
-    counter = [step.expand(2, batch), sample.expand(2, batch), view.expand(2, batch)]
+    view = ((torch.arange(views, device=rng.device) + first_view) & MASK32)[:, None]
+    counter = [word.expand(views, batch) for word in (step, sample, view)]
     if isinstance(slot, torch.Tensor):
         counter = [word[..., None] for word in counter]
         slots = slot

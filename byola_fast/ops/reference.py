@@ -224,7 +224,7 @@ def resize_crop_backward_reference(
     return _resize_rows_backward(g, *mels, input_size[0]).to(grad.dtype).contiguous()
 
 
-# the parameters of two views
+# the parameters of views
 
 
 def draw_params_reference(
@@ -239,14 +239,16 @@ def draw_params_reference(
     canvas: list[int],
     mixup_ratio: float,
     fader_gain: float,
+    views: int,
+    first_view: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw lam, bank_index, crop and fader of both views: integer arithmetic, one rounding per float.
+    """Draw lam, bank_index, crop and fader of all views: integer arithmetic, one rounding per float.
 
     ``mels`` and ``frames`` are (base, slope): a crop's size is ``clip((base + slope * u24) >> 40, 1, canvas)``.
     """
 
     def u24(slot: int) -> list[Tensor]:
-        return [word >> 8 for word in view_words(rng, batch, sample_offset, slot)]
+        return [word >> 8 for word in view_words(rng, batch, sample_offset, slot, views, first_view)]
 
     size_h, size_w, place_h, place_w = u24(SLOT_CROP)
     h = ((mels[0] + mels[1] * size_h) >> SIZE_SHIFT).clamp(1, canvas[0])
@@ -270,11 +272,14 @@ def draw_params_reference(
     return lam, bank_index, crop, fader
 
 
-def standard_normal_reference(rng: Tensor, batch: int, sample_offset: int, count: int) -> Tensor:
-    """Return ``(2, B, count)`` float64 standard normals by the Box-Muller transform; four share one Philox call."""
+def standard_normal_reference(
+    rng: Tensor, batch: int, sample_offset: int, count: int, views: int = 2, first_view: int = 0
+) -> Tensor:
+    """Return ``(V, B, count)`` float64 standard normals by the Box-Muller transform; four share one Philox call."""
     blocks = torch.arange(-(-count // 4), device=rng.device) + SLOT_NOISE
     dtype = sums_dtype(rng.device)
-    a, b, c, d = ((word >> 8).to(dtype) * 2.0**-24 for word in view_words(rng, batch, sample_offset, blocks))
+    words = view_words(rng, batch, sample_offset, blocks, views, first_view)
+    a, b, c, d = ((word >> 8).to(dtype) * 2.0**-24 for word in words)
     normals = []
     for radius, angle in ((a, b), (c, d)):
         radius = (-2 * (radius + 2.0**-24).log()).sqrt()
@@ -282,13 +287,13 @@ def standard_normal_reference(rng: Tensor, batch: int, sample_offset: int, count
     return torch.stack(normals, dim=-1).flatten(2)[..., :count]
 
 
-def noise_reference(x: Tensor, rng: Tensor, sample_offset: int) -> Tensor:
-    """Return the standard normals of both views, ``(2, B, F, T)``, in the dtype of ``x (B, F, T)``."""
-    batch, mels, frames = x.shape
-    return standard_normal_reference(rng, batch, sample_offset, mels * frames).view(2, *x.shape).to(x.dtype)
+def noise_reference(x: Tensor, rng: Tensor, sample_offset: int, views: int, first_view: int) -> Tensor:
+    """Return the standard normals of all views, ``(V, B, F, T)``, in the dtype of ``x (B, F, T)``."""
+    normals = standard_normal_reference(rng, len(x), sample_offset, x.shape[1] * x.shape[2], views, first_view)
+    return normals.view(views, *x.shape).to(x.dtype)
 
 
-# two views
+# views
 
 
 def pre_norm_reference(x: Tensor, stats: Tensor | None) -> Tensor:
@@ -322,13 +327,13 @@ def mix_reference(x: Tensor, z: Tensor, lam: Tensor, mixup: str) -> Tensor:
 
 
 def augment_views_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Return both views ``(2, B, *size)`` and their ``(2, B, 3)`` sums: count, sum, sum of squares."""
+    """Return V views ``(V, B, *size)`` and their ``(V, B, 3)`` sums: count, sum, sum of squares."""
     views = list(_each_view(x, *args))
     return torch.stack(views).to(x.dtype), torch.stack([sample_sums_reference(view) for view in views])
 
 
 def augment_views_out_reference(x: Tensor, *args: Any) -> Tensor:
-    """Write both views to the last argument, ``out (2, B, *size)``, and return their sums."""
+    """Write the views to the last argument, ``out (V, B, *size)``, and return their sums."""
     parameters, out = [*args[:-1]], args[-1]  # torch 2.11 cannot trace "*parameters, out = args"
     parameters.insert(-3, out.shape[2:])  # before canvas, interpolation and mixup
     sums = []
@@ -350,15 +355,16 @@ def _each_view(
     fader: Tensor,
     rng: Tensor,
     sample_offset: int,
+    first_view: int,
     size: Sequence[int],
     canvas: list[int],
     interpolation: str,
     mixup: str,
 ) -> Iterator[Tensor]:
-    """Yield both views ``(B, *size)`` in the compute dtype."""
+    """Yield each view ``(B, *size)`` in the compute dtype."""
     clean = pre_norm_reference(x, stats)
-    noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
-    for view in range(2):
+    noise = noise_reference(clean, rng, sample_offset, len(lam), first_view) if mixup == "gaussian" else None
+    for view in range(len(lam)):
         mixed = clean
         if noise is not None:
             mixed = mix_reference(clean, noise[view], lam[view], mixup)
@@ -388,20 +394,21 @@ def augment_views_backward_reference(
     crop: Tensor,
     rng: Tensor,
     sample_offset: int,
+    first_view: int,
     canvas: list[int],
     interpolation: str,
     mixup: str,
     resize_crop_backward: Callable[..., Tensor] = resize_crop_backward_reference,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` and ``stats`` (zeros if ``stats`` is None) for ``grad (2, B, *size)``.
+    """Return the gradients of ``x`` and ``stats`` (zeros if ``stats`` is None) for ``grad (V, B, *size)``.
 
     If partners come from the batch (no bank, or an empty one), their gradient is added to their rows. Most of the time
     goes to ``resize_crop_backward``, for which the op passes the backend's kernel.
     """
     clean = pre_norm_reference(x, stats)
     total = torch.zeros_like(clean)
-    noise = noise_reference(clean, rng, sample_offset) if mixup == "gaussian" else None
-    for view in range(2):
+    noise = noise_reference(clean, rng, sample_offset, len(lam), first_view) if mixup == "gaussian" else None
+    for view in range(len(lam)):
         g = grad[view].to(clean.dtype)
         g = resize_crop_backward(g, crop[view], list(x.shape[1:]), canvas, interpolation)
         weight = _per_sample(lam[view], clean)

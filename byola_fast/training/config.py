@@ -9,11 +9,12 @@ from typing import Any
 
 from byola_fast.networks.ema import CosineDecay
 from byola_fast.networks.encoders import ENCODERS
-from byola_fast.objectives.registry import default_of, find_learner
+from byola_fast.objectives.registry import LEARNERS, default_of, find_learner
 from byola_fast.ops import _checks as check
 from byola_fast.runtime.device import DTYPES
 from byola_fast.runtime.plugins import find_class
 from byola_fast.spectrograms.log_mel import FrontEnd
+from byola_fast.views.augment import Augment
 from byola_fast.views.params import PRESETS, ViewSettings
 
 SCHEDULES = ("constant", "cosine")
@@ -64,7 +65,11 @@ class PretrainConfig(FrontEnd, ViewSettings):
             statistics (first version of the paper).
         stats: JSON file from ``byola-fast stats``, instead of stats_segments.
         n_memory: number of past inputs kept as mixing partners, 24 KB each; 0 mixes within the batch.
-        post_norm: normalise both views jointly to mean 0 and std 1.
+        post_norm: normalise both views jointly to mean 0 and std 1; local views apart from them.
+        local_views: number of small crops of each segment beside its two views, for byol and simclr; each is compared
+            with both views (multi-crop). Not published for BYOL-A.
+        local_size: mel bins and frames of the local views; AudioNTT2020 and AudioNTT2022 need all mel bins.
+        local_scale: minimum and maximum of both sides of their crops, times mel bins and frames, at most 1.
         seed: of weights, segments and views; the same seed on the same CPU gives the same losses.
         device: "cpu", "cuda", "cuda:1" and so on, "mps"; "auto" takes a GPU if there is one, another for each process.
         dtype: "float32", or "bfloat16" (autocast); by default bfloat16 on a GPU.
@@ -120,6 +125,9 @@ class PretrainConfig(FrontEnd, ViewSettings):
     stats: str | None = None
     n_memory: int = 2048
     post_norm: bool = True
+    local_views: int = 0
+    local_size: tuple[int, int] | None = None
+    local_scale: tuple[float, float] = (0.2, 0.6)
     seed: int = 0
     device: str = "auto"
     dtype: str | None = None
@@ -170,13 +178,17 @@ class PretrainConfig(FrontEnd, ViewSettings):
         minimum = dict(epochs=1, steps=1, batch_size=2, feature_d=1, proj_size=1, proj_dim=1, sample_rate=1, n_mels=1)
         minimum.update(n_fft=1, n_memory=0)
         minimum.update(stats_segments=0, seed=0, workers=0, threads=1, log_every=1, save_every=1, keep_every=1)
-        minimum.update(warmup_steps=0, probe_every=1)
+        minimum.update(warmup_steps=0, probe_every=1, local_views=0)
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
             if value is not None and value >= (limit := 1 << (63 if name == "seed" else 31)):
                 raise ValueError(f"{name}: expected below {limit}, got {value}")
+        if self.local_views:
+            self._check_local_views()
+        elif self.local_size is not None:
+            raise ValueError(f"local_size: expected none without local_views, got {self.local_size}")
         if self.unit_sec is not None and not 0 < self.unit_sec * self.sample_rate < 1 << 31:
             raise ValueError(f"unit_sec: expected seconds of 1 to 2^31 samples, got {self.unit_sec}")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
@@ -185,6 +197,24 @@ class PretrainConfig(FrontEnd, ViewSettings):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected {what} above 0, got {value}")
+
+    def _check_local_views(self) -> None:
+        objective = self.objective or PRESETS[self.preset].objective
+        learner = find_learner(objective)
+        if not learner.takes_local_views or learner.segments != 1:
+            names = " and ".join(name for name, known in LEARNERS.items() if known.takes_local_views)
+            raise ValueError(
+                f"local_views: expected 0 with objective {objective!r}, which has no use for them ({names} have), "
+                f"got {self.local_views}"
+            )
+        if self.local_size is None:
+            raise ValueError(f"local_size: expected mel bins and frames of local views, as {self.n_mels},48, got none")
+        Augment(self.preset, n_memory=0, seed=0, stats=(0.0, 1.0), **self.local_settings())  # checks the values
+
+    def local_settings(self) -> dict[str, Any]:
+        """Return the settings of the local views, by the names that ``Augment`` has for them."""
+        size = None if self.local_size is None else tuple(self.local_size)
+        return {"local_views": self.local_views, "local_size": size, "local_scale": tuple(self.local_scale)}
 
     @property
     def num_samples(self) -> int:
@@ -263,7 +293,7 @@ def differing_settings(before: Mapping[str, Any], now: PretrainConfig) -> list[s
     >>> differing_settings({"lr": 0.1, "steps": 3, "seed": 0}, PretrainConfig(lr=0.2, steps=9))
     ['lr: 0.1 there, 0.2 now']
     """
-    before = renamed(before)
+    before = {"local_views": 0} | renamed(before)
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(now).items()}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in before.items()}
     names = [name for name in listed if name in found and name not in MAY_CHANGE and found[name] != listed[name]]

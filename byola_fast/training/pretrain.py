@@ -186,6 +186,7 @@ def _train(
         stats=stats,
         post_norm=config.post_norm,
         **config.view_settings(),
+        **config.local_settings(),
     ).to(device)
     state = RunState(world, learner, optimizer, aug)
     step, epoch, clips = 0, 0, len(source)
@@ -221,11 +222,12 @@ def _train(
         with times("log-mel"):
             lms = to_lms(wav.flatten(0, -2))
         with times("augmentation"):
-            view1, view2 = aug(lms, sample_offset=world.rank * len(lms))
+            view1, view2, *local_views = aug(lms, sample_offset=world.rank * len(lms))
             if segments == 2:  # one view of each
                 view1, view2 = view1[0::2], view2[1::2]
         with times("forward"), torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, projection = network(view1, view2)
+            # a learner of one's own may take two views alone
+            loss, projection = network(view1, view2, local_views) if local_views else network(view1, view2)
         with times("backward"):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -302,7 +304,8 @@ def _is_kept(config: PretrainConfig, step: int) -> bool:
 def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, source: Source) -> tuple[int, int]:
     """Return (mels, frames) of the segments, or refuse settings that do not fit them.
 
-    A user's own encoder is tried once, so that a wrong output shape is found before the statistics are computed.
+    A user's own encoder is tried once, so that a wrong output shape is found before the statistics are computed; any
+    encoder is tried on local views.
     """
     stride: Any = getattr(encoder, "frame_stride", 1)
     minimum = max(to_lms.n_fft // 2 + 1, (stride - 1) * to_lms.hop_length)
@@ -312,6 +315,11 @@ def _check_shape(config: PretrainConfig, encoder: nn.Module, to_lms: LogMel, sou
     shape = to_lms.n_mels, to_lms.num_frames(source.num_samples)
     if not isinstance(encoder, AudioNTT):
         require_embeddings(encoder, shape)
+    if config.local_size is not None:
+        try:
+            require_embeddings(encoder, config.local_settings()["local_size"])
+        except ValueError as error:
+            raise ValueError(f"local_size: expected a size that the encoder takes: {error}") from error
     resolve_settings(config.preset, config.view_settings()).check_ranges(*shape)
     return shape
 

@@ -126,19 +126,20 @@ def _finished(views: Tensor, lms: Tensor, out: Tensor | None) -> tuple[Tensor, T
     return view1, view2
 
 
-def flat(out: Tensor, lms: Tensor, size: tuple[int, int] | None) -> Tensor:
+def flat(out: Tensor, lms: Tensor, size: tuple[int, int] | None, views: int = 2) -> Tensor:
     """Check ``out`` and return it without the channel that the views will have."""
     check.require_tensor("out", out)
     if lms.dim() == 4:
         if out.dim() != 5 or out.shape[2] != 1:
-            raise ValueError(f"out: expected shape (2, B, 1, F, T) for views of (B, 1, F, T), got {tuple(out.shape)}")
+            wanted = f"({views}, B, 1, F, T) for views of (B, 1, F, T)"
+            raise ValueError(f"out: expected shape {wanted}, got {tuple(out.shape)}")
         out = out[:, :, 0]
     x = without_channel("lms", lms)
-    check_out(out, x, size or (x.shape[1], x.shape[2]))
+    check_out(out, x, size or (x.shape[1], x.shape[2]), views)
     check.require_no_grad("augment with out=", lms=lms, out=out)
     return out
 
 
 def with_channel(views: Tensor, lms: Tensor) -> Tensor:
-    """Return views ``(2, B, F, T)`` in the rank of the input."""
+    """Return views ``(V, B, F, T)`` in the rank of the input."""
     return views[:, :, None] if lms.dim() == 4 else views

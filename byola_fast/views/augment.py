@@ -1,4 +1,4 @@
-"""Two views of every sample: the function ``augment`` and the module ``Augment`` with a memory.
+"""Views of every sample: the function ``augment``, for two, and the module ``Augment`` with a memory.
 
 lms -> pre-norm -> mixup -> random resize crop (-> fader) -> post-norm, once per view, per sample
 """
@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack  # which torch depends on
 
-from byola_fast import ops
 from byola_fast.ops import _checks as check
 from byola_fast.ops._replay import freeze, may_replay, numbers_of, write_inputs
 from byola_fast.ops._replay import run as replay
 from byola_fast.ops._two_views import has_cpu_op, two_views
-from byola_fast.ops.functional import without_channel
+from byola_fast.ops.functional import pair, size_range, without_channel
 from byola_fast.runtime.buffers import FixedDtype
 from byola_fast.runtime.distributed import concat_ranks, loader_worker, own_rank
 from byola_fast.runtime.recomputation import is_outside, is_recomputed, recall, remember
@@ -27,10 +26,13 @@ from byola_fast.runtime.workers import warn_once
 from byola_fast.spectrograms.statistics import RunningStats, batch_stats, given_stats
 from byola_fast.views.at_once import augment_at_once, call_at_once, flat, with_channel
 from byola_fast.views.memory_bank import MemoryBank
+from byola_fast.views.op_by_op import Group, draw, make_views, normalized
 from byola_fast.views.params import AugmentParams, Settings, SettingsByName, resolve_settings
 
 Views = tuple[Tensor, Tensor]
 ViewsAndParams = tuple[Tensor, Tensor, AugmentParams]
+AllViews = tuple[Tensor, ...]
+AllViewsAndParams = tuple[Any, ...]  # mypy cannot unpack tuple[*tuple[Tensor, ...], AugmentParams] into names
 
 
 class _Keywords(SettingsByName, total=False):
@@ -122,13 +124,14 @@ def augment(
         if views12 is not None:
             return views12
     chosen = resolve_settings(preset, settings)
+    both = Group(chosen)
     check.require_float("lms", lms)
     x = without_channel("lms", lms)
     check.require_spectrogram("lms", x)
     if params is not None:
         if seed is not None or generator is not None:
             raise ValueError("params: expected neither seed nor generator beside them, which would have no effect")
-        params.check(x.shape[0], x.device, _canvas(x, chosen), x.shape[0])
+        params.check(x.shape[0], x.device, [(2, both.canvas(x))], x.shape[0])
         held = params.bank_count
         if held is not None and check.is_readable(held) and int(held):
             raise ValueError(
@@ -142,9 +145,9 @@ def augment(
         drawn = params
         if drawn is None:
             assert rng is not None
-            drawn = _draw(rng, x, chosen, sample_offset=_offset(sample_offset, x))
-        views, sums = _make_views(x, drawn, chosen, stats=of_pre_norm, out=_flat_out(out, lms, chosen))
-        return with_channel(_normalized(views, sums) if post_norm else views, lms), drawn
+            drawn = draw(rng, x, [both], sample_offset=_offset(sample_offset, x))
+        views, sums = make_views(x, drawn, both, stats=of_pre_norm, out=_flat_out(out, lms, chosen))
+        return with_channel(normalized(views, sums) if post_norm else views, lms), drawn
 
     def make_at_once(rng: Tensor, of_pre_norm: Tensor | None) -> Tensor:
         flat_out = _flat_out(out, lms, chosen)
@@ -188,11 +191,11 @@ class _Call:
     stats: Tensor | None
     rows: Tensor
     pool: Tensor | None
-    sums: Tensor | None = None  # of all ranks
+    sums: list[Tensor] = field(default_factory=list)  # of all ranks, by group
 
 
 class Augment(FixedDtype):
-    """Make two random views of each batch, mixing in past inputs from a memory bank.
+    """Make random views of each batch, two by default, mixing in past inputs from a memory bank.
 
     The bank, the statistics of the pre-normalisation and the random state (seed and step) are buffers, so that a new
     ``Augment`` with the same ``state_dict`` continues the stream of views. A call advances step and bank once and never
@@ -209,13 +212,19 @@ class Augment(FixedDtype):
         seed: in [0, 2^63); by default drawn from torch's default generator.
         stats: (mean, std); a ``RunningStats``; None for running statistics (first version of the paper), updated in
             training mode only.
-        post_norm: normalise both views jointly to mean 0 and std 1.
+        post_norm: normalise the views jointly to mean 0 and std 1, local ones apart from the others.
         sync: with torch.distributed initialised, in training mode, push the inputs of all ranks and use joint
             statistics, so that views do not depend on the world size. Ranks must give batches of equal size.
+        n_views: number of views of the settings' ``size``.
+        local_views: number of further views, which see a small part of the input: multi-crop, as in DINO.
+        local_size: (mels, frames) of local views.
+        local_scale: minimum and maximum of both sides of their crops, times mel bins and frames; at most 1, because
+            these crops lie inside the input, where a canvas's margin could be all that they show.
         **settings: any of ``byola_fast.views.params.Settings``.
 
     Shape:
-        As ``augment``.
+        As ``augment``. Returns ``n_views + local_views`` tensors; ``out`` is ``(n_views, B, ...)``, and refused with
+        local views.
 
     Numerics:
         As ``augment``; inputs that are not finite are kept out of the bank and counted in ``bank.refused``. Buffers
@@ -225,13 +234,16 @@ class Augment(FixedDtype):
         As ``augment``; partners from the bank get none. With ``sync`` over several ranks, an error.
 
     Source:
-        arXiv:2103.06695. Differs: both views draw from the bank before the batch is pushed, once; while the bank is
-        empty, partners come from the batch, as in ``augment``.
+        arXiv:2103.06695; multi-crop, arXiv:2104.14294. Differs: all views draw from the bank before the batch is
+        pushed, once; while the bank is empty, partners come from the batch, as in ``augment``.
 
     >>> aug = Augment("byola-v2", seed=0)
     >>> view1, view2 = aug(torch.randn(4, 64, 96))
     >>> len(aug.bank)
     4
+    >>> crops = Augment(local_views=4, local_size=(32, 32), seed=0)(torch.randn(4, 64, 96))
+    >>> [tuple(view.shape[1:]) for view in crops]
+    [(64, 96), (64, 96), (32, 32), (32, 32), (32, 32), (32, 32)]
     """
 
     rng: Tensor
@@ -242,12 +254,12 @@ class Augment(FixedDtype):
         @overload
         def __call__(
             self, lms: Tensor, *, return_params: Literal[False] = False, **keywords: Unpack[_CallKeywords]
-        ) -> Views: ...
+        ) -> AllViews: ...
         @overload
         def __call__(
             self, lms: Tensor, *, return_params: Literal[True], **keywords: Unpack[_CallKeywords]
-        ) -> ViewsAndParams: ...
-        def __call__(self, lms: Tensor, **keywords: Any) -> Views | ViewsAndParams: ...
+        ) -> AllViewsAndParams: ...
+        def __call__(self, lms: Tensor, **keywords: Any) -> AllViews | AllViewsAndParams: ...
 
     def __init__(
         self,
@@ -260,12 +272,26 @@ class Augment(FixedDtype):
         stats: tuple[float, float] | Tensor | RunningStats | None = None,
         post_norm: bool = True,
         sync: bool = True,
+        n_views: int = 2,
+        local_views: int = 0,
+        local_size: tuple[int, int] | None = None,
+        local_scale: tuple[float, float] = (0.2, 0.6),
         **settings: Unpack[SettingsByName],
     ) -> None:
         super().__init__()
         self.settings = resolve_settings(preset, settings)
         self.post_norm = post_norm
         self.sync = sync
+        self.n_views = check.whole("n_views", n_views, 1, 2**16)
+        self.local_views = check.whole("local_views", local_views, 0, 2**16)
+        if local_size is not None:
+            local_size = pair("local_size", local_size, (1, 1))
+        elif local_views:
+            raise ValueError("local_size: expected the (mels, frames) of local views, got None")
+        size_range("local_scale", 1, local_scale)
+        if local_scale[1] > 1:
+            raise ValueError(f"local_scale: expected (min, max) with max <= 1, inside the input, got {local_scale}")
+        self.local_size, self.local_scale = local_size, local_scale
         self.bank = MemoryBank(n_memory, shape, bank_dtype)
         device = self.bank.cursor.device  # torch's default
         self.register_buffer("rng", _fresh_rng(device, seed, 0, None))
@@ -285,8 +311,8 @@ class Augment(FixedDtype):
         params: AugmentParams | None = None,
         return_params: bool = False,
         out: Tensor | None = None,
-    ) -> Views | ViewsAndParams:
-        """Return ``view1, view2`` (and params), and advance step and bank."""
+    ) -> AllViews | AllViewsAndParams:
+        """Return the views (and params), and advance step and bank."""
         if params is None and not return_params and sample_offset is None and has_cpu_op(lms) and self._is_plain():
             views12 = call_at_once(self, lms, out)
             if views12 is not None:
@@ -299,12 +325,12 @@ class Augment(FixedDtype):
         if params is None and not return_params and sample_offset is None and may_replay(lms) and len(x):
             signature = self._signature()
         if signature is not None:
-            op_by_op = lambda: self._make(lms, x, None, None, False, out)[0]  # noqa: E731
-            views = replay(lambda: self._make_at_once(lms, x, out), op_by_op, signature, (lms, *self._state(), out))
+            op_by_op = lambda: self._make(lms, x, None, None, False, out)[0][0]  # noqa: E731
+            made = [replay(lambda: self._make_at_once(lms, x, out), op_by_op, signature, (lms, *self._state(), out))]
         else:
-            views, drawn = self._make(lms, x, sample_offset, params, return_params, out)
-        view1, view2 = views.unbind(0)
-        return (view1, view2, drawn) if return_params else (view1, view2)
+            made, drawn = self._make(lms, x, sample_offset, params, return_params, out)
+        views = tuple(view for views in made for view in views.unbind(0))
+        return (*views, drawn) if return_params else views
 
     def _make(
         self,
@@ -314,9 +340,11 @@ class Augment(FixedDtype):
         params: AugmentParams | None,
         return_params: bool,
         out: Tensor | None,
-    ) -> tuple[Tensor, AugmentParams]:
-        """Return the views and their parameters, op by op; unless a backward pass makes them again, go a step on."""
-        flat_out = _flat_out(out, lms, self.settings)
+    ) -> tuple[list[Tensor], AugmentParams]:
+        """Return each group's views, and all parameters; unless a backward pass makes them again, go a step on."""
+        if out is not None and self.local_views:
+            raise ValueError("out: expected none with local views, which have a size of their own, got a tensor")
+        flat_out = _flat_out(out, lms, self.settings, self.n_views)
         differentiable = torch.is_grad_enabled() and lms.requires_grad
         call, around = recall(self)
         again = call is not None
@@ -330,25 +358,31 @@ class Augment(FixedDtype):
             if backward:
                 call.rows = call.rows.clone()
         _refuse_gradient_across_ranks(x, call.pool)
-        views, sums = _make_views(
-            x,
-            call.params,
-            self.settings,
-            stats=call.stats,
-            out=flat_out,
-            bank=call.rows if len(call.rows) else None,
-            pool=call.pool,
-        )
-        if self.post_norm:
-            if call.pool is not None:
-                sums = call.sums = _gather_sums(sums) if call.sums is None else call.sums
-            views = _normalized(views, sums)
+        bank = call.rows if len(call.rows) else None
+        made = []
+        for number, group in enumerate(self._groups()):
+            views, sums = make_views(x, call.params, group, stats=call.stats, out=flat_out, bank=bank, pool=call.pool)
+            if self.post_norm:
+                if call.pool is not None:
+                    if not again:
+                        call.sums.append(_gather_sums(sums))
+                    sums = call.sums[number]
+                views = normalized(views, sums)
+            made.append(with_channel(views, lms))
         if not again:
             remember(self, call, around)
             if self.training:
                 self.bank.push(x if call.pool is None else call.pool, call.stats)
                 self.rng[1:].add_(1)
-        return with_channel(views, lms), call.params
+        return made, call.params
+
+    def _groups(self) -> list[Group]:
+        whole = Group(self.settings, self.n_views)
+        if not self.local_views:
+            return [whole]
+        size, scale = self.local_size, self.local_scale
+        settings = replace(self.settings, size=size, freq_scale=scale, time_scale=scale, virtual_crop_scale=(1.0, 1.0))
+        return [whole, Group(settings, self.local_views, self.n_views)]
 
     def _make_at_once(self, lms: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
         """Do what ``_make`` does, without gradients, on one rank and outside of workers, in as few launches."""
@@ -372,10 +406,12 @@ class Augment(FixedDtype):
         return with_channel(views, lms)
 
     def _is_plain(self) -> bool:
-        """Return whether a call may be made at once: parts of our own, one rank, no worker, no checkpoint around."""
+        """Return whether a call may be made at once: two views, own parts, one rank, no worker, no checkpoint."""
         bank = self.bank
         return (
-            type(bank) is MemoryBank
+            self.n_views == 2
+            and not self.local_views
+            and type(bank) is MemoryBank
             and bank.rows is not None
             and bank.rows.is_contiguous()
             and type(self.running_stats) in (RunningStats, type(None))
@@ -423,13 +459,14 @@ class Augment(FixedDtype):
                 if not 0 <= int(held) <= filled:
                     raise ValueError(f"params.bank_count: expected at most the bank's {filled} rows, got {int(held)}")
                 partners = int(held) or len(everyone)
-            params.check(x.shape[0], x.device, _canvas(x, self.settings), partners)
+            canvases = [(group.views, group.canvas(x)) for group in self._groups()]
+            params.check(x.shape[0], x.device, canvases, partners)
             params = replace(params, bank_count=held)
 
         stats = self._stats(everyone)
         if params is None:
             offsets = {"sample_offset": _offset(sample_offset, x), "pool_offset": rank * x.shape[0]}
-            params = _draw(self.rng, x, self.settings, bank_count=held, pool=everyone.shape[0], **offsets)
+            params = draw(self.rng, x, self._groups(), bank_count=held, pool=everyone.shape[0], **offsets)
         return _Call(params, stats, rows, pool)
 
     def _stats(self, x: Tensor) -> Tensor | None:
@@ -473,7 +510,8 @@ class Augment(FixedDtype):
         return distributed.get_world_size() > 1
 
     def extra_repr(self) -> str:
-        return f"{self.settings}, post_norm={self.post_norm}"
+        names = ("post_norm", "n_views", "local_views", "local_size", "local_scale")
+        return ", ".join([str(self.settings), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
 def _fresh_rng(
@@ -504,81 +542,15 @@ def _offset(sample_offset: int | None, x: Tensor) -> int:
     return own_rank() * x.shape[0] if sample_offset is None else sample_offset
 
 
-def _canvas(x: Tensor, settings: Settings) -> tuple[int, int]:
-    return ops.canvas_size(x.shape[1], x.shape[2], settings.virtual_crop_scale)
-
-
-def _draw(
-    rng: Tensor,
-    x: Tensor,
-    settings: Settings,
-    *,
-    sample_offset: int,
-    bank_count: Tensor | None = None,
-    pool: int | None = None,
-    pool_offset: int = 0,
-) -> AugmentParams:
-    lam, bank_index, crop, fader = ops.draw_params(
-        rng,
-        x.shape[0],
-        (x.shape[1], x.shape[2]),
-        mixup_ratio=settings.mixup_ratio,
-        freq_scale=settings.freq_scale,
-        time_scale=settings.time_scale,
-        virtual_crop_scale=settings.virtual_crop_scale,
-        fader_gain=settings.fader_gain,
-        bank_count=bank_count,
-        pool=pool,
-        pool_offset=pool_offset,
-        sample_offset=sample_offset,
-    )
-    return AugmentParams(lam, bank_index, crop, fader, rng, bank_count, sample_offset)
-
-
-def _make_views(
-    x: Tensor,
-    params: AugmentParams,
-    settings: Settings,
-    *,
-    stats: Tensor | None,
-    out: Tensor | None,
-    bank: Tensor | None = None,
-    pool: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Make the views, ``(2, B, *size)``, not yet post-normalised, and their sums."""
-    return ops.augment_views(
-        x,
-        params.lam,
-        params.bank_index,
-        params.crop,
-        params.fader,
-        params.rng,
-        pool=pool,
-        bank=bank,
-        bank_count=None if bank is None else params.bank_count,
-        stats=stats,
-        sample_offset=params.sample_offset,
-        size=settings.size,
-        canvas=_canvas(x, settings),
-        interpolation=settings.interpolation,
-        mixup=settings.mixup,
-        out=out,
-    )
-
-
-def _normalized(views: Tensor, sums: Tensor) -> Tensor:
-    return ops.normalize(views, sums, inplace=not (torch.is_grad_enabled() and views.requires_grad))
-
-
 def _refuse_gradient_across_ranks(x: Tensor, pool: Tensor | None) -> None:
     if pool is not None and torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("Augment: gives no gradient across ranks; use sync=False, or call under torch.no_grad()")
 
 
 def _gather_sums(sums: Tensor) -> Tensor:
-    """Return the ``(2, B, 3)`` sums of all ranks in sample order, so that adding them rounds as in one process."""
-    return concat_ranks(sums).unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()
+    """Return the ``(V, B, 3)`` sums of all ranks in sample order, so that adding them rounds as in one process."""
+    return concat_ranks(sums).unflatten(0, (-1, len(sums))).transpose(0, 1).flatten(1, 2).contiguous()
 
 
-def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings) -> Tensor | None:
-    return None if out is None else flat(out, lms, settings.size)
+def _flat_out(out: Tensor | None, lms: Tensor, settings: Settings, views: int = 2) -> Tensor | None:
+    return None if out is None else flat(out, lms, settings.size, views)

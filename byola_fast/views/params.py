@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypedDict
 
@@ -140,16 +140,17 @@ def resolve_settings(preset: str, changes: Mapping[str, Any]) -> Settings:
 
 @dataclass(eq=False)
 class AugmentParams:
-    """The random parameters of both views of a batch, for replay. Views come first.
+    """The random parameters of V views of a batch, for replay. Views come first, local ones after the others.
 
     ``torch.load(weights_only=True)`` loads them once byola_fast is imported; ``==`` compares all values.
 
     Attributes:
-        lam: ``(2, B)`` float32, weight of the partner in each sample, in [0, 1].
-        bank_index: ``(2, B)`` int64, the partner's row in the bank, or in the batch if the bank is missing or empty;
+        lam: ``(V, B)`` float32, weight of the partner in each sample, in [0, 1].
+        bank_index: ``(V, B)`` int64, the partner's row in the bank, or in the batch if the bank is missing or empty;
             -1: no partner, not mixed.
-        crop: ``(2, B, 4)`` int32, boxes (i, j, h, w) on the virtual canvas: first mel, first frame, mels, frames.
-        fader: ``(2, B, 2)`` float32, value added at the first and the last frame.
+        crop: ``(V, B, 4)`` int32, boxes (i, j, h, w) on the virtual canvas, of local views on the input: first mel,
+            first frame, mels, frames.
+        fader: ``(V, B, 2)`` float32, value added at the first and the last frame.
         rng: ``(2,)`` int64, seed and step, which the Gaussian mixer's noise follows from; zeros by default.
         bank_count: ``()`` int64, rows in the bank at the draw; None without a bank.
         sample_offset: number of the first sample in the global batch.
@@ -196,21 +197,24 @@ class AugmentParams:
         }
         return replace(self, **moved)
 
-    def check(self, batch: int, device: torch.device, canvas: tuple[int, int], rows: int) -> None:
+    def check(
+        self, batch: int, device: torch.device, canvases: Sequence[tuple[int, tuple[int, int]]], rows: int
+    ) -> None:
         """Refuse parameters that do not fit a batch; values are checked on the CPU only.
 
         Args:
             batch: B.
             device: where the batch is.
-            canvas: (mels, frames) of the virtual canvas.
+            canvases: number of views that share a canvas, and its (mels, frames), in the order of the views.
             rows: number of rows to choose partners from.
         """
         check.require_float("params.lam", self.lam)
         check.require_float("params.fader", self.fader)
         check.whole("params.sample_offset", self.sample_offset, 0, 2**63)
+        counts = [count for count, _canvas in canvases]
         for name, wanted in (("lam", ()), ("bank_index", ()), ("crop", (4,)), ("fader", (2,))):
             tensor = getattr(self, name)
-            check.require_shape(f"params.{name}", tensor, (2, batch, *wanted))
+            check.require_shape(f"params.{name}", tensor, (sum(counts), batch, *wanted))
             if tensor.device != device:
                 raise ValueError(f"params.{name}: expected on {device}, got {tensor.device}; use params.to(device)")
         check.require_integer("params.bank_index", self.bank_index)
@@ -218,13 +222,15 @@ class AugmentParams:
         check.require_integer("params.rng", self.rng, (torch.int64,))
         check.require_shape("params.rng", self.rng, (2,))
         check.require_lam_in_range("params.lam", self.lam)
-        check.require_crop_in_canvas("params.crop", self.crop, canvas)
+        for boxes, (_count, canvas) in zip(self.crop.split(counts), canvases, strict=True):
+            check.require_crop_in_canvas("params.crop", boxes, canvas)
         check.require_index_in_range("params.bank_index", self.bank_index, rows)
 
     def __str__(self) -> str:
         seed, step = self.rng.tolist()
-        lines = [f"AugmentParams: {len(self)} samples from number {self.sample_offset}, seed {seed}, step {step}"]
-        for view in range(2):
+        views, first = len(self.lam), self.sample_offset
+        lines = [f"AugmentParams: {views} views of {len(self)} samples from number {first}, seed {seed}, step {step}"]
+        for view in range(views):
             for sample in range(min(len(self), 4)):
                 i, j, h, w = self.crop[view, sample].tolist()
                 head, tail = (value + 0.0 for value in self.fader[view, sample].tolist())  # -0 reads as 0

@@ -116,6 +116,7 @@ def test_the_card_and_the_list_are_of_these_weights():
         packages = list(csv.DictReader(file, delimiter="\t"))
     assert len(packages) > 100
     assert all(package["version"] and package["licences"] and int(package["files"]) for package in packages)
+    assert not any(package["licences"].startswith("see ") for package in packages)
 
 
 def test_one_command_replaces_them(tmp_path):

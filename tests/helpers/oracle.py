@@ -32,13 +32,13 @@ def resize_crop(x, crop, size, canvas, interpolation):
 
 
 def views(x, params, *, size=None, canvas=None, interpolation="bilinear", mixup="log", stats=(0.0, 1.0), bank=None):
-    """Both views before post-normalisation, ``(2, B, *size)``."""
+    """All views before post-normalisation, ``(V, B, *size)``."""
     x = (x.double().cpu() - stats[0]) / max(stats[1], EPS)
     size = tuple(x.shape[1:]) if size is None else size
     canvas = (x.shape[1], int(1.5 * x.shape[2])) if canvas is None else canvas
     rows = x if bank is None else bank.double().cpu()
-    result = torch.zeros(2, x.shape[0], *size, dtype=torch.float64)
-    for view in range(2):
+    result = torch.zeros(len(params.lam), x.shape[0], *size, dtype=torch.float64)
+    for view in range(len(result)):
         for b in range(x.shape[0]):
             partner, lam = int(params.bank_index[view, b]), params.lam[view, b].double().cpu()
             mixed = x[b]

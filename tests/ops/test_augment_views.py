@@ -47,6 +47,37 @@ def test_partners_from_the_batch(shape, dtype, interpolation, mixup, device):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 63, 97), (1, 1, 1), (0, 5, 7), (1, 6, 9)])
+def test_any_number_of_views_of_any_size(shape, dtype, views, device):
+    base = torch.randn(shape[0], shape[2], 2 * shape[1], device=device).to(dtype)
+    x = base[..., ::2].transpose(1, 2)  # not contiguous
+    params = draw(shape[0], shape[1:], device, views=views)
+    for interpolation, size in (("bilinear", (32, 31)), ("bicubic", None)):
+        made, sums = run(x, params, interpolation=interpolation, size=size)
+        expected = oracle.views(x, params, interpolation=interpolation, size=size)
+        assert_close(made, expected)
+        wide = expected.flatten(2)
+        assert torch.equal(sums[..., 0].cpu(), torch.full(sums.shape[:2], wide.shape[2], dtype=torch.float64))
+        assert_close(sums[..., 1].float() / wide.shape[2], wide.mean(2), factor=1e5 if dtype is torch.float64 else 1)
+
+
+@pytest.mark.parametrize("mixup", ["log", "linear", "gaussian", "none"])
+def test_a_view_does_not_depend_on_the_others(mixup, device):
+    """Bit for bit: in any number of views, alone, and in a second call for views of later numbers."""
+    x, bank = torch.randn(3, 17, 37, device=device), torch.randn(5, 17, 37, device=device)
+    held = torch.tensor(5, device=device)
+    settings = {"bank": bank, "bank_count": held, "mixup": mixup, "sample_offset": 7}
+    drawn = {"bank_count": held, "sample_offset": 7}
+    whole, sums = run(x, draw(3, (17, 37), device, views=6, **drawn), **settings)
+    for views, first in ((2, 0), (1, 0), (1, 3), (4, 2)):
+        params = draw(3, (17, 37), device, views=views, first_view=first, **drawn)
+        part, part_sums = run(x, params, first_view=first, **settings)
+        assert torch.equal(part, whole[first : first + views])
+        assert torch.equal(part_sums, sums[first : first + views])
+
+
 @pytest.mark.parametrize("bank_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_partners_from_the_bank(interpolation, bank_dtype, device):
@@ -175,20 +206,21 @@ def test_nan_stays_in_its_sample_and_its_partners(device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("mixup", ["log", "linear", "gaussian", "none"])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_gradcheck(interpolation, mixup, device):
+def test_gradcheck(interpolation, mixup, views, device):
     x = torch.randn(3, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
     stats = torch.tensor([0.3, 1.2], dtype=torch.float64, device=device, requires_grad=True)
-    params = draw(3, (4, 5), device)
+    first_view = views - 2
+    params = draw(3, (4, 5), device, views=views, first_view=first_view)
+    named = {"stats": stats, "interpolation": interpolation, "mixup": mixup, "first_view": first_view}
     bank = torch.randn(4, 4, 5, dtype=torch.float64, device=device)
     for rows, count in ((None, None), (bank, torch.tensor(0)), (bank, torch.tensor(4))):
 
         def both(x, stats, rows=rows, count=count):
             count = None if count is None else count.to(device)
-            views, sums = run(
-                x, params, stats=stats, interpolation=interpolation, mixup=mixup, bank=rows, bank_count=count
-            )
+            views, sums = run(x, params, **named | {"stats": stats}, bank=rows, bank_count=count)
             return ops.normalize(views, sums), sums
 
         assert torch.autograd.gradcheck(both, (x, stats))

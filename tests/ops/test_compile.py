@@ -38,9 +38,10 @@ def test_a_model_that_calls_the_ops_compiles_once_without_graph_breaks(device):
             torch.testing.assert_close(a, b)
 
 
-def test_the_module_compiles_once_without_graph_breaks(device):
-    eager = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12)).to(device)
-    traced = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12)).to(device)
+@pytest.mark.parametrize("views", [{}, {"n_views": 1, "local_views": 2, "local_size": (4, 5)}], ids=["two", "crops"])
+def test_the_module_compiles_once_without_graph_breaks(views, device):
+    eager = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12), **views).to(device)
+    traced = Augment("byola-v2", seed=5, n_memory=7, shape=(8, 12), **views).to(device)
     compiled = torch.compile(traced, fullgraph=True)
     for step in range(5):
         x = torch.randn(3, 1, 8, 12, device=device)

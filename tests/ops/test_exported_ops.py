@@ -71,6 +71,8 @@ def programs():
     yield "augment", Call(lambda x: augment(x, seed=1, preset="byola-v2")), (x[:, None],), (0,)
     yield "Augment", Augment(seed=1, n_memory=5, shape=(8, 12)), (x,), (0,)
     pipeline = LogMel(n_fft=64, win_length=64, n_mels=8, hop_length=32), Call(lambda x: augment(x, seed=3))
+    crops = {"n_views": 3, "local_views": 2, "local_size": (4, 5)}
+    yield "multi-crop", Augment(seed=1, n_memory=5, shape=(8, 12), **crops), (x,), (0,)
     yield "pipeline", nn.Sequential(*pipeline), (wav,), (0,)
 
 

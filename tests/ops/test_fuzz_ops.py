@@ -121,18 +121,20 @@ def test_augment_views(data):
         stats_dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
         stats = lay_out(data, torch.tensor([data.draw(st.floats(-5, 5)), std], dtype=stats_dtype), EXACT)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    crop = torch.stack([random_crops(batch, canvas, generator) for _ in range(2)])
-    index = torch.randint(-1, max(rows, 1), (2, batch), generator=generator).clamp_max(rows - 1)
-    lam = uniform(data, (2, batch))
-    fader = uniform(data, (2, batch, 2)) * 2 - 1
+    count_of_views = data.draw(st.integers(1, 5))
+    crop = torch.stack([random_crops(batch, canvas, generator) for _ in range(count_of_views)])
+    index = torch.randint(-1, max(rows, 1), (count_of_views, batch), generator=generator).clamp_max(rows - 1)
+    lam = uniform(data, (count_of_views, batch))
+    fader = uniform(data, (count_of_views, batch, 2)) * 2 - 1
     rng = torch.tensor([data.draw(st.integers(-(2**63), 2**63 - 1)), data.draw(st.integers(0, 2**32 - 1))])
     parameters = [lay_out(data, each) for each in (lam, index, crop, fader, rng)]
-    offset = data.draw(st.integers(0, 2**31))
-    arguments = [x, pool, bank, count, stats, *parameters, offset, list(size), list(canvas), interpolation, mixup]
+    offset, first_view = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 2**32 - 5))
+    settings = [list(size), list(canvas), interpolation, mixup]
+    arguments = [x, pool, bank, count, stats, *parameters, offset, first_view, *settings]
 
     def definition(x, *args):
         *given, size, canvas, interpolation, mixup = args
-        out = torch.empty(2, x.shape[0], *size, dtype=torch.float64)
+        out = torch.empty(count_of_views, x.shape[0], *size, dtype=torch.float64)
         sums = reference.augment_views_out_reference(x, *given, canvas, interpolation, mixup, out)
         return out, sums
 
@@ -148,8 +150,9 @@ def test_augment_views(data):
         "interpolation": interpolation,
         "mixup": mixup,
         "sample_offset": offset,
+        "first_view": first_view,
     }
-    out = torch.empty(2, batch, *size, dtype=dtype)
+    out = torch.empty(count_of_views, batch, *size, dtype=dtype)
     views, _ = ops.augment_views(x, *parameters, size=size, canvas=canvas, out=out, **named)
     assert views is out
     assert torch.equal(bits(out), bits(OPS.augment_views(*arguments)[0]))
@@ -175,6 +178,8 @@ def test_draw_params(data):
         pool=pool,
         pool_offset=data.draw(st.integers(0, 2**24)),
         sample_offset=data.draw(st.integers(0, 2**40)),
+        views=data.draw(st.integers(1, 7)),
+        first_view=data.draw(st.integers(0, 2**32 - 1)),
     )
     assume(scales[1][1] * frames < 2**22)
     with threads(data.draw(st.integers(1, 3))):
@@ -183,12 +188,12 @@ def test_draw_params(data):
     size = functional.canvas_size(mels, frames, canvas)
     expected = reference.draw_params_reference(
         rng, named["bank_count"], batch, pool, named["pool_offset"], named["sample_offset"], *settled, size,
-        named["mixup_ratio"], named["fader_gain"],
+        named["mixup_ratio"], named["fader_gain"], named["views"], named["first_view"],
     )  # fmt: skip
     for got, wanted in zip(drawn, expected, strict=True):
         assert got.dtype == wanted.dtype
         assert torch.equal(bits(got), bits(wanted))
-    ops.resize_crop(torch.zeros(batch, 1, 1), drawn[2][0], size=(1, 1), canvas=size)  # raises unless all boxes fit
+    ops.resize_crop(torch.zeros(batch, 1, 1), drawn[2][-1], size=(1, 1), canvas=size)  # raises unless all boxes fit
 
 
 @fuzzed
@@ -345,7 +350,7 @@ def test_a_canvas_out_of_all_proportion_is_refused(canvas):
         lambda: OPS.resize_crop(x, crop, [8, 16], list(canvas), "bilinear"),
         lambda: OPS.resize_crop_backward(x, crop, [8, 16], list(canvas), "bilinear"),
         lambda: OPS.augment_views_out(
-            x, None, None, None, None, *two, torch.tensor([1, 2]), 0, list(canvas), "bilinear", "log", out
+            x, None, None, None, None, *two, torch.tensor([1, 2]), 0, 0, list(canvas), "bilinear", "log", out
         ),
     ):
         with pytest.raises(RuntimeError, match=r"fewer than 2\^31"):

@@ -48,10 +48,14 @@ def samples(device):
             yield "resize_crop", (x(grad=True), crop[0], [4, 6], canvas, interpolation)
             yield "resize_crop_backward", (x(), crop[0], [5, 7], canvas, interpolation)
         for source in ((None, None, None), (None, bank, count), (x(shape=(9, 5, 7)), bank, count * 0)):
-            tail = (*source, stats, lam, index, crop, fader, rng, 7)
+            tail = (*source, stats, lam, index, crop, fader, rng, 7, 0)
             yield "augment_views", (x(grad=source[0] is None), *tail, [4, 6], canvas, "bilinear", "log")
             yield "augment_views_out", (x(), *tail, canvas, "bicubic", "linear", x(shape=(2, 3, 4, 6)))
-        backward = (bank, count, stats, lam, index, crop, rng, 7, canvas, "bilinear", "gaussian")
+            more = (*(drawn.repeat(3, *[1] * (drawn.dim() - 1))[:5] for drawn in (lam, index, crop, fader)), rng, 7, 2)
+            yield "augment_views", (x(grad=source[0] is None), *source, stats, *more, [2, 3], canvas, "bilinear", "log")
+            one = (*(drawn[:1] for drawn in (lam, index, crop, fader)), rng, 7, 1, canvas, "bilinear", "gaussian")
+            yield "augment_views_out", (x(), *source, stats, *one, x(shape=(1, 3, 4, 6)))
+        backward = (bank, count, stats, lam, index, crop, rng, 7, 0, canvas, "bilinear", "gaussian")
         yield "augment_views_backward", (torch.randn(2, 3, 5, 7, device=device), x(), *backward)
         sums = torch.rand(2, 3, 3, dtype=torch.float64, device=device) + torch.tensor([8.0, 0, 8], device=device)
         yield "sample_sums", (x(grad=True),)
@@ -77,8 +81,8 @@ def samples(device):
             state = (torch.zeros(4, device=device), torch.ones(4, device=device), torch.tensor(2, device=device))
             yield "batch_norm_running_", (*state, kept[2].detach(), 70, None if frozen else 0.1)
         yield "bank_push_", (bank.to(torch.float16), cursor, x(), stats)
-    yield "draw_params", (rng, count, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 1.0)
-    yield "draw_params", (rng, None, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 0.0)
+    yield "draw_params", (rng, count, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 1.0, 2, 0)
+    yield "draw_params", (rng, None, 3, 3, 0, 7, [2**42, 2**18], [2**42, 2**18], canvas, 0.4, 0.0, 3, 2)
     pair = [torch.randn(5, device=device), torch.randn(2, 3, device=device)]
     yield "ema_update_", (pair, [t + 1 for t in pair], torch.tensor(0.9, device=device))
 

@@ -89,22 +89,25 @@ def test_lam_and_fader_round_once_over_every_draw():
     assert torch.equal(((EVERY_U24 - 2**23).float() * 2.0**-23) * 0.7, exact.float())
 
 
-def test_drawn_parameters_follow_from_the_words(device):
+@pytest.mark.parametrize(("views", "first_view"), [(2, 0), (1, 0), (3, 2**32 - 1)])
+def test_drawn_parameters_follow_from_the_words(views, first_view, device):
     """Repeat the draw for each sample in Python integers."""
     seed, step, offset, batch, (mels, frames) = 2**35 + 17, 9, 1000, 37, (63, 97)
     count = torch.tensor(29, device=device)
     rng = torch.tensor([seed, step], device=device)
+    named = {"sample_offset": offset, "views": views, "first_view": first_view}
     lam, bank_index, crop, fader = draw_params(
-        rng, batch, (mels, frames), sample_offset=offset, bank_count=count, fader_gain=0.75, mixup_ratio=0.3
+        rng, batch, (mels, frames), bank_count=count, fader_gain=0.75, mixup_ratio=0.3, **named
     )
-    pool_index = draw_params(rng, batch, (mels, frames), sample_offset=offset)[1]
+    pool_index = draw_params(rng, batch, (mels, frames), **named)[1]
     canvas = (63, 145)
     ranges = [functional.size_range("", n, (0.6, 1.5)) for n in (mels, frames)]
-    for view in range(2):
+    assert len(lam) == views
+    for view in range(views):
         for b in range(batch):
 
             def words(slot, view=view, b=b):
-                counter = (step, offset + b, view, slot)
+                counter = (step, offset + b, (first_view + view) % 2**32, slot)
                 return [w >> 8 for w in philox.philox4x32(*counter, seed % 2**32, seed >> 32)]
 
             u = words(philox.SLOT_CROP)

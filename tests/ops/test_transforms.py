@@ -133,9 +133,10 @@ def test_vmap_over_drawn_parameters(varied):
 
 def test_vmap_of_the_draw_and_of_single_ops():
     steps = torch.tensor([[1, 2], [1, 3]])
-    got = torch.func.vmap(lambda rng: ops.draw_params(rng, 3, (8, 12), bank_count=torch.tensor(2)))(steps)
+    named = {"bank_count": torch.tensor(2), "views": 3, "first_view": 1}
+    got = torch.func.vmap(lambda rng: ops.draw_params(rng, 3, (8, 12), **named))(steps)
     for number, rng in enumerate(steps):
-        expected = ops.draw_params(rng, 3, (8, 12), bank_count=torch.tensor(2))
+        expected = ops.draw_params(rng, 3, (8, 12), **named)
         assert all(torch.equal(a[number], b) for a, b in zip(got, expected, strict=True))
     mixed = torch.func.vmap(lambda lam: ops.log_mixup_exp(Z, Z + 1, lam))(LAM)
     torch.testing.assert_close(mixed[1], ops.log_mixup_exp(Z, Z + 1, LAM[1]))

@@ -35,6 +35,7 @@ FILES = {
     "networks/test_encoders.py": "hooks or a_training_step",
     "views/test_augment.py": "replay or out_is_reused or empty or clean_inputs",
     "views/test_replay.py": "",
+    "views/test_more_views.py": "(first_two and log) or out_takes or eval_mode or each_group_has",
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_triton.interpreted(), reason="already under the interpreter")]

@@ -176,7 +176,7 @@ def test_parameters_out_of_range_read_nothing_out_of_bounds():
     )
     views, _ = torch.ops.byola_fast.augment_views(
         x, None, None, None, None, *(wild.lam, wild.bank_index, wild.crop, wild.fader, RNG),
-        0, [8, 12], [8, 18], "bilinear", "log",
+        0, 0, [8, 12], [8, 18], "bilinear", "log",
     )  # fmt: skip
     tame = AugmentParams(
         lam=params.lam,
@@ -195,7 +195,7 @@ def test_boxes_beyond_32_bits_are_moved_inside():
         made = []
         for box in (wild, tame):
             crop = torch.tensor([[box]] * 2, device=DEVICE)
-            given = (params.lam, params.bank_index, crop, params.fader, RNG, 0, size, [8, 18], "bilinear", "log")
+            given = (params.lam, params.bank_index, crop, params.fader, RNG, 0, 0, size, [8, 18], "bilinear", "log")
             made.append(torch.ops.byola_fast.augment_views(x, None, None, None, None, *given)[0])
             made.append(torch.ops.byola_fast.resize_crop(x, crop[0], size, [8, 18], "bilinear"))
         assert torch.equal(made[0], made[2])

@@ -72,21 +72,35 @@ def variants(launched):
 
 
 def make_views(
-    batch, shape, size, *, interpolation="bilinear", mixup="log", dtype=torch.float32, bank=None, offset=0, pool=None
+    batch,
+    shape,
+    size,
+    *,
+    interpolation="bilinear",
+    mixup="log",
+    dtype=torch.float32,
+    bank=None,
+    offset=0,
+    pool=None,
+    views=2,
+    first_view=0,
 ):
     from byola_fast.ops._triton import augment_views as module
 
     rows = None if bank is None else torch.zeros(bank, *shape, dtype=torch.float16)
     others = None if pool is None else torch.zeros(pool, *shape, dtype=dtype)
-    drawn = torch.rand(2, batch), torch.zeros(2, batch, dtype=torch.int64), torch.ones(2, batch, 4, dtype=torch.int32)
-    given = (others, rows, None if bank is None else torch.tensor(1), torch.zeros(2), *drawn, torch.zeros(2, batch, 2))
-    out = torch.empty(2, batch, *size, dtype=dtype)
+    index, crop = torch.zeros(views, batch, dtype=torch.int64), torch.ones(views, batch, 4, dtype=torch.int32)
+    drawn = torch.rand(views, batch), index, crop
+    given = (others, rows, None if bank is None else torch.tensor(1), torch.zeros(2), *drawn)
+    out = torch.empty(views, batch, *size, dtype=dtype)
     canvas = [shape[0], int(1.5 * shape[1])]
     module.augment_views_out(
         torch.zeros(batch, *shape, dtype=dtype),
         *given,
+        torch.zeros(views, batch, 2),
         torch.zeros(2).long(),
         offset,
+        first_view,
         canvas,
         interpolation,
         mixup,
@@ -101,9 +115,11 @@ def make_views(
         (1, (1, 1), (1, 1), {"bank": 1, "pool": 1, "offset": 1}),
         (3, (63, 1), (1, 300), {"dtype": torch.bfloat16, "offset": 2**33}),
         (2, (1, 97), (5, 1), {"mixup": "gaussian", "dtype": torch.float64, "bank": 5}),
+        (3, (64, 96), (32, 32), {"views": 16, "first_view": 2**31 + 1, "bank": 5}),
+        (1, (63, 97), (63, 97), {"views": 1, "first_view": 1, "mixup": "gaussian", "bank": 5}),
     ],
 )
-def test_two_views(batch, shape, size, settings, interpolation, launched):
+def test_views(batch, shape, size, settings, interpolation, launched):
     make_views(batch, shape, size, interpolation=interpolation, **settings)
     assert [name for name, _kernel in launched] == ["augment_views_kernel"]
 
@@ -188,8 +204,9 @@ def test_all_others(shape, dtype, launched):
     bank_push.bank_push_(torch.zeros(1, *shape[1:]), torch.zeros(3).long(), x, stats)
     for count in (None, torch.tensor(1)):
         ranges = [0, 1], [2**45, 2**20], canvas, 1.0, 0.0
-        draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges)
-    assert len(launched) == 16
+        for views in ((2, 0), (1, 1), (16, 2**32 - 1)):
+            draw_params.draw_params(torch.zeros(2).long(), count, shape[0], 1, 1, 2**40, *ranges, *views)
+    assert len(launched) == 20
 
 
 @pytest.mark.parametrize("online", [torch.float32, torch.float16, torch.bfloat16])

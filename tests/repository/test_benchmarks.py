@@ -62,7 +62,7 @@ def test_view_contenders_pass_the_gate() -> None:
     finally:
         with_small_cache.undo()
     assert data.count == 2
-    names = ("loop", "reference", "byola_fast", "byola_fast, out=", "copy", "exp/log floor")
+    names = ("loop", "reference", "byola_fast", "byola_fast, out=", "copy", "exp + log")
     made = c.view_contenders(data, ONE, "bilinear", names)
     assert m.gate(m.Group("two_views", "small", made, ())) == {}
 

@@ -82,7 +82,7 @@ def test_the_committed_manifest_has_each_name_once_and_no_refused_package() -> N
     assert sum(sound.seconds for package in packages for sound in package.sounds) > 20 * 3600
     assert {package.name for package in packages} <= set(corpus.listed())
     assert not set(corpus.KEPT_FOR_TESTS) & set(corpus.listed())
-    assert all(package.licences for package in packages)
+    assert all(package.licences and corpus.UNKNOWN not in package.licences for package in packages)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,8 @@ License: GPL-2+
         "GPL-2+",
     ]
     assert corpus.licences("Permitted under the GPL, some under CC-BY 3.0.", []) == ["CC-BY 3.0", "GPL"]
+    text = "See http://creativecommons.org/licenses/by-sa/2.0. Redistribution and use in source and binary forms"
+    assert corpus.licences(text, []) == ["BSD", "CC-BY-SA-2.0"]
     assert corpus.licences("Free.", []) == [corpus.UNKNOWN]
 
 

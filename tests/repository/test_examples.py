@@ -16,12 +16,17 @@ import torch
 from helpers.runs import TINY, write_recordings
 from helpers.tasks import PITCHES, make_task
 
+import byola_fast
 from byola_fast import cli
 from byola_fast.audio.demo_corpus import write_demo_corpus
 from examples import (
+    atst_views,
     byol_in_fifty_lines,
+    dataset_transforms,
     event_detection,
     fine_tune,
+    lightning_module,
+    multi_crop,
     own_encoder,
     own_loop,
     similar_sounds,
@@ -30,6 +35,7 @@ from examples import (
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKED = {"own_loop.py", "byol_in_fifty_lines.py", "own_encoder.py"}
+CHECKED |= {"atst_views.py", "dataset_transforms.py", "lightning_module.py", "multi_crop.py"}
 CHECKED |= {"similar_sounds.py", "sound_map.py", "fine_tune.py", "event_detection.py"}  # with an encoder that is there
 CHECKED |= {"hugging_face_datasets.py", "webdataset_shards.py"}  # tests/training/test_own_data.py runs them
 
@@ -72,14 +78,58 @@ def test_your_own_encoder(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """Eight sounds of each kind of the demo's corpus, and the table of their embeddings."""
+def small_demo(tmp_path_factory):
+    """Eight sounds of each kind of the demo's corpus."""
     whole, folder = tmp_path_factory.mktemp("demo"), tmp_path_factory.mktemp("sounds")
     write_demo_corpus(whole)
     for kind in whole.iterdir():
         (folder / kind.name).mkdir()
         for path in sorted(kind.iterdir())[:8]:
             shutil.copy(path, folder / kind.name)
+    return folder
+
+
+def test_frames_of_atst_frames_views_stay_in_step(small_demo):
+    clip, frame = atst_views.main(str(small_demo), seconds=2.0, batch_size=16)
+    assert clip < 0.5
+    assert frame > 0.7
+    plain, _mixed = atst_views.frame_views()
+    lms = torch.randn(4, 64, 1).expand(4, 64, 201).clone()
+    lms[:, :, 90] += 5  # an event in one frame
+    assert plain(lms).mean(1).argmax(1).tolist() == [90] * 4
+
+
+def test_transforms_in_a_dataset(small_demo):
+    batches = dataset_transforms.main(str(small_demo), batch_size=8)
+    assert len(batches) == 2 * 4
+    views = torch.cat([torch.cat(pair) for pair in batches])
+    assert views.shape == (2 * 2 * 32, 64, 96)
+    assert views.isfinite().all()
+    assert len(views.flatten(1).unique(dim=0)) == len(views)
+    again = dataset_transforms.main(str(small_demo), batch_size=8)
+    assert torch.equal(views, torch.cat([torch.cat(pair) for pair in again]))
+
+
+def test_multi_crop(small_demo):
+    losses = multi_crop.main(str(small_demo), steps=20, batch_size=8)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.slow
+def test_a_module_of_lightning(small_demo, tmp_path):
+    model = lightning_module.main(str(small_demo), str(tmp_path), epochs=3, feature_d=16)
+    assert len(model.aug.bank) == 3 * 32
+    again = lightning_module.BYOLA.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.aug.rng.tolist() == [0, 3]
+    assert torch.equal(again.aug.bank.rows, model.aug.bank.rows)
+    wav = torch.randn(2, 15200)
+    assert byola_fast.load_encoder(tmp_path / "encoder.pth")(wav).shape == (2, 16)
+
+
+@pytest.fixture(scope="module")
+def embedded(small_demo):
+    """Sounds of the demo's corpus, and the table of their embeddings."""
+    folder = small_demo
     table = folder.parent / "table.npz"
     assert cli.main(["embed", str(folder), "--normalize", "--out", str(table), "--workers=0"]) == 0
     return folder, table

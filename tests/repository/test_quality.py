@@ -131,6 +131,23 @@ def test_without_runs_the_tables_say_so(tmp_path):
     assert quality_tables.ablation_table(tmp_path) == quality_tables.NO_RUNS
 
 
+def test_poolings_are_ranked_within_a_width(tmp_path):
+    def scores(value):
+        return dict.fromkeys(quality_tables.AUDIOSET, value)
+
+    (tmp_path / "gpu").mkdir()
+    found = [
+        {"feature_d": 512, "pooling": "mean", "valid": scores(60.0)},
+        {"feature_d": 512, "pooling": "max", "valid": scores(61.0), "whitened_logistic": scores(59.0)},
+        {"feature_d": 512, "pooling": "max", "valid": scores(63.0), "whitened_logistic": scores(58.0)},
+    ]
+    (tmp_path / "gpu" / "poolings.json").write_text(json.dumps(found))
+    rows = quality_tables.pooling_table(tmp_path).splitlines()[2:]
+    assert [row.split(" | ")[1:3] for row in rows] == [["max", "2"], ["mean", "1"]]
+    assert rows[0].endswith("| 62.0 ± 1.4 | 58.5 ± 0.7 |")
+    assert rows[1].endswith("| 60.0 |  |")
+
+
 def test_encoders_are_compared_without_their_tests_and_with_them(tmp_path, capsys):
     labels = [name for _ in range(8) for name in PITCHES]
     make_task(tmp_path / "tones", labels, lambda n: ("a", "b", "c", "d")[n // 3 % 4], "file_name,label,fold")

@@ -25,6 +25,8 @@ drawn: byola_fast.AugmentParams = params
 aug = byola_fast.Augment("byola-v2", n_memory=8, time_scale=(0.6, 1.5))
 first, second = aug(lms)
 first, second, drawn = aug(lms, return_params=True)
+large1, large2, *small = byola_fast.Augment(local_views=4, local_size=(32, 48))(lms)
+small_views: list[Tensor] = small
 encoder = byola_fast.make_encoder("AudioNTT2020")
 embedder = byola_fast.Embedder(encoder, stats=(0.0, 1.0))
 embedding: Tensor = embedder(torch.zeros(1, 16000))

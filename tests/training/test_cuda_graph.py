@@ -16,7 +16,7 @@ from byola_fast.training.stage_times import StageTimes
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def make_step(device: torch.device, objective: str = "byol", capturable: bool = False):
+def make_step(device: torch.device, objective: str = "byol", capturable: bool = False, local_views: int = 0):
     """Return a whole training step on log-mels, its networks, and its optimiser."""
     torch.manual_seed(7)
     encoder = AudioNTT2020(16, 16)
@@ -24,13 +24,15 @@ def make_step(device: torch.device, objective: str = "byol", capturable: bool = 
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     learner = make_learner(objective, encoder, proj_size=8, proj_dim=32).to(device)
-    aug = Augment(n_memory=16, shape=(16, 24), seed=3, stats=(0.0, 1.0)).to(device)
+    local = {"local_views": local_views, "local_size": (16, 9)} if local_views else {}
+    aug = Augment(n_memory=16, shape=(16, 24), seed=3, stats=(0.0, 1.0), **local).to(device)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     lr = torch.tensor(1e-3, device=device) if capturable else 1e-3
     optimizer = torch.optim.Adam(trained, lr=lr, fused=True, capturable=capturable)
 
     def step(lms):
-        loss, projection = learner(*aug(lms))
+        view1, view2, *local = aug(lms)
+        loss, projection = learner(view1, view2, local) if local else learner(view1, view2)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -41,11 +43,11 @@ def make_step(device: torch.device, objective: str = "byol", capturable: bool = 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["byol", "moco"])
-def test_a_compiled_step_equals_an_eager_one(objective):
+@pytest.mark.parametrize(("objective", "local"), [("byol", 0), ("moco", 0), ("simclr", 2)])
+def test_a_compiled_step_equals_an_eager_one(objective, local):
     batches = torch.randn(3, 8, 1, 16, 24)
-    eager, *_ = make_step(CPU, objective)
-    compiled, learner, *_ = make_step(CPU, objective)
+    eager, *_ = make_step(CPU, objective, local_views=local)
+    compiled, learner, *_ = make_step(CPU, objective, local_views=local)
     learner.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     for lms in batches:
         one, other = eager(lms), compiled(lms)
@@ -124,11 +126,13 @@ class FakeStream:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("objective", ["byol", "simclr", "moco", "cola"])
-def test_a_replayed_cuda_graph_equals_eager_steps(objective):
+@pytest.mark.parametrize(
+    ("objective", "local"), [("byol", 0), ("simclr", 0), ("moco", 0), ("cola", 0), ("byol", 2), ("simclr", 2)]
+)
+def test_a_replayed_cuda_graph_equals_eager_steps(objective, local):
     batches = torch.randn(6, 8, 1, 16, 24, device="cuda")
-    eager, learner, aug, _ = make_step(GPU, objective, capturable=True)
-    step, learner2, aug2, optimizer = make_step(GPU, objective, capturable=True)
+    eager, learner, aug, _ = make_step(GPU, objective, capturable=True, local_views=local)
+    step, learner2, aug2, optimizer = make_step(GPU, objective, capturable=True, local_views=local)
     replay = graph_step(step, batches[0], [learner2, aug2], optimizer)
     for lms in batches:
         one, other = eager(lms)[0], replay(lms)[0]

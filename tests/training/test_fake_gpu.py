@@ -109,21 +109,28 @@ def test_log_mels(dtype, n_fft):
         assert to_lms(wav, stats=torch.zeros(2, device=GPU)).device == GPU
 
 
+def local_views(count: int) -> dict[str, Any]:
+    return {"local_views": count, "local_size": (64, 32)} if count else {}
+
+
 @pytest.mark.parametrize("decay", [0.99, CosineDecay(0.9, 100)])
-@pytest.mark.parametrize("objective", ["byol", "simclr", "moco", "cola"])
-def test_a_step_but_for_its_backward_pass(objective, decay):
+@pytest.mark.parametrize(
+    ("objective", "crops"), [("byol", 0), ("simclr", 0), ("moco", 0), ("cola", 0), ("byol", 2), ("simclr", 2)]
+)
+def test_a_step_but_for_its_backward_pass(objective, crops, decay):
     settings = {"ema_decay": decay} if objective in ("byol", "moco") else {}
     settings |= {"queue_size": 12} if objective == "moco" else {}
     learner = make_learner(objective, AudioNTT2020(d=64), proj_size=16, proj_dim=32, **settings)
     learner, aug, to_lms = (
         put(learner),
-        put(Augment(n_memory=16, shape=(64, 96), seed=3, stats=(0.0, 1.0))),
+        put(Augment(n_memory=16, shape=(64, 96), seed=3, stats=(0.0, 1.0), **local_views(crops))),
         put(LogMel()),
     )
     with FAKE, NoCopies():
         wav = torch.zeros(8, 15200, dtype=torch.int16, device=GPU)
         for _ in range(2):
-            loss, projection = learner(*aug(to_lms(as_float(wav))))
+            view1, view2, *local = aug(to_lms(as_float(wav)))
+            loss, projection = learner(view1, view2, local) if local else learner(view1, view2)
             learner.update_target()
         assert loss.device == projection.device == GPU
 

@@ -133,7 +133,8 @@ class Steps(nn.Module):
         self.parts, self.reentrant, self.learned_front = parts, reentrant, learned_front
         torch.manual_seed(0)
         self.aug = Augment("byola-v2", seed=1, n_memory=8)
-        self.local = Augment(seed=2, n_memory=8, size=(6, 10), mixup="gaussian")
+        crops = {"n_views": 1, "local_views": 1, "local_size": (5, 10)}
+        self.local = Augment(seed=2, n_memory=8, size=(6, 10), mixup="gaussian", **crops)
         self.front = nn.Linear(12, 12)
         self.net = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 4), nn.Tanh())
         self.head = nn.Sequential(nn.Linear(10, 4), nn.Tanh())
@@ -144,7 +145,7 @@ class Steps(nn.Module):
 
     def second(self, x: Tensor, anchor: Tensor) -> Tensor:
         view1, view2 = self.local(self.front(x) if self.learned_front else x)
-        loss = (self.head(view1) * self.head(view2)).mean()
+        loss = (self.head(view1).mean(1) * self.head(view2).mean(1)).mean()
         return (loss + self.net(self.aug(x)[0]).mean() + self.net(self.aug(x)[1]).square().mean()) * anchor
 
     def both(self, x: Tensor, anchor: Tensor) -> Tensor:

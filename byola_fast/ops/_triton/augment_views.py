@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM102, because Triton adds tuples but does not support (*x, y), and decides constant ifs alone
-"""Both views of every sample in one launch: pre-norm, mix, crop and resize, fader, sums (BYOL-A, arXiv:2103.06695).
+"""V views of every sample in one launch: pre-norm, mix, crop and resize, fader, sums (BYOL-A, arXiv:2103.06695).
 
 y = resize(crop(log((1 - lam) exp(x) + lam exp(z) + eps))) + fader, and the sum and sum of squares of every view.
-Reads x and a partner for each view, writes two views and 48 bytes of sums per sample.
+Reads x and a partner for each view, writes the views and 24 bytes of sums for each.
 
 Mixing is expensive, so each element is mixed once, although two to sixteen taps read it. A program processes one view
 of one sample at a time: it mixes only the elements that the crop reads into its scratch tile, waits at a barrier, and
@@ -347,22 +347,23 @@ def moments(stats, HAS_STATS: tl.constexpr, COMPUTE: tl.constexpr):
     return mean, scale
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME + ["first_view"])
 def augment_views_kernel(
     x,  # (B, F, T), any strides
     pool,  # (P, F, T), any strides: partners while the bank is empty; x if there is no other pool
     bank,  # (N, F, T), or absent
     bank_count,  # () int64, or absent
     stats,  # (2,) mean and std, or absent
-    lam,  # (2, B)
-    bank_index,  # (2, B)
-    crop,  # (2, B, 4)
-    fader,  # (2, B, 2)
+    lam,  # (V, B)
+    bank_index,  # (V, B)
+    crop,  # (V, B, 4)
+    fader,  # (V, B, 2)
     rng,  # (2,) int64
-    out,  # (2, B, out_mels, out_frames)
-    sums,  # (2, B, 3): count, sum, sum of squares
+    out,  # (V, B, out_mels, out_frames)
+    sums,  # (V, B, 3): count, sum, sum of squares
     scratch,  # (programs, F + 1, stride [+ resized_stride])
     sample_offset,
+    first_view,
     batch,
     pool_rows,
     bank_rows,
@@ -384,6 +385,7 @@ def augment_views_kernel(
     frame_shift,
     stride,  # of a row of the mixed tile: more than T
     resized_stride,  # of a row of the second tile: at least out_frames, or 0 without one
+    VIEWS: tl.constexpr,
     HAS_BANK: tl.constexpr,
     HAS_STATS: tl.constexpr,
     MIXUP: tl.constexpr,
@@ -408,15 +410,15 @@ def augment_views_kernel(
         from_bank = tl.load(bank_count) > 0
     tile = scratch + tl.program_id(0).to(tl.int64) * (mels + 1) * (stride + resized_stride)
     clear_margins(tile, mels, frames, stride, resized_stride, COMPUTE, STAGED_ROWS, COLUMNS)
-    for unit in range(tl.program_id(0), 2 * batch, tl.num_programs(0)):
-        view = unit % 2  # both views of a sample run at about the same time: the second one reads it from the cache
-        sample = unit // 2
+    for unit in range(tl.program_id(0), VIEWS * batch, tl.num_programs(0)):
+        view = unit % VIEWS  # all views of a sample run at about the same time: all but one read it from the cache
+        sample = unit // VIEWS
         row = view.to(tl.int64) * batch + sample
         h, top = box_side(crop + 4 * row, 0, mels, canvas_mels)
         w, left = box_side(crop + 4 * row, 1, frames, canvas_frames)
         total, squares = make_view(
             x, pool, bank, from_bank, mean, scale, rng, tile, out + row * out_mels * out_frames,
-            sample, sample + sample_offset, view,
+            sample, sample + sample_offset, view + first_view,
             tl.load(bank_index + row).to(tl.int64), tl.load(lam + row).to(COMPUTE), h, top, w, left,
             tl.load(fader + 2 * row).to(COMPUTE), tl.load(fader + 2 * row + 1).to(COMPUTE),
             pool_rows, bank_rows, mels, frames, x_b, x_f, x_t, pool_b, pool_f, pool_t, out_mels, out_frames,
@@ -441,7 +443,7 @@ class LaunchShape(NamedTuple):
 
 def shape_of_launch(x: Tensor, out: Tensor, canvas: list[int], interpolation: str) -> LaunchShape:
     (mels, frames), (out_mels, out_frames) = x.shape[1:], out.shape[2:]
-    programs = min(2 * len(x), resident_programs(x, PROGRAMS_PER_SM))
+    programs = min(len(out) * len(x), resident_programs(x, PROGRAMS_PER_SM))
     stride = round_up(frames + 1, 16)
     column_blocks = triton.cdiv(out_frames, COLUMNS)
     run = triton.cdiv(out_mels, ROWS)
@@ -484,13 +486,14 @@ def augment_views_out(
     fader: Tensor,
     rng: Tensor,
     sample_offset: int,
+    first_view: int,
     canvas: list[int],
     interpolation: str,
     mixup: str,
     out: Tensor,
 ) -> Tensor:
     batch = len(x)
-    sums = x.new_empty(2, batch, 3, dtype=sums_dtype(x.device))
+    sums = x.new_empty(len(out), batch, 3, dtype=sums_dtype(x.device))
     if not batch:
         return sums
     x = indexable(x)
@@ -516,6 +519,7 @@ def augment_views_out(
             sums,
             shape.scratch,
             sample_offset,
+            first_view,
             batch,
             len(pool),
             0 if bank is None else len(bank),
@@ -523,6 +527,7 @@ def augment_views_out(
             *x.stride(),
             *pool.stride(),
             *shape.geometry,
+            VIEWS=len(out),
             HAS_BANK=bank is not None,
             HAS_STATS=stats is not None,
             MIXUP=mixup,

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""Draw the parameters of two views: Philox4x32-10, integer arithmetic, one rounding per float.
+"""Draw the parameters of V views: Philox4x32-10, integer arithmetic, one rounding per float.
 
-Reads seed and step; writes lam (2, B), bank_index (2, B), crop (2, B, 4) and fader (2, B, 2). Bit-identical to the
+Reads seed and step; writes lam (V, B), bank_index (V, B), crop (V, B, 4) and fader (V, B, 2). Bit-identical to the
 reference: 24-bit draws, products below 2^63, one rounded multiplication per float.
 """
 
@@ -24,7 +24,7 @@ SLOT_FADER = tl.constexpr(philox.SLOT_FADER)
 SHIFT = tl.constexpr(SIZE_SHIFT)
 # one variant for all values: specialising gains nothing
 RUNTIME = ["batch", "pool", "pool_offset", "sample_offset", "mel_base", "mel_slope", "frame_base", "frame_slope"]
-RUNTIME += ["canvas_mels", "canvas_frames"]
+RUNTIME += ["canvas_mels", "canvas_frames", "views", "first_view"]
 
 
 @triton.jit
@@ -83,10 +83,10 @@ def word_of(word, slot, SLOT: tl.constexpr):
 def draw_params_kernel(
     rng,  # (2,) int64
     bank_count,  # () int64, or absent
-    lam,  # (2, B)
-    bank_index,  # (2, B)
-    crop,  # (2, B, 4)
-    fader,  # (2, B, 2)
+    lam,  # (V, B)
+    bank_index,  # (V, B)
+    crop,  # (V, B, 4)
+    fader,  # (V, B, 2)
     batch,
     pool,
     pool_offset,
@@ -99,13 +99,15 @@ def draw_params_kernel(
     canvas_frames,
     mixup_ratio,
     fader_gain,
+    views,
+    first_view,
     HAS_BANK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < 2 * batch
+    inside = row < views * batch
     own = row % batch
-    view = (row // batch).to(tl.uint32)
+    view = (row // batch + first_view).to(tl.uint32)
     sample = (own + sample_offset).to(tl.uint32)
     seed = tl.load(rng)
     step = tl.load(rng + 1).to(tl.uint32)
@@ -141,16 +143,18 @@ def draw_params(
     canvas: list[int],
     mixup_ratio: float,
     fader_gain: float,
+    views: int,
+    first_view: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lam = rng.new_empty(2, batch, dtype=torch.float32)
-    bank_index = rng.new_empty(2, batch, dtype=torch.int64)
-    crop = rng.new_empty(2, batch, 4, dtype=torch.int32)
-    fader = rng.new_empty(2, batch, 2, dtype=torch.float32)
+    lam = rng.new_empty(views, batch, dtype=torch.float32)
+    bank_index = rng.new_empty(views, batch, dtype=torch.int64)
+    crop = rng.new_empty(views, batch, 4, dtype=torch.int32)
+    fader = rng.new_empty(views, batch, 2, dtype=torch.float32)
     if batch:
         with on_device(rng):
             launch(
                 draw_params_kernel,
-                triton.cdiv(2 * batch, BLOCK),
+                triton.cdiv(views * batch, BLOCK),
                 rng.contiguous(),
                 rng if bank_count is None else bank_count,
                 lam,
@@ -166,6 +170,8 @@ def draw_params(
                 *canvas,
                 mixup_ratio,
                 fader_gain,
+                views,
+                first_view,
                 HAS_BANK=bank_count is not None,
                 BLOCK=BLOCK,
             )
