@@ -174,7 +174,7 @@ def test_timing_statistics() -> None:
 
 def measured() -> m.Measured:
     made = [
-        fake(name, threads=threads, samples=4, backend=backend)
+        fake(name, threads=threads, samples=4, backend=backend, flops=2 * 10**6)
         for threads in (1, 2)
         for name, backend in (("loop", "torch"), ("byola_fast", "reference"), ("copy", "torch"))
     ]
@@ -190,6 +190,7 @@ def test_records_describe_what_was_measured() -> None:
     assert record.ratios["1 thread"] == pytest.approx(alone.median_s / record.median_s)
     assert record.floor_share == pytest.approx(record.ratios["copy"])
     assert record.gb_per_s == pytest.approx(800 / record.median_s / 1e9)
+    assert record.gflop_per_s == pytest.approx(2e6 / record.median_s / 1e9)
     assert {"torch", "python"} <= record.versions.keys()
     assert {"cpu", "instruction_set", "gpu"} <= record.machine.keys()
     assert "byola_fast (reference backend)" in "\n".join(terminal_table(found))
