@@ -77,6 +77,7 @@ class Contender:
         prepare: resets in-place work before its check (done once).
         optional: whether it may be missing on this machine (no compiler for ``torch.compile``).
         tolerance: maximum error of an element, relative to 1 + its magnitude.
+        flops: operations of a call, by the definition of its layers, whatever algorithm computes them; 0 if unknown.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Contender:
     prepare: Callable[[], object] | None = None
     optional: bool = False
     tolerance: float = TOLERANCE
+    flops: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -163,6 +165,7 @@ class Record:
     others_share: float | None
     machine: dict[str, str | int]
     versions: dict[str, str]
+    gflop_per_s: float | None = None
 
     @property
     def us_per_sample(self) -> float:
@@ -358,6 +361,7 @@ def _record(
         others_share=others,
         machine=machine(),
         versions=versions(),
+        gflop_per_s=c.flops / timing.median / 1e9 if c.flops else None,
     )
 
 

@@ -3,7 +3,8 @@
 The table of op OP in ``benchmarks/results/FILE.json``, for example ``cpu/two_views``, stands between the markers ``<!--
 benchmarks:FILE/OP begin -->`` and ``<!-- benchmarks:FILE/OP end -->``. ``gpu/goals`` is the table of ``gpu_check``,
 ``gpu/summary`` its headlines; both are a notice if there is no ``gpu.json``. ``quality/summary``, ``quality/study`` and
-``quality/ablations`` belong to the study. The chart ``benchmarks/results/speed.svg`` is drawn from ``cpu.json``.
+``quality/ablations`` belong to the study. The charts ``benchmarks/results/speed.svg`` and ``docs/learning.svg`` are
+drawn from ``cpu.json`` and from the runs of the study.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import gpu_check
-from benchmarks.chart import speed_chart
+from benchmarks.chart import learning_chart, speed_chart
 from benchmarks.measure import read_results
 from benchmarks.quality import tables as quality_tables
 from benchmarks.tables import markdown_table
@@ -81,15 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
             outdated = 1
         else:
             page.write_text(new, encoding="utf-8")
-    chart = options.results / "speed.svg"
-    if not any(chart.name in page.read_text(encoding="utf-8") for page in options.readme):
-        return outdated
-    drawn = speed_chart(read_results(options.results / "cpu.json"))
-    if not options.check:
-        chart.write_text(drawn, encoding="utf-8")
-    elif not chart.exists() or chart.read_text(encoding="utf-8") != drawn:
-        print(f"{chart.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
-        outdated = 1
+    charts: dict[Path, Callable[[], str]] = {
+        options.results / "speed.svg": lambda: speed_chart(read_results(options.results / "cpu.json")),
+        ROOT / "docs" / "learning.svg": lambda: learning_chart(options.results / "quality"),
+    }
+    for chart, draw in charts.items():
+        if not any(chart.name in page.read_text(encoding="utf-8") for page in options.readme):
+            continue
+        drawn = draw()
+        if not options.check:
+            chart.write_text(drawn, encoding="utf-8")
+        elif not chart.exists() or chart.read_text(encoding="utf-8") != drawn:
+            print(f"{chart.name} is out of date: run python -m benchmarks.readme_table", file=sys.stderr)
+            outdated = 1
     return outdated
 
 

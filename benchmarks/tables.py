@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.measure import Measured, Record, Results
 
+PRODUCT = "matrix product"  # the contender that measures the CPU's peak
 BUSY = 0.1  # share of the CPU taken by other processes above which a run must not be quoted
 
 
@@ -14,7 +15,8 @@ def terminal_table(found: Measured) -> list[str]:
     records = list(found.records.values())
     baselines = _baselines(records)
     unit = "us/sample" if records[0].samples > 1 else "us/call"
-    head = ["contender", "threads", unit, "IQR", "GB/s", "share of floor", *(f"x {name}" for name in baselines)]
+    head = ["contender", "threads", unit, "IQR", "GB/s", "GFLOP/s", "share of floor"]
+    head += [f"x {name}" for name in baselines]
     rows = [
         [
             r.contender,
@@ -22,6 +24,7 @@ def terminal_table(found: Measured) -> list[str]:
             number(r.us_per_sample),
             f"{r.iqr_s / r.median_s:.0%}",
             number(r.gb_per_s),
+            "" if r.gflop_per_s is None else number(r.gflop_per_s),
             share(r.floor_share),
             *(times(r, name) for name in baselines),
         ]
@@ -49,6 +52,7 @@ def markdown_table(results: Results, op: str) -> str:
         raise ValueError(f"no record of {op!r}; known are {sorted({r.op for r in results.records})}")
     baselines = _baselines(records)
     with_floor = any(r.floor_share is not None for r in records)
+    peaks = {r.threads: r.gflop_per_s for r in results.records if r.op == op and r.contender == PRODUCT}
     floor = next((r.floor for r in records if r.floor), "")
     unit = "µs per sample" if records[0].samples > 1 else "ms"
     head = [
@@ -57,6 +61,7 @@ def markdown_table(results: Results, op: str) -> str:
         "threads",
         *(f"x {name}" for name in baselines),
         *([f"share of {floor}"] * with_floor),
+        *(["GFLOP/s, and of a matrix product"] * bool(peaks)),
         unit,
     ]
     rows = [
@@ -66,6 +71,7 @@ def markdown_table(results: Results, op: str) -> str:
             str(r.threads),
             *(times(r, name) for name in baselines),
             *([share(r.floor_share)] * with_floor),
+            *([f"{number(r.gflop_per_s or 0)}, {number(peaks.get(r.threads) or 0)}"] * bool(peaks)),
             number(r.us_per_sample if r.samples > 1 else r.median_s * 1e3),
         ]
         for r in records

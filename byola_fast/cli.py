@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, others = _split(argv)
         if argv[:1] == ["pretrain"]:
+            if others and any(option.startswith("--audio_dir=") for option in options):
+                raise ValueError(
+                    f"audio_dir: expected the argument or the option, got both: {others[0]} is the argument"
+                )
             options = [*_own_config(options, others), *options]
             options = [_published(option) for option in options]
         parser = _make_parser(demo="--demo" in options)
@@ -219,7 +223,7 @@ def _make_parser(demo: bool) -> Any:
 
     whitening = ArgumentParser(description="Give the directions of an embedding more equal strength.", **options)
     whitening.add_argument("WEIGHTS", help="file of an encoder: encoder.pth, encoder.safetensors, published")
-    whitening.add_argument("AUDIO_DIR", help="folder of audio files, one file, or a packed store")
+    whitening.add_argument("AUDIO_DIR", help="folder of audio files, one file, a manifest, or a packed store")
     _add_settings(whitening, WhitenConfig, skip={"weights", "audio_dir"})
     commands.add_subcommand("whiten", whitening, help="whiten the embeddings of an encoder, for linear probes")
 
@@ -292,8 +296,8 @@ def _run(command: str, settings: Any) -> int:
         return 0
     if command == "embed":
         paths = values.pop("PATHS")
-        if values["weights"] is None and names_weights(paths[0], folders=len(paths) > 1):
-            values["weights"] = paths.pop(0)
+        if names_weights(paths[0], folders=len(paths) > 1 and values["weights"] is None):
+            values = _with_weights(values | {"WEIGHTS": paths.pop(0)})
         written = run_embed(EmbedConfig(paths=paths, **values))
         if written is not None:
             message = f"{written.rows} x {written.feature_d} of {written.files} files, {len(written.broken)} broken"

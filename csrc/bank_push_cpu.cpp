@@ -1,26 +1,41 @@
-// Pre-normalise a batch and append its finite samples to the ring of past inputs. Reads x once, writes it once.
+// Pre-normalise a batch and append its finite samples to the ring of past inputs. Reads x twice, the second time from
+// the cache, and writes it once.
 #include "tensors.h"
 
 namespace byola::BYOLA_SIMD {
 
 namespace {
 
-// Write one pre-normalised sample to a row; return whether all its values are finite in the ring's dtype.
+// Call use(values, place in the row, lanes) for every vector of a pre-normalised sample.
+template <typename V, typename S, typename F>
+void each_vector(const Spectrograms& x, int64_t b, const PreNorm& norm, F use) {
+  using Real = typename V::Element;
+  const V shift = V::set(Real(norm.mean)), scale = V::set(Real(norm.scale));
+  const int64_t frames = x.frames, step = x.frame_stride;
+  for (int64_t f = 0; f < x.mels; ++f) {
+    const S* source = x.row<S>(b, f);
+    for (int64_t t = 0; t < frames; t += V::width)
+      use((load_strided<V>(source + t * step, step, frames - t) - shift) * scale, f * frames + t, frames - t);
+  }
+}
+
+// Whether all values of a pre-normalised sample are finite in the ring's dtype. A pass of its own: rows that are written
+// and never read cost half as much as a copy.
 template <typename S, typename R>
-bool write_row(const Spectrograms& x, int64_t b, const PreNorm& norm, R* row) {
+bool is_finite(const Spectrograms& x, int64_t b, const PreNorm& norm) {
   using V = Vector<S>;
   using Real = Compute<S>;
-  const V shift = V::set(Real(norm.mean)), scale = V::set(Real(norm.scale)), none = V::set(0);
+  const V none = V::set(0);
   V faults = none;  // inf and NaN times 0 are NaN, all other values add 0
-  for (int64_t f = 0; f < x.mels; ++f, row += x.frames) {
-    const S* source = x.row<S>(b, f);
-    for (int64_t t = 0; t < x.frames; t += V::width) {
-      const int64_t n = x.frames - t;
-      const V value = load_strided<V>(source + t * x.frame_stride, x.frame_stride, n);
-      store_lanes((value - shift) * scale, row + t, n);
-      faults = faults + load_lanes<V>(row + t, n) * none;
+  each_vector<V, S>(x, b, norm, [&](V value, int64_t, int64_t n) BYOLA_IN_PLACE {
+    if constexpr (std::is_same_v<R, Real>) {
+      faults = fma(n < V::width ? value.first_lanes(n) : value, none, faults);
+    } else {
+      R kept[V::width];
+      store_lanes(value, kept, n);
+      faults = fma(load_lanes<V>(kept, n), none, faults);
     }
-  }
+  });
   Real lanes[V::width];
   faults.store(lanes);
   Real sum = 0;
@@ -45,14 +60,13 @@ void bank_push__cpu(Tensor rows, Tensor cursor, const Tensor& x, const std::opti
     with_float_type(rows.scalar_type(), "rows", [&](auto row_kind) {
       using S = decltype(source_kind);
       using R = decltype(row_kind);
-      // Staged first, so that a sample with inf or NaN never reaches the ring.
-      std::vector<R> staged(elements);
       int64_t written = 0;
       for (int64_t b = 0; b < batch; ++b) {
-        if (!write_row<S>(source, b, norm, staged.data())) continue;
-        R* target = mutable_data<R>(rows) + (next + written) % n_memory * elements;
-        std::memcpy(static_cast<void*>(target), staged.data(), elements * sizeof(R));
-        ++written;
+        if (!is_finite<S, R>(source, b, norm)) continue;
+        R* row = mutable_data<R>(rows) + (next + written++) % n_memory * elements;
+        each_vector<Vector<S>, S>(source, b, norm, [row](Vector<S> value, int64_t k, int64_t n) BYOLA_IN_PLACE {
+          store_lanes(value, row + k, n);
+        });
       }
       state[0] = (next + written) % n_memory;
       state[1] = std::min(state[1] + written, n_memory);

@@ -2,9 +2,9 @@
 
     python examples/event_detection.py SOUNDS
 
-SOUNDS has a folder of files for each class. Scenes of 10 s are mixed from them: for training from two thirds of the
-files, for the test from the others. A probe reads from each frame, every 80 ms, which classes sound. events.png shows
-a scene of the test.
+SOUNDS has a folder for each class, of three .wav files or more. Scenes of 10 s are mixed from them: for training from
+two thirds of the files, for the test from the others. A probe reads from each frame, every 80 ms, which classes sound.
+events.png shows a scene of the test.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def main(folder: str, picture: str = "events.png", scenes: int = 40) -> float:
     encoder, rng = byola_fast.load_encoder(), np.random.default_rng(0)
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     files = [sorted(Path(folder, name).rglob("*.wav")) for name in names]
+    if few := [name for name, paths in zip(names, files, strict=True) if len(paths) < 3]:
+        raise SystemExit(f"{folder}: expected three .wav files or more in each folder, got fewer in {few[0]}")
     sounds = [[byola_fast.read_audio(path, encoder.sample_rate) for path in paths] for paths in files]
     train, test = [each[0::3] + each[1::3] for each in sounds], [each[2::3] for each in sounds]
     mixed = [
@@ -95,6 +97,7 @@ def draw(picture: str, lms: torch.Tensor, truth: Table, found: Table, names: lis
     upper, lower = figure.subplots(2, sharex=True)
     upper.imshow(lms.numpy(), origin="lower", aspect="auto", extent=(0, SECONDS, 0, len(lms)))
     shown, place = truth.T + 2.0 * found.T, (0, SECONDS, len(names) - 0.5, -0.5)  # 1 missed, 2 false, 3 right
+    upper.set_ylabel("mel")
     lower.imshow(shown, aspect="auto", interpolation="nearest", extent=place, cmap="Blues")
     lower.set_yticks(range(len(names)), names)
     lower.set_xlabel("s; pale: missed, middle: false, dark: right")

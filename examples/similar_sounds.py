@@ -50,6 +50,8 @@ def same_folder(rows: Rows, folders: list[str]) -> float:
 
 def main(table: str, query: str, count: int = 10) -> list[tuple[str, float]]:
     with np.load(table) as content:
+        if "mean" not in content:
+            raise SystemExit(f"{table}: expected a table of byola-fast embed --normalize, got one without mean and std")
         names, rows = content["file_names"].tolist(), unit(content["embeddings"])
         mean, std = content["mean"], content["std"]  # of --normalize: the query goes on the same scale
     encoder = byola_fast.load_encoder()  # the one that embedded the table

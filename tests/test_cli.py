@@ -102,6 +102,9 @@ def test_errors_are_one_line(fails, recordings, tmp_path):
     assert "a.wav: not audio that can be decoded" in fails("pretrain", str(broken), out, *FLAGS)
     assert fails("show", str(broken), "--unit-sec=0.001").count("unit_sec") == 1
     assert "audio_dir: expected a folder" in fails("pretrain", out)
+    both = "audio_dir: expected the argument or the option, got both"
+    assert both in fails("pretrain", str(recordings), "--audio-dir", str(broken), out)
+    assert "demo: expected none beside audio_dir" in fails("pretrain", str(recordings), "--demo", out)
     assert "--bogus" in fails("pretrain", str(recordings), "--bogus=1")
     assert "--epoch" in fails("pretrain", str(recordings), "--epoch=1")
     assert "epochs" in fails("pretrain", str(recordings), "--epochs=many")

@@ -11,7 +11,7 @@ import pytest
 import torchaudio
 from helpers.runs import write_recordings
 
-from byola_fast import LogMel
+from byola_fast import LogMel, cli
 from byola_fast.spectrograms.mel_bank import own_filter_bank
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +142,10 @@ def test_a_torchaudio_that_cannot_be_loaded(tmp_path):
         code = "import torch, byola_fast\nprint(byola_fast.LogMel()(torch.zeros(1, 16000)).shape, byola_fast.doctor())"
         said = run(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
         assert "torch.Size([1, 1, 64, 101])" in said
+
+
+def test_mps_that_is_not_there_is_one_short_line(capsys):
+    assert cli.main(["embed", "audio", "--device", "mps"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "device: expected one that is available, got 'mps'" in message
+    assert len(message) < 200

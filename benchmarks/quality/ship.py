@@ -50,7 +50,7 @@ end and statistics are in the file. Licence: Apache-2.0, as the package.
 
 ## Scores
 
-Accuracy in % of a linear probe on the tests of the study, by the protocol of `docs/evaluation.md`:
+Accuracy in % on the tasks of the study, in `docs/evaluation.md`: `byola-fast eval TASK.csv --stats task`.
 
 {table}
 

@@ -123,7 +123,8 @@ class Batches:
         self.broken: dict[Path, str] = dict(getattr(source, "broken", {}))
         self._ends = None if seconds is None else (1000 * seconds.double()).round().long().cumsum(0)  # in ms
         if self._ends is not None and (len(self._ends) != len(source) or self._ends[-1] < 1):
-            raise ValueError(f"seconds: expected {len(source)} durations, not all 0, got {len(self._ends)}")
+            got = f"{len(self._ends)}, of {self._ends[-1] / 1000:.3f} s in all"
+            raise ValueError(f"seconds: expected {len(source)} durations, not all 0, got {got}")
         self._cached_epoch: tuple[int, Tensor, Tensor, Tensor] | None = None
         self._cached_starts: tuple[int, Tensor, Tensor] | None = None
 

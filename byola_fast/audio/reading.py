@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -194,8 +195,8 @@ def resample(wav: torch.Tensor, rate: int, sample_rate: int) -> torch.Tensor:
     Raises:
         ValueError: a rate below 1, or a waveform that requires a gradient.
     """
-    if rate < 1:
-        raise ValueError(f"sample_rate: expected at least 1 Hz, got {rate}")
+    if not isinstance(rate, Real) or not 1 <= rate < math.inf:
+        raise ValueError(f"sample_rate: expected a number of at least 1 Hz, got {rate!r}")
     if rate == sample_rate:
         return wav
     if wav.requires_grad:

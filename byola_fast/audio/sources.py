@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, SupportsFloat, TypeGuard
 
 import torch
 from torch import Tensor
 
-from byola_fast.audio.decoding import BYTES
+from byola_fast.audio.decoding import BYTES, LOUDEST
 from byola_fast.audio.reading import AudioError, list_audio_files
 from byola_fast.audio.segments import SegmentFolder
 from byola_fast.audio.store import SegmentStore
@@ -23,6 +23,7 @@ from byola_fast.runtime.files import some_of
 Paths = str | Path | Sequence[str | Path]
 
 MANIFESTS = (".csv", ".tsv", ".jsonl")
+COLUMNS = ("file_name", "start", "end")
 DTYPES = (torch.float32, torch.int16)
 
 
@@ -114,10 +115,10 @@ class OwnSource:
 
     def seconds(self, index: int) -> float:
         """Return the duration of a clip, for ``sample_by="duration"``."""
-        seconds = float(self._ask("seconds", index))
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"source: seconds({index}): expected at least 0, got {seconds}")
-        return seconds
+        seconds = self._ask("seconds", index)
+        if not isinstance(seconds, SupportsFloat) or not 0 <= float(seconds) < math.inf:
+            raise ValueError(f"source: seconds({index}): expected a number of at least 0, got {seconds!r}")
+        return float(seconds)
 
     def whole(self, index: int) -> Iterator[Tensor]:
         """Yield all of a clip, for ``pack``."""
@@ -160,6 +161,8 @@ def _checked(wav: Tensor, method: str, index: int) -> Tensor:
         raise TypeError(f"source: {method}({index}, ...): expected float32 or int16 on the CPU, got {got}")
     if not bool(wav.isfinite().all()):
         raise AudioError(_name(index), "NaN or infinite samples")
+    if len(wav) and wav.dtype == torch.float32 and float(loudest := wav.detach().abs().max()) > LOUDEST:
+        raise AudioError(_name(index), f"samples up to {loudest:.3g} times full scale; expected at most 2^20")
     return wav
 
 
@@ -231,6 +234,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if "file_name" not in (table.fieldnames or ()):
                 got = ", ".join(table.fieldnames or ()) or "none"
                 raise ValueError(f"{path}: expected columns file_name and, if wanted, start and end, got {got}")
+            if twice := [name for name in COLUMNS if list(table.fieldnames or ()).count(name) > 1]:
+                raise ValueError(f"{path}: expected each column once, got {', '.join(twice)} more than once")
             for row in table:
                 yield table.line_num, row
     except (csv.Error, json.JSONDecodeError, RecursionError) as error:

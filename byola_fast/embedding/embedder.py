@@ -194,6 +194,8 @@ class Embedder(nn.Module):
         if isinstance(wav, list | tuple):
             if not wav:
                 raise ValueError("wav: expected at least one waveform, got an empty list")
+            if odd := [tuple(each.shape) for each in wav if getattr(each, "ndim", 1) != 1]:
+                raise ValueError(f"wav: expected waveforms (samples,) in a list, got one of shape {odd[0]}")
             answers: list[Any] = [self(each, frames=frames, sample_rate=sample_rate) for each in wav]
             return answers if frames else torch.stack(answers)
         wav = self._waveform(wav, sample_rate)

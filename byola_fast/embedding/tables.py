@@ -60,6 +60,9 @@ def write_table(
         period_ms: time between frames.
         first_ms: time of the first frame; None for one row per clip.
         normalize: standardise each feature over all rows, as ``byola_fast.standardize``.
+
+    Raises:
+        ValueError: nothing to standardise one row by.
     """
     scale = _measure([clip for _name, clip in clips]) if normalize else None
     if out.suffix == ".npy":
@@ -77,11 +80,13 @@ def _measure(clips: Sequence[Clip]) -> Scale:
     for clip in clips:
         for block in _blocks(clip):
             total += block.sum(0, dtype=np.float64)
-    mean = total / max(count, 1)
+    if count < 2:
+        raise ValueError(f"normalize: expected at least two embeddings, as one alone becomes 0, got {count}")
+    mean = total / count
     for clip in clips:
         for block in _blocks(clip):
             squares += np.square(block - mean).sum(0)
-    std = np.sqrt(squares / max(count, 1))
+    std = np.sqrt(squares / count)
     return Scale(mean, std + (std == 0))
 
 

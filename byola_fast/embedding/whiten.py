@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from byola_fast.audio.batches import Batches, as_float
 from byola_fast.audio.sources import open_source
 from byola_fast.embedding.embed_files import open_encoder
-from byola_fast.networks.encoder_file import describe_encoder, read_encoder, save_encoder
+from byola_fast.networks.encoder_file import describe_encoder, save_encoder
 from byola_fast.networks.encoders import AudioNTT
+from byola_fast.runtime.files import require_writable
 from byola_fast.runtime.progress import Progress
 
 BATCH = 64
@@ -28,9 +29,10 @@ class WhitenConfig:
     """Settings of a whitening.
 
     Attributes:
-        weights: file of an encoder: encoder.pth, encoder.safetensors, a checkpoint.pt, or published weights.
-        audio_dir: folder of audio files, one file, or a packed store: the corpus that it was trained on, or sound of
-            the kind that it will embed. No labels are used.
+        weights: file of an encoder: encoder.pth, encoder.safetensors, a checkpoint.pt, a run's folder, or published
+            weights.
+        audio_dir: folder of audio files, one file, a manifest, or a packed store: the corpus that it was trained on, or
+            sound of the kind that it will embed. No labels are used.
         out: file to write: .pth, .pt or .safetensors.
         segments: number of random segments, at least twice the width of the embedding; more is steadier and slower.
         unit_sec: length of a segment, in seconds; shorter clips are padded with silence.
@@ -76,16 +78,13 @@ def whiten(encoder: nn.Module, embeddings: Tensor, *, floor: float = FLOOR, seed
     >>> whitened(torch.zeros(2, 1, 64, 96)).shape
     torch.Size([2, 8])
     """
-    if not isinstance(encoder, AudioNTT) or encoder.output is not None:
-        kind = "a whitened one" if isinstance(encoder, AudioNTT) else type(encoder).__name__
-        raise ValueError(f"encoder: expected AudioNTT2020 or AudioNTT2022, not whitened yet, got {kind}")
+    _check(encoder, floor)
+    assert isinstance(encoder, AudioNTT)
     width = encoder.feature_d
     if embeddings.ndim != 2 or embeddings.shape[1] != width or len(embeddings) < 2 * width:
         raise ValueError(
             f"embeddings: expected shape (n, {width}) with n of at least {2 * width}, got {tuple(embeddings.shape)}"
         )
-    if not 0 < floor < math.inf:
-        raise ValueError(f"floor: expected a number above 0, got {floor}")
     x = embeddings.detach().double().cpu()
     if not x.isfinite().all():
         raise ValueError("embeddings: expected finite values, got NaN or infinity")
@@ -112,16 +111,30 @@ def run_whiten(config: WhitenConfig) -> Path:
         CheckpointError: the weights cannot be read or written. AudioError: no file can be read. ValueError: as
         ``whiten``.
     """
+    out = Path(config.out)
+    if out.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ValueError(f"out: expected a name ending in .pth, .pt or .safetensors, got {out}")
     embedder = open_encoder(config.weights, config.stats, "cpu")
+    _check(embedder.encoder, config.floor)
+    if config.segments < 2 * embedder.feature_d:
+        raise ValueError(
+            f"segments: expected at least {2 * embedder.feature_d}, twice the width, got {config.segments}"
+        )
+    require_writable(out)
     with Progress("segments") as progress:
         embeddings = _embed_segments(config, embedder, lambda done: progress.show(done, total=config.segments))
     whitened = whiten(embedder.encoder, embeddings, floor=config.floor, seed=config.seed)
-    more: dict[str, Any] = {
-        name: value for name, value in read_encoder(config.weights).config.items() if name == "unit_sec"
-    }
-    described = describe_encoder(whitened, embedder.to_lms, **more)
-    save_encoder(config.out, whitened, config=described, stats=embedder.stats)
-    return Path(config.out)
+    described = embedder.about | describe_encoder(whitened, embedder.to_lms)
+    save_encoder(out, whitened, config=described, stats=embedder.stats)
+    return out
+
+
+def _check(encoder: nn.Module, floor: float) -> None:
+    if not isinstance(encoder, AudioNTT) or encoder.output is not None:
+        kind = "a whitened one" if isinstance(encoder, AudioNTT) else type(encoder).__name__
+        raise ValueError(f"encoder: expected AudioNTT2020 or AudioNTT2022, not whitened yet, got {kind}")
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor: expected a number above 0, got {floor}")
 
 
 def _embed_segments(config: WhitenConfig, embedder: Any, show: Callable[[int], None]) -> Tensor:

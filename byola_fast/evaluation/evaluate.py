@@ -32,7 +32,7 @@ from byola_fast.evaluation.report import (
     check_results,
 )
 from byola_fast.evaluation.tasks import NAMED, Task, TaskError, absent_classes, read_task, rounds
-from byola_fast.networks.encoder_file import find_weights
+from byola_fast.networks.encoder_file import find_weights, names_weights
 from byola_fast.networks.encoders import make_encoder
 from byola_fast.runtime.device import DTYPES, pick_device, warn_of_slow_bfloat16
 from byola_fast.runtime.files import file_sha256, fingerprint, write_whole
@@ -77,6 +77,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     if Path(config.task).is_dir():
         hint = f"byola-fast recipes folders {config.task} TASK.csv makes one, if it holds a folder for each class"
         raise TaskError(f"{config.task}: expected a CSV file of a task, got a folder; {hint}")
+    if names_weights(config.task, folders=False):
+        raise TaskError(f"{config.task}: expected a CSV file of a task, got a name of weights; these come before it")
     if config.weights is not None or config.features == "trained":
         config = replace(config, weights=str(find_weights(config.weights)))
     _check(config)

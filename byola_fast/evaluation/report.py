@@ -221,7 +221,8 @@ def _report(
     }
     append_result(out / "results.csv", line)
     trained = config.features == "trained" and config.weights
-    source = f"{Path(trained).stem}-{weights_sha256[:8]}" if trained else config.features
+    drawn = f"random-{line['encoder']}-{line['feature_d']}" if config.features == "random" else config.features
+    source = f"{Path(trained).stem}-{weights_sha256[:8]}" if trained else drawn
     predictions = out / f"{task.name}-{source}-predictions.csv"
     write_predictions(predictions, task, found)
     picture = None

@@ -348,8 +348,10 @@ def feature_width(encoder: nn.Module) -> int:
     """Return the width of an encoder's embedding.
 
     Raises:
-        TypeError: the encoder has no ``feature_d``.
+        TypeError: it is no module, or has no ``feature_d``.
     """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder: expected a module, got {encoder!r}")
     feature_d = getattr(encoder, "feature_d", None)
     if not isinstance(feature_d, int):
         raise TypeError(f"encoder: expected an attribute feature_d, the width of its output, got {feature_d!r}")

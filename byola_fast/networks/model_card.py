@@ -79,7 +79,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", r"\|")
+    return " ".join((f"{value:.6g}" if isinstance(value, float) else str(value)).split()).replace("|", r"\|")
 
 
 def save_for_hub(folder: str | Path, encoder: nn.Module, config: Mapping[str, Any], stats: tuple[float, float]) -> None:

@@ -71,7 +71,6 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # depends on the build of torch
-        raise ValueError(
-            f"device: expected one that is available, got {name!r}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on with advice to its own authors
+        raise ValueError(f"device: expected one that is available, got {name!r}: {reason}") from error
     return device

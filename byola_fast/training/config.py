@@ -160,12 +160,16 @@ class PretrainConfig(FrontEnd, ViewSettings):
         """
         if not self.demo and self.audio_dir is None and "source" not in given:
             raise ValueError("audio_dir: expected a folder of audio files (or --demo), got none")
+        if self.demo and self.audio_dir is not None:
+            raise ValueError(f"demo: expected none beside audio_dir, whose sound it replaces, got {self.audio_dir!r}")
         replaced: dict[str, list[str]] = {"source": ["audio_dir", "demo"], "encoder": ["encoder"], "optimizer": ["lr"]}
         for own in given:
             if both := [name for name in replaced[own] if getattr(self, name)]:
                 raise ValueError(f"{both[0]}: expected none beside {own}=, got {getattr(self, both[0])!r}")
         if self.resume and self.restart:
             raise ValueError("restart: expected no more than one of resume and restart, got both")
+        if self.probe_every is not None and self.probe is None:
+            raise ValueError(f"probe_every: expected a probe to score, got none and {self.probe_every}")
         if self.objective is not None:
             find_learner(self.objective)
         if self.encoder is not None:

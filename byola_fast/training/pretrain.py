@@ -270,6 +270,7 @@ def _train(
                 if watch.ending:
                     break
 
+    last = world.broadcast(lambda: run.last_line or {})
     if world.first:
         if probe is not None and probe.best is not None:
             logger.info("best score of the probe: %.1f %%, at step %d", 100 * probe.best[1], probe.best[0])
@@ -277,8 +278,7 @@ def _train(
             report = times.report(run.path / "profile.json", batches.local_size, config=asdict(config))
             print(report, file=sys.stderr)
         _draw(config, run, None if batch is None else to_lms(batch.wav.flatten(0, -2)), stats)
-        run.compare(config, {name: value for name, value in (run.last_line or {}).items() if name in RESULTS})
-    last = run.last_line or {}
+        run.compare(config, {name: value for name, value in last.items() if name in RESULTS})
     return PretrainResult(run.path, step, last.get("loss", math.nan), last.get("spread", math.nan), watch.stopped_by)
 
 
@@ -415,7 +415,7 @@ def _make_optimizer(
         assert config.lr is not None
         lr: Any = torch.tensor(config.lr, device=trained[0].device) if graphed else config.lr
         return torch.optim.Adam(trained, lr=lr, fused=True, capturable=graphed)
-    made = make(trained)
+    made = make(trained) if callable(make) else make
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected a function that returns a torch optimiser, got {type(made).__name__}")
     return made

@@ -95,6 +95,7 @@ def test_several_folders_and_files_are_one_source(corpus: Path, tmp_path: Path) 
     ("name", "text", "words"),
     [
         ("m.csv", "path\nx.wav\n", "expected columns file_name and, if wanted, start and end, got path"),
+        ("m.csv", "file_name,end,end\na/0.wav,1,2\n", "expected each column once, got end more than once"),
         ("m.csv", "", "expected columns file_name and, if wanted, start and end, got none"),
         ("m.csv", "file_name\n", "no file in this manifest"),
         ("m.csv", "file_name,start,end\na/0.wav,0.2,0.1\n", "line 2: end: expected more than the start 0.2, got 0.1"),
@@ -203,7 +204,11 @@ def fail(_wav: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(fail, "KeyError: 'audio'"), (lambda wav: wav / 0, "NaN or infinite samples")],
+    [
+        (fail, "KeyError: 'audio'"),
+        (lambda wav: wav / 0, "NaN or infinite samples"),
+        (lambda wav: 1e29 + wav, "samples up to 1e+29 times full scale; expected at most 2^20"),
+    ],
 )
 def test_clips_that_cannot_be_read_are_named_once_and_replaced(
     fault: Any, reason: str, caplog: pytest.LogCaptureFixture
@@ -254,6 +259,16 @@ def test_what_is_wrong_from_the_start_is_known_at_the_start() -> None:
     with pytest.raises(TypeError, match="read, whole, got Memory without whole"):
         pack(Memory(3), "nowhere", workers=0)
     assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("answer", [None, "long", float("nan"), -1])
+def test_a_duration_that_is_none_is_named(answer: Any) -> None:
+    class Timed(Memory):
+        def seconds(self, index: int) -> Any:
+            return answer
+
+    with pytest.raises(ValueError, match=r"source: seconds\(0\): expected a number of at least 0, got "):
+        durations(OwnSource(Timed(3), "seconds"), workers=0)
 
 
 def test_a_source_must_not_grow() -> None:

@@ -226,8 +226,13 @@ def test_another_sample_rate_is_resampled_as_files_are(tmp_path):
     torch.testing.assert_close(embedder(wav, sample_rate=44100), embedder(read_audio(tmp_path / "a.wav")))
     assert torch.equal(embedder(wav, sample_rate=16000), embedder(wav))
     assert embedder(wav[None].numpy(), sample_rate=44100, frames=True).frames.shape == (1, 12, 300)
-    with pytest.raises(ValueError, match="sample_rate: expected at least 1 Hz, got 0"):
-        embedder(wav, sample_rate=0)
+    for rate in (0, "16k"):
+        with pytest.raises(ValueError, match=f"sample_rate: expected a number of at least 1 Hz, got {rate!r}"):
+            embedder(wav, sample_rate=rate)
+    with pytest.raises(
+        ValueError, match=r"wav: expected waveforms \(samples,\) in a list, got one of shape \(1, 44100\)"
+    ):
+        embedder([wav, wav[None, :44100]])
     with pytest.raises(ValueError, match="sample_rate: expected 16000 Hz of a waveform that requires a gradient"):
         embedder(wav.requires_grad_(), sample_rate=44100)
 

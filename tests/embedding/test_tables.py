@@ -86,6 +86,13 @@ def test_normalized_tables_equal_what_python_gives(tmp_path, suffix):
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+def test_one_row_cannot_be_standardised(tmp_path):
+    np.ones((1, 6), np.float32).tofile(tmp_path / "rows.f32")
+    with pytest.raises(ValueError, match="normalize: expected at least two embeddings, as one alone becomes 0, got 1"):
+        write_table(tmp_path / "e.npy", [("a.wav", Clip(tmp_path / "rows.f32", 0, 1, 6))], normalize=True)
+    assert not (tmp_path / "e.npy").exists()
+
+
 def test_a_query_on_the_scale_of_a_collection():
     rows = torch.randn(20, 4) * 3 + 5
     assert torch.equal(byola_fast.standardize(rows[7], like=rows), byola_fast.standardize(rows)[7])

@@ -65,6 +65,8 @@ def test_embed(task, tmp_path, capsys, monkeypatch):
     assert "paths: expected audio files or a folder of them, got none" in capsys.readouterr().err
     assert cli.main(["embed", str(tmp_path / "typo.pth"), clips, "--out", out]) == 2
     assert "typo.pth" in capsys.readouterr().err
+    assert cli.main(["embed", "--weights", run, given, clips, "--out", out]) == 2
+    assert f"weights: expected one file of them, got {given} and {run}" in capsys.readouterr().err
     shutil.copy(given, clips)  # a folder alone is audio, whatever lies there
     assert cli.main(["embed", clips, "--out", out, "--workers=0"]) == 0
     assert rows(out).shape == (24, 512)

@@ -86,5 +86,30 @@ def test_the_command_writes_an_encoder(tmp_path, capsys):
     embedder = load_encoder(out)
     assert embedder.stats == (-7.0, 4.0)
     assert embedder.encoder.output is not None
-    assert main(["whiten", str(weights), str(recordings), "--segments=9", "--workers=0"]) == 2
-    assert "embeddings: expected shape (n, 8) with n of at least 16, got (9, 8)" in capsys.readouterr().err
+
+
+def test_the_command_reads_a_runs_folder_and_keeps_where_it_comes_from(tmp_path):
+    recordings, run, encoder = write_recordings(tmp_path / "audio"), tmp_path / "run", AudioNTT2020(n_mels=16, d=8)
+    described = describe_encoder(encoder, LogMel(n_mels=16), provenance={"commit": "abc"})
+    run.mkdir()
+    save_encoder(run / "encoder.pth", encoder, config=described, stats=(-7.0, 4.0))
+    (tmp_path / "part.csv").write_text("file_name,start,end\naudio/a.wav,0.1,0.3\naudio/f.wav,,\n")
+    for number, audio in enumerate((recordings, tmp_path / "part.csv")):
+        out = str(tmp_path / f"{number}.pth")
+        assert main(["whiten", str(run), str(audio), "--out", out, "--segments=40", "--workers=0"]) == 0
+        assert load_encoder(out).about["provenance"] == {"commit": "abc"}
+
+
+def test_what_cannot_be_whitened_is_known_before_sound_is_read(tmp_path, capsys):
+    plain, white = AudioNTT2020(n_mels=16, d=8), AudioNTT2020(n_mels=16, d=8, whitened=True)
+    for name, encoder in (("plain", plain), ("white", white)):
+        described = describe_encoder(encoder, LogMel(n_mels=16))
+        save_encoder(tmp_path / f"{name}.pth", encoder, config=described, stats=(-7.0, 4.0))
+    for words, message in {
+        ("plain.pth", "--segments=9"): "segments: expected at least 16, twice the width, got 9",
+        ("plain.pth", "--floor=0"): "floor: expected a number above 0, got 0",
+        ("plain.pth", "--out=w.npz"): "out: expected a name ending in .pth, .pt or .safetensors, got w.npz",
+        ("white.pth",): "encoder: expected AudioNTT2020 or AudioNTT2022, not whitened yet, got a whitened one",
+    }.items():
+        assert main(["whiten", str(tmp_path / words[0]), str(tmp_path / "no sound"), *words[1:]]) == 2
+        assert message in capsys.readouterr().err

@@ -163,6 +163,10 @@ def test_the_order_of_lines_moves_no_score(tmp_path):
 def test_a_folder_is_no_task(split_task, tmp_path):
     with pytest.raises(TaskError, match=r"got a folder; byola-fast recipes folders .* TASK\.csv makes one"):
         evaluate(split_task.parent, tmp_path)
+    with pytest.raises(
+        TaskError, match=r"w\.pth: expected a CSV file of a task, got a name of weights; these come befo"
+    ):
+        evaluate("w.pth", tmp_path)
 
 
 def test_what_is_left_out(split_task, tmp_path, caplog):
@@ -290,7 +294,8 @@ def test_each_encoder_has_its_own_picture(split_task, tmp_path):
         for features in ("trained", "random", "melstats"):
             settings = {"weights": str(tmp_path / name / "encoder.pth"), "features": features, "seeds": 1}
             pictures.add(evaluate(split_task, tmp_path, **settings).picture.name)
-    assert len(pictures) == 4  # two encoders and two baselines
+    pictures.add(evaluate(split_task, tmp_path, features="random", feature_d=24, seeds=1).picture.name)
+    assert len(pictures) == 5  # two encoders, two widths of random weights, and no network
 
 
 @pytest.mark.slow

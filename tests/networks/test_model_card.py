@@ -60,7 +60,13 @@ def test_the_card_says_what_it_is_and_yours_is_kept(embedder, tmp_path):
     text = (tmp_path / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["library_name"], front["pipeline_tag"]) == ("byola_fast", "feature-extraction")
-    for words in ("AudioNTT2020, 24-d", "| hop_length | 200 |", r"| command | pretrain a\|b |", "-7.1000, 4.2000"):
+    for words in (
+        "AudioNTT2020, 24-d",
+        "| hop_length | 200 |",
+        "| f_max | 7800 |",
+        r"| command | pretrain a\|b |",
+        "-7.1000, 4.2000",
+    ):
         assert words in text
     (tmp_path / "README.md").write_text(text.replace("Say here", "It heard").replace(model_card.MARK, ""))
     embedder.save_pretrained(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from benchmarks import contenders as c
 from benchmarks import measure as m
 from benchmarks import readme_table
 from benchmarks.bench_ema import MODELS
-from benchmarks.chart import speed_chart
+from benchmarks.chart import learning_chart, speed_chart
 from benchmarks.tables import markdown_table, terminal_table
 
 ONE = m.Place("cpu", 1)
@@ -172,7 +174,7 @@ def test_timing_statistics() -> None:
 
 def measured() -> m.Measured:
     made = [
-        fake(name, threads=threads, samples=4, backend=backend)
+        fake(name, threads=threads, samples=4, backend=backend, flops=2 * 10**6)
         for threads in (1, 2)
         for name, backend in (("loop", "torch"), ("byola_fast", "reference"), ("copy", "torch"))
     ]
@@ -188,6 +190,7 @@ def test_records_describe_what_was_measured() -> None:
     assert record.ratios["1 thread"] == pytest.approx(alone.median_s / record.median_s)
     assert record.floor_share == pytest.approx(record.ratios["copy"])
     assert record.gb_per_s == pytest.approx(800 / record.median_s / 1e9)
+    assert record.gflop_per_s == pytest.approx(2e6 / record.median_s / 1e9)
     assert {"torch", "python"} <= record.versions.keys()
     assert {"cpu", "instruction_set", "gpu"} <= record.machine.keys()
     assert "byola_fast (reference backend)" in "\n".join(terminal_table(found))
@@ -256,3 +259,17 @@ def test_the_chart_holds_the_multiples_of_the_records() -> None:
             assert f'class="ours">{record.ratios["loop"]:.1f} x</text>' in svg
     with pytest.raises(ValueError, match="no record of two_views"):
         speed_chart(m.Results("pytest", "2026-01-31", list(measured().records.values())))
+
+
+def test_the_curves_hold_the_means_of_the_records(tmp_path: Path) -> None:
+    folder = readme_table.ROOT / "benchmarks" / "results" / "quality"
+    svg = learning_chart(folder)
+    curves = [json.loads((folder / f"simclr-short-{seed}.json").read_text())["curve"] for seed in range(3)]
+    for points in zip(*curves, strict=False):
+        mean = sum(point["mean"] for point in points) / 3
+        assert f"<title>SimCLR's loss, segments of 0.31 s, {points[0]['step']} steps: {mean:.1f} %" in html.unescape(
+            svg
+        )
+    assert "2000 steps" not in svg  # of one seed alone
+    with pytest.raises(ValueError, match="no record of simclr-short"):
+        learning_chart(tmp_path)

@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -143,6 +144,9 @@ def test_similar_sounds(embedded, capsys):
     assert [cosine for _name, cosine in found] == sorted((cosine for _name, cosine in found), reverse=True)
     share = re.search(r"same folder for (\d+) %", capsys.readouterr().out)
     assert int(share[1]) > 60  # a quarter by chance
+    np.savez(folder.parent / "raw.npz", file_names=["a"], embeddings=np.ones((1, 512), np.float32))
+    with pytest.raises(SystemExit, match=r"expected a table of byola-fast embed --normalize, got one without mean"):
+        similar_sounds.main(str(folder.parent / "raw.npz"), str(query))
 
 
 def test_a_map_is_one_page_that_plays(embedded, tmp_path):
@@ -170,6 +174,12 @@ def test_fine_tuning_and_the_probe(tmp_path):
     probe, tuned = fine_tune.main(str(task), str(tmp_path / "audio"), epochs=2, seeds=2)
     assert probe > 0.8
     assert min(tuned) > 0.5  # a third by chance
+
+
+def test_too_few_sounds_to_mix_are_named(tmp_path):
+    (tmp_path / "kick").mkdir()
+    with pytest.raises(SystemExit, match=r"expected three \.wav files or more in each folder, got fewer in kick"):
+        event_detection.main(str(tmp_path))
 
 
 @pytest.mark.slow

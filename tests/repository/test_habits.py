@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from importlib import import_module
@@ -60,6 +61,26 @@ def test_the_workflow_calls_ci_and_knows_the_versions():
     (torch,) = [word for word in PROJECT["project"]["dependencies"] if re.match(r"torch\W", word)]
     assert torch in " ".join(commands["torch-alone"])
     assert ".ci/torch_alone.py" in commands["torch-alone"][-1]
+
+
+def test_the_platform_jobs_install_what_their_tests_import():
+    commands = [step.get("run", "") for step in read_yaml(".github/workflows/ci.yml")["jobs"]["platforms"]["steps"]]
+    (installed,) = [words for words in commands if "-e" in words]
+    (tested,) = [words.split()[1:] for words in commands if words.startswith("pytest")]
+    extras = re.search(r"\[([\w,]+)\]", installed)[1].split(",")
+    known = [*PROJECT["project"]["dependencies"], installed]
+    known += [word for name in extras for word in PROJECT["project"]["optional-dependencies"][name]]
+    files = [
+        path for name in tested for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py"))
+    ]
+    imported = set()
+    for node in [node for path in files for node in ast.parse(path.read_text(encoding="utf-8")).body]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            imported |= {str(name).partition(".")[0] for name in names}
+    ours = {"byola_fast", "benchmarks", "helpers", "examples"} | sys.stdlib_module_names
+    for name in imported - ours - {"scipy"}:  # scikit-learn brings scipy
+        assert name in " ".join(known), name
 
 
 def test_the_issue_form_asks_for_doctor():

@@ -91,9 +91,10 @@ def test_examples_give_the_segments_of_their_files(recordings, parquet, shards, 
         assert int(SegmentStore(tmp_path / f"{type(source).__name__}").readable.sum()) == 6
 
 
-def train_example(name: str, data: str, out: str, steps: int) -> int:
+def train_example(name: str, data: str, out: str, steps: int) -> tuple[int, float]:
     module = {"parquet": hugging_face_datasets, "shards": webdataset_shards}[name]
-    return module.main(data, out=out, **TINY | {"steps": steps}).steps
+    result = module.main(data, out=out, **TINY | {"steps": steps})
+    return result.steps, result.loss
 
 
 @pytest.mark.slow
@@ -103,7 +104,8 @@ def test_an_example_trains_on_two_processes_and_resumes(name, parquet, shards, t
     for out, parts in (("whole", (4,)), ("parts", (2, 4))):
         for steps in parts:
             folder = tmp_path / f"ranks{out}{steps}"
-            assert ranks.run(2, folder, train_example, name, data, str(tmp_path / out), steps) == [steps, steps]
+            results = ranks.run(2, folder, train_example, name, data, str(tmp_path / out), steps)
+            assert results == [(steps, read_log(tmp_path / out)[-1]["loss"])] * 2
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -169,6 +171,17 @@ def test_your_own_optimiser_resumes_bit_for_bit(tmp_path):
         ({"sample_by": "hour"}, {"source": Memory(6, 4000)}, "sample_by: expected one of .*, got 'hour'"),
         ({}, {"source": Memory(6, 4000), "encoder": torch.nn.Identity()}, "encoder: expected an attribute feature_d"),
         ({}, {"source": Memory(6, 4000), "optimizer": list}, "optimizer: expected a function that returns a torch opt"),
+        (
+            {},
+            {"source": Memory(6, 4000), "optimizer": "adam"},
+            "expected a function that returns a torch optimiser, got",
+        ),
+        (
+            {},
+            {"source": Memory(6, 4000), "encoder": Flat},
+            "encoder: expected a module, got <class 'helpers.own.Flat'>",
+        ),
+        ({"probe_every": 5}, {"source": Memory(6, 4000)}, "probe_every: expected a probe to score, got none"),
         ({"cuda_graph": True}, {"source": Memory(6, 4000)}, "cuda_graph: expected false"),
     ],
 )

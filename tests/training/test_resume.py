@@ -458,12 +458,12 @@ def test_a_run_that_does_not_begin_leaves_no_folder(settings, tmp_path, monkeypa
                 pretrain(PretrainConfig(**settings | {"out": str(tmp_path / folders)} | changes))
             assert not (tmp_path / "run").exists()
     with pytest.raises(KeyboardInterrupt):
-        pretrain(PretrainConfig(**settings | {"demo": True}))
+        pretrain(PretrainConfig(**settings | {"demo": True, "audio_dir": None}))
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(KeyboardInterrupt):
-        pretrain(PretrainConfig(**settings | {"demo": True}))
+        pretrain(PretrainConfig(**settings | {"demo": True, "audio_dir": None}))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes"]
 
 

@@ -14,7 +14,7 @@ from byola_fast.ops._dispatch import Backend
 from byola_fast.ops._native import build
 
 NAME = "byola_fast_cpu"
-# The kernels are written out in vectors: with two more passes, -O1 makes code as fast as -O2 does, in a fifth less time.
+# Kernels are written out in vectors: with two more passes, -O1 makes code as fast as -O2 does, in a fifth less time.
 # Never -ffast-math: it breaks NaN. -Wno-psabi: of no interest, since no vector passes from one library to another.
 FLAGS = ["-O1", "-fschedule-insns2", "-fcaller-saves", "-fstrict-aliasing", "-Wno-psabi"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
