@@ -79,9 +79,10 @@ struct Transform<2> {
   static void gradient(const T* y, T* t) {  // A
     t[0] = y[0], t[1] = y[0] + y[1], t[2] = y[0] - y[1], t[3] = constant<T>(0) - y[1];
   }
-  static void kernel(const double* w, double* u) {  // G
-    const double ends = w[0] + w[2];
-    u[0] = w[0], u[1] = (ends + w[1]) / 2, u[2] = (ends - w[1]) / 2, u[3] = w[2];
+  template <typename T>
+  static void kernel(const T* w, T* u) {  // G
+    const T half = constant<T>(0.5), ends = w[0] + w[2];
+    u[0] = w[0], u[1] = half * (ends + w[1]), u[2] = half * (ends - w[1]), u[3] = w[2];
   }
   static void weights(const double* u, double* w) {  // G'
     const double even = (u[1] + u[2]) / 2;
@@ -119,10 +120,13 @@ struct Transform<4> {
     t[0] = y[0], t[1] = even_a + odd_a, t[2] = even_a - odd_a, t[3] = even_b + odd_b, t[4] = even_b - odd_b;
     t[5] = y[3];
   }
-  static void kernel(const double* w, double* u) {
-    const double even_a = w[0] + a2 * w[2], even_b = w[0] + b2 * w[2];
-    u[0] = of_0 * w[0], u[1] = of_a * (even_a + a * w[1]), u[2] = of_a * (even_a - a * w[1]);
-    u[3] = of_b * (even_b + b * w[1]), u[4] = of_b * (even_b - b * w[1]), u[5] = w[2];
+  template <typename T>
+  static void kernel(const T* w, T* u) {
+    const T even_a = w[0] + constant<T>(a2) * w[2], odd_a = constant<T>(a) * w[1];
+    const T even_b = w[0] + constant<T>(b2) * w[2], odd_b = constant<T>(b) * w[1];
+    u[0] = constant<T>(of_0) * w[0], u[1] = constant<T>(of_a) * (even_a + odd_a);
+    u[2] = constant<T>(of_a) * (even_a - odd_a), u[3] = constant<T>(of_b) * (even_b + odd_b);
+    u[4] = constant<T>(of_b) * (even_b - odd_b), u[5] = w[2];
   }
   static void weights(const double* u, double* w) {
     const double even_a = of_a * (u[1] + u[2]), even_b = of_b * (u[3] + u[4]);
@@ -256,15 +260,16 @@ class Winograd {
   static constexpr int64_t panel = Blocking<V>::vectors * V::width;
   const int64_t inputs, outputs, padded_inputs, padded_outputs;
 
-  // weight (outputs, inputs, 3, 3); flipped: (inputs, outputs, 3, 3), turned by half a circle
+  // weight (outputs, inputs, 3, 3); flipped: (inputs, outputs, 3, 3), turned by half a circle. It must live as long, and
+  // only one object at a time in a thread: for one image, a fresh buffer took a tenth of the time.
   Winograd(const Real* weight, int64_t inputs, int64_t outputs, bool flipped)
       : inputs(inputs), outputs(outputs), padded_inputs(round_up(inputs, V::width)),
-        padded_outputs(round_up(outputs, panel)), direct_(9 * inputs * outputs),
-        transformed_(K * K * padded_outputs * inputs), zeros_(padded_inputs) {
+        padded_outputs(round_up(outputs, panel)), weight_(weight), flipped_(flipped), zeros_(padded_inputs) {
+    static thread_local Memory<Real> memory;
+    transformed_ = scratch(memory, K * K * padded_outputs * inputs);
     torch::stable::parallel_for(0, inputs, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        for (int64_t o = 0; o < outputs; ++o)
-          transform(weight + 9 * (flipped ? i * outputs + o : o * inputs + i), flipped, i, o);
+        for (int64_t o = 0; o < padded_outputs; o += Doubles::width) transform(i, o);
     });
   }
 
@@ -280,31 +285,41 @@ class Winograd {
         for (int64_t t = 0; t < count;
              t += R)  // rows past count hold what was there before; nobody reads their results
           multiply<V, R, N, false>(v + (k * kTiles + t) * padded_inputs, padded_inputs, 1,
-                                   transformed_.data() + panel_of(k, o), panel, inputs,
+                                   transformed_ + panel_of(k, o), panel, inputs,
                                    y + (k * kTiles + t) * padded_outputs + o, padded_outputs);
     if (!transform_output(count, y)) convolve(images, tiling, first, count, y);
     return y;
   }
 
  private:
-  Memory<Real> direct_, transformed_, zeros_;  // [9][inputs][outputs]; [K * K][panels][inputs][panel]; one position
+  const Real* weight_;
+  bool flipped_;
+  Real* transformed_;   // [K * K][panels][inputs][panel]
+  Memory<Real> zeros_;  // one position
 
   int64_t panel_of(int64_t k, int64_t o) const { return (k * padded_outputs + o / panel * panel) * inputs; }
 
-  void transform(const Real* w, bool flipped, int64_t i, int64_t o) {
-    double g[3][K], line[3], u[K];
+  Real tap(int64_t k, int64_t i, int64_t o) const {
+    return flipped_ ? weight_[9 * (i * outputs + o) + 8 - k] : weight_[9 * (o * inputs + i) + k];
+  }
+
+  // G w G' of one input and some outputs; zeros past the last output.
+  void transform(int64_t i, int64_t o) {
+    constexpr int W = Doubles::width;
+    double taps[9][W] = {};
+    for (int k = 0; k < W && o + k < outputs; ++k) {
+      const Real* w = weight_ + 9 * (flipped_ ? i * outputs + o + k : (o + k) * inputs + i);
+      for (int place = 0; place < 9; ++place) taps[flipped_ ? 8 - place : place][k] = double(w[place]);
+    }
+    Doubles g[3][K], line[3], u[K];
     for (int r = 0; r < 3; ++r) {
-      for (int s = 0; s < 3; ++s) {
-        const Real tap = w[flipped ? 8 - 3 * r - s : 3 * r + s];
-        direct_[((3 * r + s) * inputs + i) * outputs + o] = tap;
-        line[s] = double(tap);
-      }
+      for (int s = 0; s < 3; ++s) line[s] = Doubles::load(taps[3 * r + s]);
       Transform<M>::kernel(line, g[r]);
     }
     for (int s = 0; s < K; ++s) {
       for (int r = 0; r < 3; ++r) line[r] = g[r][s];
       Transform<M>::kernel(line, u);
-      for (int r = 0; r < K; ++r) transformed_[panel_of(K * r + s, o) + i * panel + o % panel] = Real(u[r]);
+      for (int r = 0; r < K; ++r) u[r].store_as(transformed_ + panel_of(K * r + s, o) + i * panel + o % panel);
     }
   }
 
@@ -354,12 +369,12 @@ class Winograd {
       for (int k = 0; k < M * M; ++k) {
         Real* to = y + (k * kTiles + t) * padded_outputs;
         std::fill(to, to + outputs, Real(0));
-        for (int tap = 0; tap < 9; ++tap) {
-          const int64_t row = tile.row + k / M + tap / 3 - 1, column = tile.column + k % M + tap % 3 - 1;
+        for (int place = 0; place < 9; ++place) {
+          const int64_t row = tile.row + k / M + place / 3 - 1, column = tile.column + k % M + place % 3 - 1;
           if (!tiling.has(row, column)) continue;
           const Real* from = images + tiling.position(tile.image, row, column) * inputs;
           for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t o = 0; o < outputs; ++o) to[o] += from[i] * direct_[(tap * inputs + i) * outputs + o];
+            for (int64_t o = 0; o < outputs; ++o) to[o] += from[i] * tap(place, i, o);
         }
       }
     }

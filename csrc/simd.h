@@ -57,6 +57,12 @@ struct Lanes {
   void store(T* p, int64_t n) const {
     for (int k = 0; k < n && k < Width; ++k) p[k] = v[k];
   }
+  template <typename S>
+  void store_as(S* p) const {  // converted
+    typedef S Other __attribute__((vector_size(Width * sizeof(S))));
+    const Other other = __builtin_convertvector(v, Other);
+    std::memcpy(p, &other, sizeof other);
+  }
   static Lanes lookup_far(const T* window, Index index) {
     Lanes r;
     for (int k = 0; k < Width; ++k) r.v[k] = window[index.v[k]];
