@@ -203,6 +203,7 @@ def test_blocks(replay: Any, mode: str, place: Place, contender: str) -> None:
     replay(blocks, contender, place, mode=mode)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("contender", CONTENDERS + PEAKS)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_step(replay: Any, place: Place, contender: str) -> None:

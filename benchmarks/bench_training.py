@@ -26,6 +26,7 @@ def keeping(device: str, what: str, **settings: Any) -> Group:
     return group
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("contender", CONTENDERS + PEAKS)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("what", "settings"), WAYS, ids=str)

@@ -37,14 +37,19 @@ def recorded() -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("byola_fast")
     group.addoption("--results", type=Path, metavar="JSON", help="write a record for each contender to this file")
-    group.addoption("--full", action="store_true", help="more rounds")
+    group.addoption("--full", action="store_true", help="more rounds, and what takes minutes to compile")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = {}
+    config.addinivalue_line("markers", "full: left out unless asked for by --full")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [] if config.getoption("--full") else [x for x in items if x.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [x for x in items if x not in left_out]
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.benchmark(timer=recorded))

@@ -1,11 +1,12 @@
 // Checks the two lists of ema_update_ before anything is written, and pairs their tensors as stretches of memory.
 // Addresses, shapes and dtypes are read at every call, so a storage that was replaced, resized or freed is noticed.
-// ATen's tensors and not the stable interface's, whose functions take as long for a thousand tensors as their update; but
-// its calls of ops, because ATen's headers for those take the compiler four seconds.
+// ATen and not the stable interface, whose handles of a thousand tensors take as long as their update.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cstdint>
 #include <map>
@@ -61,21 +62,6 @@ bool is_alike(const at::Tensor& target, const at::Tensor& online) {
   for (int64_t d = 0; d < target.dim(); ++d)
     if (target.size(d) != 1 && target.stride(d) != online.stride(d)) return false;
   return target.is_non_overlapping_and_dense();
-}
-
-// Handles of the stable interface point to ATen's tensors. An op takes them over, and its list's.
-AtenTensorHandle handle_of(const at::Tensor& x) { return reinterpret_cast<AtenTensorHandle>(new at::Tensor(x)); }
-std::vector<AtenTensorHandle> handles_of(at::TensorList list) {
-  std::vector<AtenTensorHandle> handles;
-  for (const at::Tensor& x : list) handles.push_back(handle_of(x));
-  return handles;
-}
-
-template <typename Result, typename A, typename B>
-Result call_op(const char* name, const A& a, const B& b) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Result>(stack[0]);
 }
 
 class EmaLists {
@@ -143,29 +129,32 @@ void EmaLists::require_separate_memory(const std::vector<int64_t>& layouts) cons
   const auto found = known.find(key);
   if (found != known.end() && found->second.first == pairs && found->second.second == layouts) return;
 
+  static const auto have_clash = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow("byola_fast::_ema_have_clash", "")
+                                     .typed<bool(const at::Tensor&, int64_t)>();
+  static const auto require = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("byola_fast::_ema_require_separate_memory", "")
+                                  .typed<void(at::TensorList, at::TensorList)>();
   bool may_clash = !layouts.empty();
   if (!may_clash) {  // one range for each tensor: a tenth of the time of the full search
     const auto count = int64_t(pairs.size());
-    const at::Tensor ranges = target_[0].new_empty({2 * count, 2}, at::device(at::kCPU).dtype(at::kLong));
+    const at::Tensor ranges = at::empty({2 * count, 2}, at::kLong);
     auto* range = ranges.mutable_data_ptr<int64_t>();
     for (const bool is_online : {false, true})
       for (const ema::Pair& pair : pairs) {
         const auto begin = reinterpret_cast<int64_t>(is_online ? pair.online : pair.target);
         *range++ = begin, *range++ = begin + pair.elements * element_size(pair.kind, is_online);
       }
-    may_clash = call_op<bool>("byola_fast::_ema_have_clash", handle_of(ranges), count);
+    may_clash = have_clash.call(ranges, count);
   }
-  if (may_clash) {
-    const auto fault = call_op<std::string>("byola_fast::_ema_find_fault", handles_of(target_), handles_of(online_));
-    TORCH_CHECK_VALUE(fault.empty(), fault);
-  }
+  if (may_clash) require.call(target_, online_);  // throws if they do
   if ((kept += pairs.size()) > kMaxKept) known.clear(), kept = pairs.size();
   known[key] = {pairs, layouts};
 }
 
 void EmaLists::copy_apart(ema::Pair& pair, const at::Tensor& target, const at::Tensor& online) {
   if (target.is_non_overlapping_and_dense()) {
-    copies_.push_back(target.new_empty_strided(target.sizes(), target.strides()));
+    copies_.push_back(at::empty_like(target));  // with its strides
     copies_.back().copy_(online);
     if (pair.kind != ema::Kind::kDouble) pair.kind = ema::Kind::kFloat;
   } else {

@@ -66,26 +66,20 @@ def require_decay(decay: Tensor, target: Sequence[Tensor]) -> None:
 
 def require_separate_memory(target: Sequence[Tensor], online: Sequence[Tensor]) -> None:
     """Refuse targets that share memory with another tensor of the lists, and tensors whose storage was freed."""
-    fault = find_fault(target, online)
-    if fault:
-        raise ValueError(fault)
-
-
-def find_fault(target: Sequence[Tensor], online: Sequence[Tensor]) -> str:
-    """Return why ``require_separate_memory`` refuses the lists, or an empty string; also called by C++."""
     tensors = [*target, *online]
     layouts = tuple((x.data_ptr(), x.element_size(), x.shape, x.stride()) for x in tensors)
     names = [f"target[{k}]" for k in range(len(target))] + [f"online[{k}]" for k in range(len(online))]
     for name, (address, _size, shape, _strides) in zip(names, layouts, strict=True):
         if not address and 0 not in shape:
-            return f"{name}: expected values, but its storage was freed"
+            raise ValueError(f"{name}: expected values, but its storage was freed")
     clash = _find_clash(layouts, len(target))
     if clash is None:
-        return ""
+        return
     owner, other = (names[k] for k in clash)
     if owner == other:
-        return f"{owner}: expected elements with memory of their own, got strides {tensors[clash[0]].stride()}"
-    return f"{owner}: expected memory of its own, got that of {other}"
+        strides = tensors[clash[0]].stride()
+        raise ValueError(f"{owner}: expected elements with memory of their own, got strides {strides}")
+    raise ValueError(f"{owner}: expected memory of its own, got that of {other}")
 
 
 def have_clash(ranges: Tensor, targets: int) -> bool:

@@ -136,9 +136,9 @@ for _name in OPS:
 
 # not public: the C++ of ema_update_ calls them for lists that are new to it
 library.define("_ema_have_clash(Tensor ranges, int targets) -> bool")
-library.define("_ema_find_fault(Tensor[] target, Tensor[] online) -> str")
+library.define("_ema_require_separate_memory(Tensor[] target, Tensor[] online) -> ()")
 library.impl("_ema_have_clash", _ema_checks.have_clash, "CompositeExplicitAutograd")
-library.impl("_ema_find_fault", _ema_checks.find_fault, "CompositeExplicitAutograd")
+library.impl("_ema_require_separate_memory", _ema_checks.require_separate_memory, "CompositeExplicitAutograd")
 # not public: the checks of _checks.py in one pass, where the C++ kernels are loaded
 library.define("_all_weights(Tensor x) -> bool")
 library.define("_all_inside(Tensor boxes, int mels, int frames) -> bool")
