@@ -289,7 +289,8 @@ def standard_normal_reference(
 
 def noise_reference(x: Tensor, rng: Tensor, sample_offset: int, views: int, first_view: int) -> Tensor:
     """Return the standard normals of all views, ``(V, B, F, T)``, in the dtype of ``x (B, F, T)``."""
-    normals = standard_normal_reference(rng, len(x), sample_offset, x.shape[1] * x.shape[2], views, first_view)
+    batch, mels, frames = x.shape  # len(x) would fix the batch of an exported graph
+    normals = standard_normal_reference(rng, batch, sample_offset, mels * frames, views, first_view)
     return normals.view(views, *x.shape).to(x.dtype)
 
 

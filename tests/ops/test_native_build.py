@@ -398,6 +398,8 @@ def test_nothing_that_every_cpu_runs_needs_an_instruction_set():
     assert cpu.instruction_sets() == ["portable"] or len([*folder.glob("kernels_avx*.o")]) == 2
     for path in folder.glob("*.o"):
         section = [] if path.stem == "library" else ["-j", ".text.startup"]
+        if section and section[1] not in subprocess.check_output(["objdump", "-h", path], text=True):
+            continue  # no static initialisers
         code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", *section, path], text=True)
         assert "ret" in code or "jmp" in code
         assert not re.search(r"%[yz]mm|\sv[a-z]+ .*%xmm", code), path
