@@ -43,8 +43,10 @@ namespace portable {
 Kernels kernels();
 }
 
-const Kernels& chosen();  // those of the best instruction set that the CPU has
-void add_common_ops(
-    torch::stable::detail::StableLibrary& library);  // those compiled once; ops/_native/cpu.py writes it
+// Those of the best instruction set that the CPU has.
+const Kernels& chosen();
+
+// Registers what is compiled once, for all CPUs; ops/_native/cpu.py writes it.
+void add_common_ops(torch::stable::detail::StableLibrary& library);
 
 }  // namespace byola

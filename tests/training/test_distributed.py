@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import TINY, write_recordings
+from helpers.runs import TINY
 from helpers.tolerances import assert_close
 from torch import Tensor, nn
 
@@ -23,11 +23,6 @@ from byola_fast.training.config import PretrainConfig
 from byola_fast.training.pretrain import pretrain
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
 
 
 def views_of_steps(lms: Tensor, preset: str) -> list[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import ranks
-from helpers.runs import TINY, read_log, same_run, write_recordings
+from helpers.runs import TINY, read_log, same_run
 from torch import nn
 
 from byola_fast import Augment, PretrainConfig, cli, pretrain
@@ -33,16 +33,9 @@ class Anywhere(nn.Module):
         return self.linear(torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1))
 
 
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
-
-
 @pytest.fixture
-def settings(recordings, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_training", lambda *_, **__: None)
-    monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
-    return TINY | {"audio_dir": str(recordings), "out": str(tmp_path / "run")} | LOCAL
+def settings(settings):
+    return settings | LOCAL
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import webdataset
 from helpers import ranks
 from helpers.own import Flat, Memory
-from helpers.runs import TINY, read_log, same_run, write_recordings
+from helpers.runs import TINY, read_log, same_run
 
 import byola_fast
 from byola_fast import PretrainConfig, cli, pretrain
@@ -22,11 +22,6 @@ from byola_fast.training import pretrain as trainer
 from examples import hugging_face_datasets, webdataset_shards
 
 GOOD = ["a.wav", "b.flac", "c.ogg", "deeper/d.opus", "deeper/e.mp3", "f.wav", "text.wav"]  # one of them is no audio
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
 
 
 @pytest.fixture(autouse=True)

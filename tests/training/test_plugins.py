@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers.own import Distance, Flat, Framed
-from helpers.runs import TINY, read_log, write_recordings
+from helpers.runs import TINY, read_log
 from helpers.tasks import PITCHES, make_task
 
 from byola_fast import (
@@ -30,11 +30,6 @@ from byola_fast.runtime.plugins import find_class
 from byola_fast.training import pretrain as trainer
 from byola_fast.training.config import PretrainConfig
 from byola_fast.training.pretrain import pretrain
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.runs import TINY, read_log, write_recordings
+from helpers.runs import TINY, read_log
 
 from byola_fast import BYOL, AudioNTT2020, Augment, load_encoder
 from byola_fast.audio.pack import pack
@@ -29,11 +29,6 @@ from byola_fast.training.watch import CollapseWatch
 
 MOUNTS = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-Urm", "true"]).returncode == 0
 BROKEN = ("empty.flac", "text.wav", "headless.mp3")
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.runs import TINY, read_log, same_run, write_recordings
+from helpers.runs import TINY, read_log, same_run
 from helpers.tasks import PITCHES, make_task
 
 from byola_fast import LogMel, PretrainConfig, make_encoder, pretrain
@@ -22,11 +22,6 @@ PARTS = {
     "no valid": ("split", lambda n: ("train", "train", "train", "test")[n // 6]),
     "folds": ("fold", lambda n: 1 + n // 6),
 }
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranks
-from helpers.runs import TINY, read_log, same_run, write_recordings
+from helpers.runs import read_log, same_run
 from torch import Tensor
 
 from byola_fast import BYOL, LogMel, cli
@@ -28,18 +28,6 @@ from byola_fast.training import run_folder
 from byola_fast.training.config import PretrainConfig, differing_settings
 from byola_fast.training.pretrain import pretrain
 from byola_fast.training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    return write_recordings(tmp_path_factory.mktemp("audio") / "corpus")
-
-
-@pytest.fixture
-def settings(recordings, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_training", lambda *_, **__: None)
-    monkeypatch.setattr(trainer, "draw_views", lambda *_, **__: None)
-    return TINY | {"audio_dir": str(recordings), "out": str(tmp_path / "run")}
 
 
 def run_killed(config: dict[str, Any], kill_at: int) -> None:
