@@ -130,6 +130,10 @@ class Timing:
         return statistics.median(self.samples)
 
     @property
+    def fastest(self) -> float:
+        return min(self.samples)
+
+    @property
     def iqr(self) -> float:
         if len(self.samples) < 2:
             return 0.0
@@ -142,7 +146,8 @@ class Record:
     """One contender's result.
 
     Times are seconds per call. ``ratios`` are the speed per sample relative to each baseline (2 = twice as fast).
-    ``others_share`` is the share of the CPU that other processes took during the timing, None if unknown.
+    ``floor_share`` is the time of the floor's fastest round, divided by this median. ``others_share`` is the share of
+    the CPU that other processes took during the timing, None if unknown.
     """
 
     op: str
@@ -327,19 +332,24 @@ def measure(group: Group, budget_s: float = 10.0) -> Measured:
         timings = interleaved(present, budget_s=budget_s, stopwatch=stopwatch)
     others = _others_share(before, _cpu_seconds())
     per_sample = {c.key: timings[c.key].median / c.samples for c in present}
-    records = {c.key: _record(group, c, timings[c.key], per_sample, others) for c in present}
+    floors = {c.place.threads: timings[c.key].fastest / c.samples for c in present if c.name == group.floor}
+    records = {c.key: _record(group, c, timings[c.key], per_sample, floors, others) for c in present}
     return Measured(group.title, records, {key: timing.samples for key, timing in timings.items()}, missing)
 
 
 def _record(
-    group: Group, c: Contender, timing: Timing, per_sample: dict[tuple[str, int], float], others: float | None
+    group: Group,
+    c: Contender,
+    timing: Timing,
+    per_sample: dict[tuple[str, int], float],
+    floors: dict[int, float],
+    others: float | None,
 ) -> Record:
     seconds, threads = per_sample[c.key], c.place.threads
     baselines = [b for b in group.baselines if (b, threads) in per_sample and b != c.name]
     ratios = {b: per_sample[b, threads] / seconds for b in baselines}
     if threads > 1 and (c.name, 1) in per_sample:
         ratios["1 thread"] = per_sample[c.name, 1] / seconds
-    floor = per_sample.get((group.floor, threads)) if group.floor else None
     return Record(
         op=group.op,
         variant=group.variant,
@@ -356,7 +366,7 @@ def _record(
         bytes_moved=c.bytes_moved,
         gb_per_s=c.bytes_moved / timing.median / 1e9,
         floor=group.floor,
-        floor_share=None if floor is None else floor / seconds,
+        floor_share=floors[threads] / seconds if threads in floors else None,
         ratios=ratios,
         others_share=others,
         machine=machine(),
