@@ -32,6 +32,8 @@ QUALITY = {
     "ablations": quality_tables.ablation_table,
     "gpu": quality_tables.gpu_table,
     "gpu_tests": quality_tables.gpu_test_table,
+    "corpus": quality_tables.corpus_table,
+    "corpus_tests": quality_tables.corpus_test_table,
     "poolings": quality_tables.pooling_table,
 }
 MARKER = re.compile(r"<!-- benchmarks:")

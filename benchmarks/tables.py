@@ -54,7 +54,7 @@ def markdown_table(results: Results, op: str) -> str:
     with_floor = any(r.floor_share is not None for r in records)
     peaks = {r.threads: r.gflop_per_s for r in results.records if r.op == op and r.contender == PRODUCT}
     floor = next((r.floor for r in records if r.floor), "")
-    unit = "µs per sample" if records[0].samples > 1 else "ms"
+    per_sample = any(r.samples > 1 for r in records)  # one unit for all rows
     head = [
         op,
         "contender",
@@ -62,7 +62,7 @@ def markdown_table(results: Results, op: str) -> str:
         *(f"x {name}" for name in baselines),
         *([f"share of {floor}"] * with_floor),
         *(["GFLOP/s, and of a matrix product"] * bool(peaks)),
-        unit,
+        "µs per sample" if per_sample else "ms",
     ]
     rows = [
         [
@@ -72,7 +72,7 @@ def markdown_table(results: Results, op: str) -> str:
             *(times(r, name) for name in baselines),
             *([share(r.floor_share)] * with_floor),
             *([f"{number(r.gflop_per_s or 0)}, {number(peaks.get(r.threads) or 0)}"] * bool(peaks)),
-            number(r.us_per_sample if r.samples > 1 else r.median_s * 1e3),
+            number(r.us_per_sample if per_sample else r.median_s * 1e3),
         ]
         for r in records
     ]

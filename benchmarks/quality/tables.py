@@ -87,17 +87,27 @@ def ablation_table(folder: Path) -> str:
 
 def gpu_table(folder: Path) -> str:
     """Return the runs on a GPU, best first, by training and validation parts alone."""
-    return _gpu(folder, "valid", "valid_mean")
+    return _compared(folder, "gpu", "valid", "valid_mean")
 
 
 def gpu_test_table(folder: Path) -> str:
     """Return the runs on a GPU whose tests were looked at, best first."""
-    return _gpu(folder, "scores", "mean")
+    return _compared(folder, "gpu", "scores", "mean")
 
 
-def _gpu(folder: Path, what: str, mean: str) -> str:
+def corpus_table(folder: Path) -> str:
+    """Return the runs on the corpus that anyone can build, as ``gpu_table``."""
+    return _compared(folder, "corpus", "valid", "valid_mean")
+
+
+def corpus_test_table(folder: Path) -> str:
+    """Return the runs on the corpus that anyone can build, as ``gpu_test_table``."""
+    return _compared(folder, "corpus", "scores", "mean")
+
+
+def _compared(folder: Path, kind: str, what: str, mean: str) -> str:
     points: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted((folder / "gpu").glob("*-[0-9].json")):
+    for path in sorted((folder / kind).glob("*-[0-9].json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         for point in run["curve"]:
             if what in point:

@@ -196,6 +196,15 @@ def test_records_describe_what_was_measured() -> None:
     assert "byola_fast (reference backend)" in "\n".join(terminal_table(found))
 
 
+def test_rows_of_a_table_have_one_unit() -> None:
+    record = measured().records["byola_fast", 1]
+    one, eight = (replace(record, samples=n, median_s=0.004, variant=f"B = {n}") for n in (1, 8))
+    table = markdown_table(m.Results("pytest", "2026-01-31", [one, eight]), "op").splitlines()
+    assert [row.split(" | ")[-1] for row in (table[0], *table[2:4])] == ["µs per sample |", "4000 |", "500 |"]
+    alone = markdown_table(m.Results("pytest", "2026-01-31", [one]), "op").splitlines()
+    assert [row.split(" | ")[-1] for row in (alone[0], alone[2])] == ["ms |", "4.00 |"]
+
+
 def test_results_survive_the_file(tmp_path: Path) -> None:
     results = m.Results("pytest benchmarks/", "2026-01-31", list(measured().records.values()))
     m.write_results(tmp_path / "new" / "cpu.json", results)
