@@ -256,6 +256,8 @@ def _tell(
     what = {"trained": str(config.weights), "random": "random weights", "melstats": "no network"}[config.features]
     width = f"{line['encoder']}, {line['feature_d']}-d"
     yield f"encoder     {what} ({width}), log-mel mean {line['stats_mean']}, std {line['stats_std']}"
+    if config.features == "trained" and config.stats in (None, "weights"):
+        yield "            mean and std are those of the weights; --stats task takes the task's, as baselines do"
     for words in _protocol(task, line):
         yield f"protocol    {words}"
     seeds = f"std over {line['seeds']} seeds {line['std_over_seeds']}" if len(found) > 1 else "one run, no randomness"

@@ -74,7 +74,8 @@ def test_split_with_weights(split_task, tmp_path, weights):
     sha256 = result.line["weights_sha256"]
     assert result.picture == tmp_path / "out" / f"tones-encoder-{sha256[:8]}-confusion.png"
     assert result.picture.stat().st_size > 5000
-    for words in ("30 clips, 3 classes; train 18, valid 6, test 6", "C chosen on valid", "one run", "macro", "clips/s"):
+    counts, stats = "30 clips, 3 classes; train 18, valid 6, test 6", "of the weights; --stats task takes the task's"
+    for words in (counts, stats, "C chosen on valid", "one run", "macro", "clips/s"):
         assert words in result.report
     (line,) = lines_of(tmp_path)
     assert (line["task"], line["metric"], line["encoder"], line["feature_d"]) == (
@@ -111,6 +112,7 @@ def test_folds_seeds_and_baselines(fold_task, tmp_path, weights, monkeypatch):
     assert "one fold left out at a time; C chosen on another fold" in melstats.report
     assert "; folds speaker0: 6, speaker1: 6, speaker2: 6, speaker3: 6\n" in random.report
     assert "std over 2 seeds" in random.report
+    assert "--stats task" not in random.report
     assert "over 4 folds" in random.report
     assert len(random.by_seed) == 2
     assert [line["features"] for line in lines_of(tmp_path)] == ["melstats", "random", "random"]
