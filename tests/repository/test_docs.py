@@ -58,6 +58,8 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "tasks" / "small.csv").symlink_to(tmp_path / "TASK.csv")
     (tmp_path / "tasks" / "audio").symlink_to(tmp_path / "my_sounds")
     (tmp_path / "FOLDER").symlink_to("my_sounds")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "audio").symlink_to(tmp_path / "my_sounds")
     for number, label in enumerate(labels):
         (tmp_path / "my_classes" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "my_classes" / label / f"{number}.wav").symlink_to(tmp_path / "my_sounds" / f"{number}.wav")
