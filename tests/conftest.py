@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode, below, warns of each product
 torch.set_num_threads(1)  # tiny tensors: a second thread on a busy machine costs milliseconds an op
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that runs this in the background; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are compared with float64
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
